@@ -1,0 +1,1 @@
+"""WHO runs it: scheduler, signals and the admin socket."""

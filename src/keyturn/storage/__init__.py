@@ -1,0 +1,1 @@
+"""WHAT survives: tables, journal, audit and ledger, on SQLite and PostgreSQL."""

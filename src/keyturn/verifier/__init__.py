@@ -1,0 +1,1 @@
+"""WHO says yes: the built-in authority, its hashes, its spool and its decision."""
