@@ -104,7 +104,7 @@ class Keys:
     """The names under which an entry holds the three parts."""
 
     id: str = "id"
-    secret: str = "secret"
+    secret: str = "secret"  # noqa: S105 - a key name
     version: str = "version"
 
 

@@ -1,0 +1,426 @@
+"""What a rotation does next: `decide(case, run, plan, now) -> Action`, pure and total.
+
+The case is what is durable, the `Run` what this run under this claim has seen with its own eyes.
+Nothing seen survives the run: a takeover, a retry or a restart starts with an empty `Run`, and so
+every destination is read again before anything is let go (rules 5 and 6).
+
+Order of precedence: the open rotation; else what opens one; and where that has to wait, the
+housekeeping of older versions, which goes on meanwhile (rule 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+
+from keyturn.core.lifecycle import pinned
+from keyturn.core.model import (
+    AgentState,
+    Case,
+    Cause,
+    Drift,
+    Effect,
+    Intent,
+    Placement,
+    RotationState,
+    Target,
+    Traits,
+    Version,
+    VersionState,
+    WaitReason,
+)
+from keyturn.core.steps import (
+    Action,
+    Activate,
+    AwaitVerifiers,
+    Clean,
+    DropAttempt,
+    Forget,
+    Leave,
+    Mint,
+    Observe,
+    Open,
+    Plan,
+    Promote,
+    ReadBack,
+    RecordSweep,
+    Recover,
+    Rest,
+    Retire,
+    Run,
+    SetDeadline,
+    Settle,
+    Sight,
+    Stage,
+    Stall,
+    Trouble,
+    Wait,
+)
+
+DONE_FOR = frozenset({VersionState.RETIRED, VersionState.REVOKED})
+ENDING = frozenset({VersionState.PREVIOUS, VersionState.KEPT})
+
+# --- the decision -------------------------------------------------------------------------
+
+
+def decide(case: Case, run: Run, plan: Plan, now: datetime) -> Action:
+    """Return what this run does next."""
+    settle = _settling(case, run, plan, now)
+    if settle is not None:
+        return settle
+    first = _rotation(case, run, plan, now) if _goes_on(case) else _opening(case, run, now)
+    if first is not None and not isinstance(first, Wait | Rest):
+        return first
+    chore = _housekeeping(case, run, plan, now)
+    if chore is not None:
+        return chore
+    if isinstance(first, Wait):
+        return first
+    return Rest(until=_next_look(case, run, plan, now))
+
+
+def _goes_on(case: Case) -> bool:
+    return case.rotation is not None and case.rotation.open
+
+
+# --- the open rotation --------------------------------------------------------------------
+
+
+def _rotation(case: Case, run: Run, plan: Plan, now: datetime) -> Action | None:
+    rotation = case.rotation
+    if rotation is None or rotation.state is RotationState.STALLED:
+        return None
+    if case.agent.state is not AgentState.ENABLED:
+        return None
+    if rotation.waiting is not None and rotation.waiting.next_try_at > now:
+        return Rest(until=rotation.waiting.next_try_at)
+    own = case.version(rotation.version_id)
+    if own is not None and own.state is not VersionState.PENDING:
+        return DropAttempt()  # revoked meanwhile: never rolled forward (rule 15)
+    seen = _observe_all(case.targets, run)
+    if seen is not None:
+        return seen
+    hindered = _hindrance(case, run)
+    if hindered is not None:
+        return hindered
+    if own is None:
+        return _mint(case, plan, now)
+    if run.holding != own.id:
+        return _recover(own, rotation.targets, run)
+    if not run.settled:
+        return AwaitVerifiers()
+    return _stage(own, rotation.targets, run, plan) or _show(case, own, run) or Promote()
+
+
+def _observe_all(targets: Iterable[Target], run: Run) -> Action | None:
+    """Look at each destination once; one that cannot be read makes the rotation wait or stall."""
+    for target in targets:
+        trouble = run.troubles.get(target.key)
+        if trouble is not None:
+            return _give_way(target, trouble)
+        if target.key not in run.sights:
+            return Observe(target=target)
+    return None
+
+
+def _give_way(target: Target, trouble: Trouble) -> Action:
+    if trouble.permanent:
+        return Stall(code=trouble.code, where=target.key)
+    return Wait(
+        reason=WaitReason.DESTINATION,
+        where=target.key,
+        code=trouble.code,
+        retry_after=trouble.retry_after,
+    )
+
+
+def _hindrance(case: Case, run: Run) -> Action | None:
+    """Check every precondition before the first side effect."""
+    rotation = case.rotation
+    for target in rotation.targets if rotation else ():
+        sight = run.sights[target.key]
+        if sight.blocked:
+            return Stall(code=sight.blocked, where=target.key)
+        if sight.foreign_staged:
+            return Wait(reason=WaitReason.FOREIGN_STAGED, where=target.key, code="conflict")
+    return None
+
+
+def _mint(case: Case, plan: Plan, now: datetime) -> Action:
+    alive = [v for v in case.accepted if v.deadline is None or v.deadline > now]
+    if len(alive) < plan.max_accepted:
+        return Mint()
+    ends = [v.deadline for v in alive if v.deadline is not None]
+    return Wait(reason=WaitReason.ACCEPTED_LIMIT, until=min(ends, default=None))
+
+
+def _recover(own: Version, targets: Iterable[Target], run: Run) -> Action:
+    for target in targets:
+        sight = run.sights[target.key]
+        if own.id in (sight.shown, sight.staged) and target.key not in run.no_copy:
+            return Recover(target=target)
+    return DropAttempt()
+
+
+def _stage(own: Version, targets: Iterable[Target], run: Run, plan: Plan) -> Action | None:
+    for target in targets:
+        sight = run.sights[target.key]
+        if not plan.traits[target.key].can_stage or sight.shown == own.id:
+            continue
+        if sight.staged != own.id:
+            return Stage(target=target, expected=sight.token, exposes=sight.empty)
+        if target.key not in run.read_back:
+            return ReadBack(target=target)
+    return None
+
+
+def _show(case: Case, own: Version, run: Run) -> Action | None:
+    rotation = case.rotation
+    for target in rotation.targets if rotation else ():
+        sight = run.sights[target.key]
+        if sight.shown == own.id:
+            if not sight.verified:
+                return Stall(code="unknown-value", where=target.key)
+            continue
+        shown = case.version(sight.shown)
+        if shown is not None and shown.seq > own.seq:  # forward only (rule 4)
+            return Stall(code="later-version", where=target.key)
+        return Activate(target=target, expected=sight.token)
+    return None
+
+
+# --- what opens a rotation ----------------------------------------------------------------
+
+
+def _opening(case: Case, run: Run, now: datetime) -> Action | None:
+    if case.agent.state is not AgentState.ENABLED or not case.agent.targets:
+        return None
+    cause = _cause(case, run, now)
+    return Open(cause=cause) if cause is not None else None
+
+
+def _cause(case: Case, run: Run, now: datetime) -> Cause | None:
+    credential = case.credential
+    if credential.successor_owed:
+        return Cause.REISSUE
+    if credential.request is not None:
+        return credential.request.cause
+    if case.current is None:
+        return Cause.DRIFT if case.versions else Cause.FIRST
+    if any(_owes(case, run.sights.get(target.key), now) for target in case.agent.targets):
+        return Cause.DRIFT
+    if _has_new_destination(case, run):
+        return Cause.NEW_DESTINATION
+    if credential.next_rotation_at is not None and credential.next_rotation_at <= now:
+        return Cause.SCHEDULE
+    return None
+
+
+def _owes(case: Case, sight: Sight | None, now: datetime) -> bool:
+    """Whether a destination shows a version that is refused (rule 14)."""
+    shown = case.version(sight.shown) if sight is not None else None
+    return shown is not None and _refused(shown, now)
+
+
+def _refused(version: Version, now: datetime) -> bool:
+    return version.state in DONE_FOR or (version.deadline is not None and version.deadline <= now)
+
+
+def _has_new_destination(case: Case, run: Run) -> bool:
+    placed = {placement.target for placement in case.placements}
+    return any(
+        target.key not in placed and run.sights[target.key].shown is None
+        for target in case.agent.targets
+        if target.key in run.sights and not run.sights[target.key].blocked
+    )
+
+
+# --- housekeeping -------------------------------------------------------------------------
+
+
+def _settling(case: Case, run: Run, plan: Plan, now: datetime) -> Action | None:
+    for intent in case.intents:
+        if intent.unresolved:
+            ends = _settles_at(intent, run, plan)
+            if ends is not None and ends <= now:
+                return Settle(intent=intent)
+            if _overtaken(case, intent, run, plan):
+                return Settle(intent=intent)
+    return None
+
+
+def _settles_at(intent: Intent, run: Run, plan: Plan) -> datetime | None:
+    """When the request can no longer land (rule 2); None while that is not known."""
+    traits = plan.traits.get(intent.target, Traits())
+    if intent.uid in run.in_flight:
+        return None
+    died = intent.at if intent.writer == run.writer else run.died.get(intent.writer)
+    if died is None:
+        return None
+    if traits.settles_with_writer:
+        return died
+    return max(intent.at, died) + plan.policy.retry.settle_after
+
+
+def _overtaken(case: Case, intent: Intent, run: Run, plan: Plan) -> bool:
+    """Whether a later write of ours is confirmed where writes are compare-and-set."""
+    sight = run.sights.get(intent.target)
+    return (
+        sight is not None
+        and plan.traits[intent.target].has_cas
+        and intent.effect is Effect.ACTIVATE
+        and sight.fresh
+        and case.version(sight.shown) is not None
+        and sight.token != intent.expected
+        and intent.uid not in run.in_flight
+    )
+
+
+def _housekeeping(case: Case, run: Run, plan: Plan, now: datetime) -> Action | None:
+    """Deadlines, retirement, clean-up and the sweep: whatever needs a fresh look reads first."""
+    if not _needs_look(case, now):
+        return None
+    for target in case.targets:
+        if target.key not in run.sights and target.key not in run.troubles:
+            return Observe(target=target)
+    return (
+        _deadline(case, run)
+        or _retirement(case, run, now)
+        or _cleaning(case, run, plan)
+        or _leaving(case, run)
+        or _sweep(case, run, now)
+    )
+
+
+def _needs_look(case: Case, now: datetime) -> bool:
+    credential = case.credential
+    return (
+        (credential.sweep_at is not None and credential.sweep_at <= now)
+        or any(_wants_deadline(case, version) for version in case.versions)
+        or any(_is_over(case, version, now) for version in case.versions)
+        or any(_wants_cleaning(case, placement) for placement in case.placements)
+    )
+
+
+def _wants_deadline(case: Case, version: Version) -> bool:
+    ending = version.state in ENDING
+    return ending and version.deadline is None and not pinned(case, version.id)
+
+
+def _is_over(case: Case, version: Version, now: datetime) -> bool:
+    ending = version.state in ENDING
+    passed = version.deadline is not None and version.deadline <= now
+    return ending and passed and not pinned(case, version.id)
+
+
+def _wants_cleaning(case: Case, placement: Placement) -> bool:
+    version = case.version(placement.version_id)
+    return not placement.gone and version is not None and version.state in DONE_FOR
+
+
+def _nowhere(case: Case, version: Version, run: Run) -> bool:
+    """Whether a fresh read of every destination shows this version nowhere (rule 5)."""
+    return all(
+        target.key in run.sights
+        and run.sights[target.key].fresh
+        and run.sights[target.key].shown != version.id
+        for target in case.targets
+    )
+
+
+def _deadline(case: Case, run: Run) -> Action | None:
+    for version in case.versions:
+        if _wants_deadline(case, version) and _nowhere(case, version, run):
+            return SetDeadline(version_id=version.id)
+    return None
+
+
+def _retirement(case: Case, run: Run, now: datetime) -> Action | None:
+    for version in case.versions:
+        if _is_over(case, version, now) and _nowhere(case, version, run):
+            return Retire(version_id=version.id)
+    return None
+
+
+def _cleaning(case: Case, run: Run, plan: Plan) -> Action | None:
+    targets = {target.key: target for target in case.targets}
+    for placement in case.placements:
+        if not _wants_cleaning(case, placement):
+            continue
+        target = targets.get(placement.target)
+        if target is None or not _may_clean(target, plan):
+            return Forget(placement=placement)
+        sight = run.sights.get(target.key)
+        if sight is not None and sight.fresh and sight.shown != placement.version_id:
+            if sight.locator and sight.locator == placement.locator:
+                continue  # never the one shown, whatever is in it
+            return Clean(target=target, placement=placement)
+    return None
+
+
+def _may_clean(target: Target, plan: Plan) -> bool:
+    """Old versions of a merged entry hold other people's keys: those are left alone."""
+    keeps = plan.traits[target.key].keeps_versions
+    return keeps and plan.policy.retire != "leave" and not target.merge
+
+
+def _leaving(case: Case, run: Run) -> Action | None:
+    mine = {target.key for target in case.agent.targets}
+    for target in case.credential.leaving:
+        sight = run.sights.get(target.key)
+        if target.key in mine or (sight is not None and sight.fresh and sight.shown is None):
+            return Leave(target=target.key)
+    return None
+
+
+def _sweep(case: Case, run: Run, now: datetime) -> Action | None:
+    if case.credential.sweep_at is None or case.credential.sweep_at > now:
+        return None
+    found = (_drift(case, target, run, now) for target in case.agent.targets)
+    return RecordSweep(drift=tuple(drift for drift in found if drift is not None))
+
+
+def _drift(case: Case, target: Target, run: Run, now: datetime) -> Drift | None:
+    kind = drift_kind(case, target, run, now)
+    return Drift(target=target.key, kind=kind, since=now) if kind else None
+
+
+def drift_kind(case: Case, target: Target, run: Run, now: datetime) -> str:
+    """Name what is wrong with what a destination shows; "" if nothing is."""
+    sight = run.sights.get(target.key)
+    if sight is None:
+        return "unreadable"
+    shown, current = case.version(sight.shown), case.current
+    if shown is not None and _refused(shown, now):
+        return "revoked"
+    if sight.blocked:
+        return "unknown"
+    if _goes_on(case) or current is None:
+        return ""  # a rotation is under way: what is shown changes right now
+    if shown is None:
+        return "missing"
+    return "older" if shown.seq < current.seq else ""
+
+
+# --- when to look again -------------------------------------------------------------------
+
+
+def _next_look(case: Case, run: Run, plan: Plan, now: datetime) -> datetime | None:
+    soon = now + plan.policy.retry.first
+    moments = [case.credential.sweep_at]
+    if case.agent.state is AgentState.ENABLED:
+        moments.append(_rotation_moment(case))
+    if run.troubles and _needs_look(case, now):
+        moments.append(now + plan.policy.retry.first * 8)
+    moments.extend(v.deadline for v in case.versions if v.state in ENDING)
+    moments.extend(_settles_at(i, run, plan) or soon for i in case.intents if i.unresolved)
+    later = [moment for moment in moments if moment is not None and moment > now]
+    # What is due already could not be done in this run: look again by the sweep at the latest.
+    return min(later, default=None)
+
+
+def _rotation_moment(case: Case) -> datetime | None:
+    rotation = case.rotation
+    if rotation is None or not rotation.open:
+        return case.credential.next_rotation_at
+    return rotation.waiting.next_try_at if rotation.waiting else None

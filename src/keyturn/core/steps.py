@@ -1,0 +1,218 @@
+"""What a run knows, and the steps that `decision` chooses between: frozen values, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+from keyturn.core.model import Cause, Drift, Intent, Placement, Policy, Target, Traits, WaitReason
+
+ACCEPTED_LIMIT = 4
+
+
+# --- what a run knows ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sight:
+    """What the ordinary read of one destination gave in this run.
+
+    shown     the version of ours that agents read there, recognised by its tag; else None
+    verified  what is shown equals, byte for byte, the plaintext that this run holds
+    blocked   a code where a write of ours would hit what is not ours to replace; else ""
+    staged    the version of ours that is staged there; `foreign_staged` where it is somebody else's
+    empty     there is no value at all, so that even staging shows it (rule 8)
+    """
+
+    shown: str | None = None
+    verified: bool = False
+    blocked: str = ""
+    staged: str | None = None
+    foreign_staged: bool = False
+    empty: bool = False
+    token: str = ""
+    locator: str = ""
+    fresh: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trouble:
+    """A destination that failed in this run. Permanent ones need a person."""
+
+    code: str
+    permanent: bool = False
+    retry_after: timedelta | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What one run under one claim knows by itself. Lost with it, on purpose."""
+
+    writer: str
+    sights: Mapping[str, Sight] = field(default_factory=dict)
+    troubles: Mapping[str, Trouble] = field(default_factory=dict)
+    read_back: frozenset[str] = frozenset()  # targets whose staged copy was verified
+    no_copy: frozenset[str] = frozenset()  # targets that were searched for a copy in vain
+    holding: str | None = None  # the version whose plaintext is in memory
+    settled: bool = False  # every verifier has applied the epoch of the accept
+    in_flight: frozenset[str] = frozenset()  # intents whose call has not returned
+    died: Mapping[str, datetime] = field(default_factory=dict)  # writers known to be dead
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What does not change during a run: the policy and what each destination declares."""
+
+    policy: Policy
+    traits: Mapping[str, Traits]  # by target key
+    max_accepted: int = ACCEPTED_LIMIT
+
+
+# --- what can come next -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Action:
+    """One of the steps below. `target` is where, `version_id` which, `intent` about what."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Open(Action):
+    """Open a rotation."""
+
+    cause: Cause
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observe(Action):
+    """Read what agents read there."""
+
+    target: Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mint(Action):
+    """Mint a version and have the authority accept it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recover(Action):
+    """Take the pending plaintext from the copy that a destination holds, if it proves right."""
+
+    target: Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropAttempt(Action):
+    """No copy is left anywhere: keep or retire the attempt's version and mint again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AwaitVerifiers(Action):
+    """Ask whether every verifier knows the pending version."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage(Action):
+    """Write the version without showing it; `exposes` where that shows it all the same."""
+
+    target: Target
+    expected: str
+    exposes: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadBack(Action):
+    """Read the staged copy by its version id and compare it."""
+
+    target: Target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activate(Action):
+    """Make the version what agents read."""
+
+    target: Target
+    expected: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promote(Action):
+    """Every destination was read back: make it current."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settle(Action):
+    """The intent can no longer land."""
+
+    intent: Intent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetDeadline(Action):
+    """The version is shown nowhere and nothing can show it: its grace begins."""
+
+    version_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retire(Action):
+    """Its grace has passed and no destination shows it."""
+
+    version_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clean(Action):
+    """Disable or destroy the copy of a version that is over."""
+
+    target: Target
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forget(Action):
+    """There is nothing to clean for this placement."""
+
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leave(Action):
+    """A dropped destination shows nothing of ours any more."""
+
+    target: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordSweep(Action):
+    """Every destination was looked at: store what is not as it should be."""
+
+    drift: tuple[Drift, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wait(Action):
+    """The rotation cannot go on now; `until` None means by back-off."""
+
+    reason: WaitReason
+    where: str = ""
+    code: str = ""
+    until: datetime | None = None
+    retry_after: timedelta | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stall(Action):
+    """The rotation needs a person."""
+
+    code: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rest(Action):
+    """Nothing to do before `until` (None: until something changes)."""
+
+    until: datetime | None
