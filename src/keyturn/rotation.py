@@ -1,0 +1,607 @@
+"""What a rotation does. One `Saga.run` serves one credential under one claim.
+
+The loop is: load, decide, write the intent, act, write the outcome. `core.decision` decides
+everything; this module only carries it out. The steps of a rotation, in their order:
+
+  1. open       its list of destinations is fixed; nothing outside has happened yet
+  2. observe    every destination is read before the first side effect
+  3. mint       a new secret, in memory only
+  4. accept     its hash is committed: from here on the verifier says yes to it
+  5. verifiers  wait until every verifier knows
+  6. stage      where a destination can: written, read back by version id, compared
+  7. activate   intent, write, and the ordinary read again: agents now read the new version
+  8. promote    one transaction: new is current, old is previous with a deadline
+  9. retire     when the deadline has passed and a fresh read shows it nowhere
+
+What a crash leaves, and what the next run does about it:
+
+  after open        a row                    mint
+  after mint        nothing                  mint again; no version is used up
+  after accept      hash, pending            no copy anywhere and not exposed: retire it, mint again
+  intent to stage   intent                   found by version id: go on; else mint again
+  staged            a copy                   take the secret from the copy, go on
+  intent to show    intent, exposed          shown: confirm; a copy elsewhere: new intent with a newly
+                                             read token; no copy: kept, mint again; unreadable: wait
+  write answered    outcome                  read again
+  confirmed         nothing more             confirmations are void: read all again
+  promoted          current, previous        nothing
+  grace             deadlines                settle, read everywhere, set the deadline
+  retirement        intent per copy          repeat until gone; never the one shown
+  claim lost        as above                 the loser drops its memory; it may report its own intents
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from typing import Any, Protocol
+
+from keyturn.core import lifecycle, secret, steps
+from keyturn.core.decision import decide
+from keyturn.core.model import (
+    Case,
+    Effect,
+    Intent,
+    Outcome,
+    RotationState,
+    Target,
+    WaitReason,
+)
+from keyturn.core.secret import Secret
+from keyturn.core.steps import Action, Plan, Run, Sight, Trouble
+from keyturn.errors import (
+    ClaimLost,
+    Conflict,
+    DestinationError,
+    DestinationUnavailable,
+    IllegalTransition,
+    StaleRevision,
+    StorageError,
+)
+from keyturn.ports import (
+    AuditEntry,
+    Authority,
+    Claim,
+    Clock,
+    Destination,
+    Entry,
+    Journal,
+    Observed,
+    Saved,
+)
+from keyturn.sight import look
+
+CLAIM_TTL = timedelta(seconds=60)
+CONFLICTS_PER_RUN = 3
+
+
+class Watcher(Protocol):
+    """Told about each step as it ends: for progress, logs and metrics. Must not raise."""
+
+    def step(self, *, step: str, case: Case, where: str, seconds: float, code: str) -> None:
+        """One step has ended; `code` is the error's code or ""."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """Everything a saga touches. Time, randomness and ids come in here."""
+
+    journal: Journal
+    authority: Authority
+    destinations: Mapping[str, Destination]  # by connection name
+    plan: Callable[[Case], Plan]
+    schedule: Callable[[Case, datetime], datetime | None]  # the next rotation after a promotion
+    backoff: Callable[[Plan, int], timedelta]
+    sweep_every: timedelta
+    clock: Clock
+    random_bytes: Callable[[int], bytes]
+    new_id: Callable[[], str]
+    watcher: Watcher
+    stopping: Callable[[], bool] = lambda: False
+    prefix: str = secret.DEFAULT_PREFIX
+
+
+def run(world: World, credential_uid: str, *, holder: str) -> datetime | None:
+    """Carry one credential as far as it goes now. Returns when it must be looked at again.
+
+    Raises StoreUnavailable where the store does; the claim then runs out by itself. Returns at once
+    where somebody else has the claim.
+    """
+    claim = world.journal.claim(credential_uid, holder=holder, ttl=CLAIM_TTL)
+    if claim is None:
+        return None
+    try:
+        wake_at = _Saga(world, claim).run()
+    except ClaimLost:
+        return None  # the taker starts at its row; what we knew is void
+    world.journal.release(claim, wake_at=wake_at)
+    return wake_at
+
+
+@dataclass(slots=True)
+class _Saga:
+    """The state of one run: the case as saved, the case as it is now, and what was seen."""
+
+    world: World
+    claim: Claim
+    saved: Saved = field(init=False)
+    case: Case = field(init=False)
+    plan: Plan = field(init=False)
+    seen: Run = field(init=False)
+    plain: Secret | None = None
+    audit: list[AuditEntry] = field(default_factory=list)
+    outcomes: dict[str, bool] = field(default_factory=dict)
+    late: dict[str, Future[Any]] = field(default_factory=dict)
+    conflicts: int = 0
+
+    def __post_init__(self) -> None:
+        self._load()
+
+    # --- the loop ---------------------------------------------------------------------------
+
+    def run(self) -> datetime | None:
+        """Decide and act until there is nothing to do; everything durable is saved by then."""
+        while True:
+            if self.world.stopping():
+                self._save()
+                return self._now()
+            self._refresh()
+            action = decide(self.case, self.seen, self.plan, self._now())
+            if isinstance(action, steps.Rest):
+                if self._save():
+                    return action.until
+                continue
+            self._perform(action)
+
+    def _perform(self, action: Action) -> None:
+        began, code, where = time.monotonic(), "", _where(action)
+        case = self.case
+        try:
+            _PERFORM[type(action)](self, action)
+        except StaleRevision:
+            code = StaleRevision.code
+            self._start_over()
+        except DestinationError as error:
+            code = error.code
+            self._trouble(where, error)
+        self.world.watcher.step(
+            step=type(action).__name__.lower(),
+            case=case,
+            where=where,
+            seconds=time.monotonic() - began,
+            code=code,
+        )
+
+    def _load(self) -> None:
+        self.saved = self.world.journal.load(self.claim)
+        self.case = self.saved.case
+        self.plan = self.world.plan(self.case)
+        died = {i.writer: self.world.journal.writer_died_at(i.writer) for i in self.case.intents}
+        self.seen = Run(
+            writer=self.world.journal.writer,
+            died={writer: at for writer, at in died.items() if at is not None},
+        )
+
+    def _start_over(self) -> None:
+        """Somebody changed the case: what was seen is void (rule 6), outcomes are reported."""
+        for intent_uid, landed in self.outcomes.items():
+            self.world.journal.report(intent_uid, landed=landed)
+        self.outcomes.clear()
+        self.audit.clear()
+        self.plain = None
+        self._load()
+
+    def _refresh(self) -> None:
+        if self.late:
+            flying = frozenset(uid for uid, call in self.late.items() if not call.done())
+            self.seen = replace(self.seen, in_flight=flying)
+        if self.claim.until - self._now() < CLAIM_TTL / 2:
+            self.claim = self.world.journal.renew(self.claim, ttl=CLAIM_TTL)
+
+    def _save(self) -> bool:
+        """Commit what has changed. False where somebody else changed the case first."""
+        try:
+            self._commit()
+        except StaleRevision:
+            self._start_over()
+            return False
+        return True
+
+    def _commit(self) -> None:
+        if self.case == self.saved.case and not self.audit:
+            return
+        self.saved = self.world.journal.save(
+            self.claim, before=self.saved.case, after=self.case, audit=tuple(self.audit)
+        )
+        self.case = self.saved.case
+        self.audit.clear()
+        self.outcomes.clear()
+
+    def _now(self) -> datetime:
+        return self.world.clock.now()
+
+    def _note(
+        self, action: str, *, version_id: str = "", outcome: str = "ok", **detail: Any
+    ) -> None:
+        entry = AuditEntry(
+            action=action,
+            actor=f"daemon:{self.claim.holder}",
+            agent=self.case.agent.name,
+            version_id=version_id,
+            outcome=outcome,
+            detail=tuple(sorted(detail.items())),
+        )
+        self.audit.append(entry)
+
+    # --- what was seen ----------------------------------------------------------------------
+
+    def _trouble(self, where: str, error: DestinationError) -> None:
+        if isinstance(error, Conflict):
+            # Read again and decide: a conflict is an answer, never a stall by itself.
+            self.conflicts += 1
+            if self.conflicts <= CONFLICTS_PER_RUN:
+                self._unsee(where)
+                return
+        permanent = not error.retryable and not isinstance(error, Conflict)
+        trouble = Trouble(code=error.code, permanent=permanent, retry_after=error.retry_after)
+        self.seen = replace(self.seen, troubles={**self.seen.troubles, where: trouble})
+        self._unsee(where)
+
+    def _unsee(self, where: str) -> None:
+        sights = {key: sight for key, sight in self.seen.sights.items() if key != where}
+        self.seen = replace(self.seen, sights=sights)
+
+    def _see(self, where: str, sight: Sight) -> None:
+        self.seen = replace(self.seen, sights={**self.seen.sights, where: sight})
+
+    def _sight(self, target: Target, found: Observed) -> Sight:
+        return look(
+            self.case,
+            target,
+            found,
+            authority=self.world.authority,
+            store_id=self.world.journal.store_id,
+            holding=self.seen.holding,
+            plain=self.plain,
+        )
+
+    # --- the steps --------------------------------------------------------------------------
+
+    def open(self, action: steps.Open) -> None:
+        """1. Open; it becomes durable with the next save."""
+        self.case = lifecycle.open_rotation(
+            self.case, uid=self.world.new_id(), cause=action.cause, now=self._now()
+        )
+        self._note("rotation.opened", cause=str(action.cause))
+
+    def observe(self, action: steps.Observe) -> None:
+        """2. and 7. Read what agents read."""
+        found = self._destination(action.target).observe(action.target)
+        self._see(action.target.key, self._sight(action.target, found))
+
+    def mint(self, action: steps.Mint) -> None:
+        """3. and 4. Mint in memory, have it accepted, commit its hash."""
+        del action
+        version_id, plain = secret.mint(
+            random_bytes=self.world.random_bytes, prefix=self.world.prefix
+        )
+        accepted = self.world.authority.accept(version_id=version_id, secret=plain)
+        self.case = lifecycle.accept(
+            self._running_again(),
+            version_id=version_id,
+            scheme=accepted.scheme,
+            digest=accepted.digest,
+            tag=accepted.tag,
+            fence=self.claim.fence,
+            now=self._now(),
+        )
+        self._note("version.accepted", version_id=version_id)
+        self._commit()
+        self.plain = accepted.secret
+        self.seen = replace(self.seen, holding=version_id, settled=False)
+
+    def recover(self, action: steps.Recover) -> None:
+        """Take the secret from a copy, if the full check says that it is this very version."""
+        own = self._own_id()
+        found = self._destination(action.target).read(action.target, own)
+        version = self.case.version(own)
+        right = (
+            version is not None
+            and found.secret is not None
+            and found.login == self.case.agent.login
+            and self.world.authority.matches(version, found.secret)
+        )
+        if not right:
+            searched = self.seen.no_copy | {action.target.key}
+            self.seen = replace(self.seen, no_copy=searched)
+            return
+        self.plain = found.secret
+        # What is shown elsewhere is compared with the plaintext now: read it again.
+        self.seen = replace(self.seen, holding=own, sights={})
+        self.case = self._running_again()
+
+    def drop_attempt(self, action: steps.DropAttempt) -> None:
+        """Let an attempt go that no destination can give back."""
+        del action
+        own = self._own_id()
+        self.case = lifecycle.drop_attempt(self.case, now=self._now())
+        version = self.case.version(own)
+        self._note("attempt.dropped", version_id=own, state=str(version.state) if version else "")
+        self.plain = None
+        self.seen = replace(
+            self.seen, holding=None, settled=False, read_back=frozenset(), no_copy=frozenset()
+        )
+
+    def await_verifiers(self, action: steps.AwaitVerifiers) -> None:
+        """5. No destination shows it before every verifier accepts it."""
+        del action
+        if self.world.authority.settled(self.saved.epoch):
+            self.seen = replace(self.seen, settled=True)
+        else:
+            self.wait(steps.Wait(reason=WaitReason.VERIFIERS, retry_after=timedelta(seconds=1)))
+
+    def stage(self, action: steps.Stage) -> None:
+        """6. Write it where it is not shown yet."""
+        key = action.target.key
+        self._effect(
+            action.target,
+            Effect.STAGE,
+            expected=action.expected,
+            exposes=action.exposes,
+            call=lambda d, e: d.stage(action.target, e, expected=action.expected),
+        )
+        if action.exposes:
+            self._unsee(key)
+        else:
+            self._see(key, replace(self.seen.sights[key], staged=self._own_id(), empty=False))
+
+    def read_back(self, action: steps.ReadBack) -> None:
+        """6. Read the staged copy by its version id and compare it byte for byte."""
+        found = self._destination(action.target).read(action.target, self._own_id())
+        if self.plain is None or found.secret != self.plain:
+            raise DestinationUnavailable("the staged copy cannot be read back yet", sent=False)
+        back = self.seen.read_back | {action.target.key}
+        self.seen = replace(self.seen, read_back=back)
+
+    def activate(self, action: steps.Activate) -> None:
+        """7. Make it what agents read; the next step reads that again."""
+        self._effect(
+            action.target,
+            Effect.ACTIVATE,
+            expected=action.expected,
+            exposes=True,
+            call=lambda d, e: d.activate(action.target, e, expected=action.expected),
+        )
+        self._unsee(action.target.key)
+
+    def promote(self, action: steps.Promote) -> None:
+        """8. One transaction: new is current, old is previous."""
+        del action
+        own, now = self._own_id(), self._now()
+        for key, sight in self.seen.sights.items():
+            if sight.shown == own:
+                self.case = lifecycle.place(self.case, own, key, sight.locator)
+        rotation = self.case.rotation
+        grace = rotation.grace if rotation and rotation.grace is not None else None
+        self.case = lifecycle.promote(
+            self.case,
+            grace=self.plan.policy.grace if grace is None else grace,
+            next_rotation_at=self.world.schedule(self.case, now),
+            now=now,
+        )
+        self._note("version.promoted", version_id=own)
+        self._commit()
+        self.plain = None
+        self.seen = replace(self.seen, holding=None)
+
+    def settle(self, action: steps.Settle) -> None:
+        """An unreported write can no longer land; what was read there before counts no more."""
+        self.case = lifecycle.settle(self.case, action.intent.uid, now=self._now())
+        self._unsee(action.intent.target)
+
+    def set_deadline(self, action: steps.SetDeadline) -> None:
+        """The grace of a kept or settled version begins."""
+        deadline = self._now() + self.plan.policy.grace
+        self.case = lifecycle.set_deadline(self.case, action.version_id, deadline=deadline)
+        self._note("version.deadline", version_id=action.version_id)
+
+    def retire(self, action: steps.Retire) -> None:
+        """9. Its grace has passed and nothing shows it."""
+        self.case = lifecycle.retire(self.case, action.version_id, now=self._now())
+        self._note("version.retired", version_id=action.version_id)
+        self._commit()
+
+    def clean(self, action: steps.Clean) -> None:
+        """9. Disable or destroy an old copy, never the one shown."""
+        placement, how = action.placement, self.plan.policy.retire
+        intent = self._intent(action.target, Effect.RETIRE, placement.version_id, expected="")
+        self.case = lifecycle.intend(self.case, intent, exposes=False)
+        self._commit()
+        destination = self._destination(action.target)
+        self._reported(
+            intent,
+            lambda: destination.retire(
+                action.target,
+                version_id=placement.version_id,
+                locator=placement.locator,
+                how=how,
+            ),
+        )
+
+    def forget(self, action: steps.Forget) -> None:
+        """Leave a copy where it is, by policy."""
+        self.case = lifecycle.gone(self.case, action.placement.version_id, action.placement.target)
+
+    def leave(self, action: steps.Leave) -> None:
+        """A dropped destination is empty: stop looking at it."""
+        self.case = lifecycle.left(self.case, action.target)
+        self._note("destination.left", target=action.target)
+
+    def record_sweep(self, action: steps.RecordSweep) -> None:
+        """Store what differs; news is audited."""
+        known = {(d.target, d.kind) for d in self.case.credential.drift}
+        for drift in action.drift:
+            if (drift.target, drift.kind) not in known:
+                self._note("drift.found", outcome=drift.kind, target=drift.target)
+        sweep_at = self._now() + self.world.sweep_every
+        self.case = lifecycle.record_sweep(self.case, action.drift, sweep_at=sweep_at)
+
+    def wait(self, action: steps.Wait) -> None:
+        """Park the rotation; it goes on by itself."""
+        rotation, now = self.case.rotation, self._now()
+        was = rotation.waiting if rotation else None
+        again = was is not None and (was.reason, was.where) == (action.reason, action.where)
+        tries = was.tries + 1 if was is not None and again else 1
+        pause = max(self.world.backoff(self.plan, tries), action.retry_after or timedelta(0))
+        waiting = lifecycle.waiting(
+            action.reason,
+            now=now,
+            until=action.until or now + pause,
+            where=action.where,
+            code=action.code,
+        )
+        self.case = lifecycle.wait(self.case, waiting)
+        if not again:
+            self._note("rotation.waiting", outcome=action.code or str(action.reason))
+
+    def stall(self, action: steps.Stall) -> None:
+        """Stop for a person."""
+        self.case = lifecycle.stall(self.case, code=action.code, where=action.where)
+        self._note("rotation.stalled", outcome=action.code, target=action.where)
+
+    # --- effects ----------------------------------------------------------------------------
+
+    def _effect(
+        self,
+        target: Target,
+        effect: Effect,
+        *,
+        expected: str,
+        exposes: bool,
+        call: Callable[[Destination, Entry], str],
+    ) -> None:
+        """Journal the intent, then act. The token was read under this claim and is journalled."""
+        own = self.case.version(self._own_id())
+        if own is None or self.plain is None:
+            raise IllegalTransition("there is no plaintext to publish")
+        intent = self._intent(target, effect, own.id, expected=expected)
+        self.case = lifecycle.intend(self._running_again(), intent, exposes=exposes)
+        self._commit()
+        entry = Entry(
+            login=self.case.agent.login,
+            secret=self.plain,
+            version_id=own.id,
+            owner=self.world.journal.store_id,
+            fence=own.fence,
+        )
+        destination = self._destination(target)
+        self._reported(intent, lambda: call(destination, entry))
+
+    def _intent(self, target: Target, effect: Effect, version_id: str, *, expected: str) -> Intent:
+        return Intent(
+            uid=self.world.new_id(),
+            credential_uid=self.case.credential.uid,
+            version_id=version_id,
+            target=target.key,
+            effect=effect,
+            expected=expected,
+            writer=self.world.journal.writer,
+            fence=self.claim.fence,
+            incarnation=self.claim.incarnation,
+            at=self._now(),
+        )
+
+    def _reported(self, intent: Intent, call: Callable[[], str | None]) -> None:
+        """Make the call and note how its intent ended; an unknown end leaves it unresolved."""
+        try:
+            locator = call() or ""
+        except DestinationUnavailable as error:
+            if not error.sent:
+                self._outcome(intent, Outcome.FAILED)
+            elif error.late is not None:
+                self._await_late(intent, error.late)
+            raise
+        except DestinationError:
+            self._outcome(intent, Outcome.FAILED)
+            raise
+        self._outcome(intent, Outcome.DONE, locator)
+
+    def _outcome(self, intent: Intent, outcome: Outcome, locator: str = "") -> None:
+        self.case = lifecycle.resolve(
+            self.case, intent.uid, outcome, now=self._now(), locator=locator
+        )
+        self.outcomes[intent.uid] = outcome is Outcome.DONE
+
+    def _await_late(self, intent: Intent, call: Future[Any]) -> None:
+        """A writer may always report its own intent, claim or not (rule 2)."""
+        journal = self.world.journal
+        self.late[intent.uid] = call
+        self.seen = replace(self.seen, in_flight=self.seen.in_flight | {intent.uid})
+
+        def report(ended: Future[Any]) -> None:
+            error = None if ended.cancelled() else ended.exception()
+            if isinstance(error, DestinationUnavailable):
+                return  # still unknown: it settles by time
+            try:
+                journal.report(intent.uid, landed=error is None and not ended.cancelled())
+            except StorageError:
+                return  # the intent stays unresolved and settles by time
+
+        call.add_done_callback(report)
+
+    # --- small things -----------------------------------------------------------------------
+
+    def _destination(self, target: Target) -> Destination:
+        destination = self.world.destinations.get(target.to)
+        if destination is None:
+            raise DestinationUnavailable(
+                f"no connection is called {target.to}",
+                hint="add it under `connections:` and `keyturn reload`",
+                sent=False,
+            )
+        return destination
+
+    def _own_id(self) -> str:
+        rotation = self.case.rotation
+        if rotation is None or rotation.version_id is None:
+            raise IllegalTransition("the rotation has no version")
+        return rotation.version_id
+
+    def _running_again(self) -> Case:
+        """Return the case with its rotation running: it got past what it waited for."""
+        rotation = self.case.rotation
+        if rotation is None or rotation.state is not RotationState.WAITING:
+            return self.case
+        running = replace(rotation, state=RotationState.RUNNING, waiting=None)
+        return replace(self.case, rotation=running)
+
+
+def _where(action: Action) -> str:
+    target = getattr(action, "target", "")
+    return target.key if isinstance(target, Target) else str(target)
+
+
+_PERFORM: dict[type[Action], Callable[[_Saga, Any], None]] = {
+    steps.Open: _Saga.open,
+    steps.Observe: _Saga.observe,
+    steps.Mint: _Saga.mint,
+    steps.Recover: _Saga.recover,
+    steps.DropAttempt: _Saga.drop_attempt,
+    steps.AwaitVerifiers: _Saga.await_verifiers,
+    steps.Stage: _Saga.stage,
+    steps.ReadBack: _Saga.read_back,
+    steps.Activate: _Saga.activate,
+    steps.Promote: _Saga.promote,
+    steps.Settle: _Saga.settle,
+    steps.SetDeadline: _Saga.set_deadline,
+    steps.Retire: _Saga.retire,
+    steps.Clean: _Saga.clean,
+    steps.Forget: _Saga.forget,
+    steps.Leave: _Saga.leave,
+    steps.RecordSweep: _Saga.record_sweep,
+    steps.Wait: _Saga.wait,
+    steps.Stall: _Saga.stall,
+}
