@@ -146,9 +146,11 @@ def _check_accepted(policy: Policy, interval: timedelta | None) -> list[str]:
         return []
     least = policy.grace / (ACCEPTED_LIMIT - 2)
     return [
-        f"a grace of {text(policy.grace)} at this interval needs {versions} accepted versions, and "
-        f"the limit is {ACCEPTED_LIMIT}: rotate no more often than every {text(least)}, or "
-        f"shorten the grace to {text((ACCEPTED_LIMIT - 2) * interval)}"
+        (
+            f"a grace of {text(policy.grace)} at this interval needs {versions} accepted versions, and "
+            f"the limit is {ACCEPTED_LIMIT}: rotate no more often than every {text(least)}, or "
+            f"shorten the grace to {text((ACCEPTED_LIMIT - 2) * interval)}"
+        )
     ]
 
 
@@ -161,8 +163,10 @@ def _check_age(policy: Policy, interval: timedelta | None) -> list[str]:
         return []
     waiting = f" + at most {text(shut)} until the window opens" if shut else ""
     return [
-        f"max_age {text(policy.max_age)} is enforced, but a version lives {text(needed)}: interval "
-        f"{text(interval)}{waiting} + grace {text(policy.grace)}"
+        (
+            f"max_age {text(policy.max_age)} is enforced, but a version lives {text(needed)}: interval "
+            f"{text(interval)}{waiting} + grace {text(policy.grace)}"
+        )
     ]
 
 
@@ -183,9 +187,11 @@ def _check_floor(policy: Policy, name: str, staleness: timedelta, lease: timedel
     if policy.grace >= floor:
         return []
     return [
-        f"grace {text(policy.grace)} is {text(floor - policy.grace)} short of its floor "
-        f"{text(floor)}: consumer_cache {text(policy.consumer_cache)} + staleness of {name} "
-        f"{text(staleness)} + lease {text(lease)}"
+        (
+            f"grace {text(policy.grace)} is {text(floor - policy.grace)} short of its floor "
+            f"{text(floor)}: consumer_cache {text(policy.consumer_cache)} + staleness of {name} "
+            f"{text(staleness)} + lease {text(lease)}"
+        )
     ]
 
 

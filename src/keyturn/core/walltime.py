@@ -91,7 +91,7 @@ def parse_window(text: str) -> Window:
     if found is None:
         raise ValueError(f"expected {WINDOW_FORM}")
     opens, closes = _clock(found[2], found[3]), _clock(found[4], found[5])
-    if opens == closes or max(opens, closes) > DAY or opens == DAY:
+    if opens in (closes, DAY) or max(opens, closes) > DAY:
         raise ValueError(f"expected {WINDOW_FORM}")
     if closes < opens:
         closes += DAY
