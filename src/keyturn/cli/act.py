@@ -1,0 +1,132 @@
+"""Commands that change what is accepted: rotate, suspend, resume, revoke, rotation."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Annotated, Any
+
+import typer
+
+from keyturn.cli import options, output, render
+from keyturn.cli.reach import ask
+
+rotation = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Decide about a rotation that stalled."
+)
+
+
+def rotate(
+    *,
+    agents: Annotated[list[str], typer.Argument(metavar="AGENT...", help="The agents' ids.")],
+    grace: Annotated[
+        str, typer.Option(help="How long the old version is still accepted, such as 15m.")
+    ] = "",
+    force: Annotated[
+        bool, typer.Option("--force", help="Allow a grace below the floor of the policy.")
+    ] = False,
+    wait: options.Wait = False,
+    json: options.Json = False,
+    socket: options.Socket = options.SOCKET,
+) -> None:
+    """Give agents a new secret now, and the old one its grace.
+
+    `keyturn rotate billing-bot --wait` publishes first and cuts later. To cut first: `revoke`.
+    """
+    args: dict[str, Any] = {
+        "agents": agents,
+        "force": force,
+        "wait": wait,
+        "request_id": uuid.uuid4().hex,
+    }
+    if grace:
+        args["grace_seconds"] = options.duration(grace).total_seconds()
+    shown = output.progress(as_json=json) if wait else None
+    result = ask("rotate", args, socket=socket, on_progress=shown)
+    output.show(result, as_json=json, people=lambda data: render.rotations(data["results"]))
+    output.end_with(output.code_of(result["results"]))
+
+
+def suspend(
+    agent: options.AgentName,
+    reason: options.Reason = "",
+    json: options.Json = False,
+    config: options.ConfigForStore = options.CONFIG,
+    socket: options.Socket = options.SOCKET,
+) -> None:
+    """Refuse everything of an agent until it is resumed."""
+    args = {"agent": agent, "reason": reason}
+    result = ask("suspend", args, socket=socket, config=config)
+    output.show(result, as_json=json, people=render.changed)
+
+
+def resume(
+    agent: options.AgentName,
+    json: options.Json = False,
+    config: options.ConfigForStore = options.CONFIG,
+    socket: options.Socket = options.SOCKET,
+) -> None:
+    """Accept a suspended agent again.
+
+    What was revoked stays revoked.
+    """
+    result = ask("resume", {"agent": agent}, socket=socket, config=config)
+    output.show(result, as_json=json, people=render.changed)
+
+
+def revoke(
+    *,
+    agent: Annotated[str, typer.Argument(metavar="AGENT", help="Everything of this agent.")] = "",
+    version: Annotated[str, typer.Option("--version", help="Only this version.")] = "",
+    reissue: Annotated[
+        bool, typer.Option("--reissue", help="Give the agent a new secret at once.")
+    ] = False,
+    reason: options.Reason = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what it would cut.")
+    ] = False,
+    wait: options.Wait = False,
+    json: options.Json = False,
+    config: options.ConfigForStore = options.CONFIG,
+    socket: options.Socket = options.SOCKET,
+) -> None:
+    """Refuse secrets now and for ever.
+
+    Prints how long it took until every verifier refused them.     Without --reissue the agent is suspended too. Works with the daemon down, for root and the
+    daemon's user. `keyturn revoke billing-bot --reissue --reason INC-4711 --wait`
+    """
+    if bool(agent) == bool(version):
+        raise typer.BadParameter("name either an AGENT or a --version, one of them")
+    args: dict[str, Any] = {"agent": agent} if agent else {"version": version}
+    args |= {"reissue": reissue, "reason": reason, "dry_run": dry_run, "wait": wait}
+    args["request_id"] = uuid.uuid4().hex
+    result = ask(
+        "revoke", args, socket=socket, config=config, on_progress=output.progress(as_json=json)
+    )
+    output.show(result, as_json=json, people=render.revocation)
+    output.end_with(output.INCOMPLETE if result.get("incomplete") else 0)
+
+
+@rotation.command("retry")
+def retry(
+    agent: options.AgentName,
+    json: options.Json = False,
+    socket: options.Socket = options.SOCKET,
+) -> None:
+    """Try a stalled or waiting rotation again, now."""
+    result = ask("rotation.retry", {"agent": agent}, socket=socket)
+    output.show(result, as_json=json, people=render.changed)
+
+
+@rotation.command("abandon")
+def abandon(
+    agent: options.AgentName,
+    json: options.Json = False,
+    socket: options.Socket = options.SOCKET,
+) -> None:
+    """Give a rotation up.
+
+    The current version stays; a new one that somebody may have read stays accepted until it is
+    shown nowhere any more and its grace has passed.
+    """
+    result = ask("rotation.abandon", {"agent": agent}, socket=socket)
+    output.show(result, as_json=json, people=render.changed)

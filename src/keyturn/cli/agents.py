@@ -1,0 +1,82 @@
+"""Commands about the definitions of agents: add, list, show, remove."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from keyturn.cli import options, output, render
+from keyturn.cli.reach import ask
+
+agents = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Add, list, show and remove agents."
+)
+
+
+@agents.command("add")
+def add(
+    *,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The new agent's id.")],
+    to: Annotated[
+        list[str],
+        typer.Option("--to", metavar="CONNECTION:PATH", help="Where it reads; may be repeated."),
+    ],
+    login: Annotated[str, typer.Option(help="What it presents; its id by default.")] = "",
+    owner: Annotated[str, typer.Option(help="Who answers for it.")] = "",
+    policy: Annotated[str, typer.Option(help="The policy's name.")] = "default",
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Keep keys of an entry that are not ours.")
+    ] = False,
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="Take over an entry that has our keys already.")
+    ] = False,
+    wait: options.Wait = False,
+    json: options.Json = False,
+    socket: options.Socket = options.SOCKET,
+) -> None:
+    """Add an agent; it gets its first secret at once.
+
+    `keyturn agents add hello --to vault-eu:hello --wait`
+    """
+    args: dict[str, Any] = {"name": name, "policy": policy, "wait": wait}
+    args |= {key: value for key, value in (("login", login), ("owner", owner)) if value}
+    args["targets"] = [options.target(one, merge=merge, adopt=adopt) for one in to]
+    shown = output.progress(as_json=json) if wait else None
+    result = ask("agents.add", args, socket=socket, on_progress=shown)
+    output.show(result, as_json=json, people=lambda one: render.rotations([one]))
+    output.end_with(output.code_of([result]))
+
+
+@agents.command("list")
+def list_agents(json: options.Json = False, socket: options.Socket = options.SOCKET) -> None:
+    """List the agents, their owners and where they read."""
+    output.show(ask("agents.list", {}, socket=socket), as_json=json, people=render.agents)
+
+
+@agents.command("show")
+def show(
+    agent: options.AgentName,
+    json: options.Json = False,
+    socket: options.Socket = options.SOCKET,
+) -> None:
+    """Show one agent's definition."""
+    result = ask("agents.show", {"agent": agent}, socket=socket)
+    output.show(result, as_json=json, people=lambda one: render.agents([one]))
+
+
+@agents.command("remove")
+def remove(
+    agent: options.AgentName,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    json: options.Json = False,
+    socket: options.Socket = options.SOCKET,
+) -> None:
+    """End an agent for ever: everything of it is revoked."""
+    if not yes:
+        if not sys.stdin.isatty():
+            raise typer.BadParameter("this revokes everything of the agent: add --yes")
+        typer.confirm(f"Revoke everything of {render.safe(agent)} for ever?", abort=True)
+    result = ask("agents.remove", {"agent": agent}, socket=socket)
+    output.show(result, as_json=json, people=render.changed)

@@ -1,0 +1,120 @@
+"""Commands that change nothing: status, audit, verify, identify, metrics."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from keyturn.cli import options, output, render
+from keyturn.cli.reach import ask, store
+from keyturn.core.secret import MAX_SECRET_BYTES, Secret, parse
+from keyturn.errors import KeyturnError
+
+_CANDIDATE = re.compile(rb"[0-9A-Za-z]{1,16}_[0-9A-Za-z]{14}_[0-9A-Za-z]{49}")
+_IDENTIFY_LIMIT = 16 * 1024 * 1024
+_MOST_VERSIONS = 1000
+
+
+class NothingFound(KeyturnError):
+    """Nothing in the input has the form of a secret of Keyturn's."""
+
+    code = "nothing-found"
+    default_hint = "imported secrets of another form cannot be identified by their text"
+
+
+def status(
+    agent: Annotated[
+        str, typer.Argument(metavar="AGENT", help="Only this one, with details.")
+    ] = "",
+    json: options.Json = False,
+    config: options.ConfigForStore = options.CONFIG,
+    socket: options.Socket = options.SOCKET,
+) -> None:
+    """Show what every agent has and what comes next.
+
+    Works on the store directly where the daemon is down.
+    """
+    args = {"agent": agent} if agent else {}
+    rows = ask("status", args, socket=socket, config=config)
+    if agent and rows:
+        output.show(rows[0], as_json=json, people=render.status_of_one)
+    else:
+        output.show(rows, as_json=json, people=render.status)
+
+
+def audit(
+    *,
+    agent: Annotated[str, typer.Argument(metavar="AGENT", help="Only this one.")] = "",
+    verify: Annotated[bool, typer.Option("--verify", help="Check the hash chains.")] = False,
+    limit: Annotated[int, typer.Option(min=1, max=10000, help="The newest N entries.")] = 50,
+    json: options.Json = False,
+    config: options.ConfigForStore = options.CONFIG,
+    socket: options.Socket = options.SOCKET,
+) -> None:
+    """Show who did what.
+
+    With --verify it tells whether the record is whole, exit 1 if it is not. Works on the store
+    directly where the daemon is down.
+    """
+    args: dict[str, Any] = {"verify": verify, "limit": limit}
+    if agent:
+        args["agent"] = agent
+    result = ask("audit", args, socket=socket, config=config)
+    output.show(result, as_json=json, people=render.audit)
+    chain = result.get("chain")
+    output.end_with(1 if chain is not None and not chain.get("ok") else 0)
+
+
+def verify(
+    login: Annotated[str, typer.Argument(metavar="LOGIN", help="What the agent presents.")],
+    json: options.Json = False,
+    config: options.ConfigForStore = options.CONFIG,
+) -> None:
+    """Tell whether a secret on standard input is accepted.
+
+    `keyturn verify billing-bot@acme < secret.txt`. Prints `accepted` (exit 0) or `refused` (exit 4). The secret stays in this process: the store is
+    asked as a library, not the daemon.
+    """
+    secret = _read_secret()
+    with store(config) as offline:
+        accepted = bool(offline.verify(login, secret))
+    word = "accepted" if accepted else "refused"
+    output.show({"login": login, "result": word}, as_json=json, people=lambda _data: word)
+    output.end_with(0 if accepted else output.REFUSED)
+
+
+def identify(
+    json: options.Json = False,
+    socket: options.Socket = options.SOCKET,
+) -> None:
+    """Tell whose secrets stand in a text on standard input.
+
+    It prints ids, never a secret. Only the public version ids leave this process: `keyturn identify < leak.txt`.
+    """
+    text = sys.stdin.buffer.read(_IDENTIFY_LIMIT)
+    found = [parse(candidate) for candidate in _CANDIDATE.findall(text)]
+    ids = list(dict.fromkeys(one.version_id for one in found if one is not None))[:_MOST_VERSIONS]
+    if not ids:
+        raise NothingFound
+    rows = ask("identify", {"versions": ids}, socket=socket)
+    output.show(rows, as_json=json, people=render.identified)
+
+
+def metrics(json: options.Json = False, socket: options.Socket = options.SOCKET) -> None:
+    """Print the metrics in the Prometheus text format."""
+    result = ask("metrics", {}, socket=socket)
+    output.show(result, as_json=json, people=lambda data: str(data["text"]).rstrip("\n"))
+
+
+def _read_secret() -> Secret:
+    """Read one line; on a terminal without showing it."""
+    if sys.stdin.isatty():
+        import getpass
+
+        return Secret(getpass.getpass("Secret: "))
+    data = sys.stdin.buffer.read(MAX_SECRET_BYTES + 2).removesuffix(b"\n").removesuffix(b"\r")
+    # Bytes that are no UTF-8, or too many, are no secret of ours: refused like any other.
+    return Secret(data.decode("utf-8", errors="replace"))

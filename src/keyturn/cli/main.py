@@ -1,0 +1,165 @@
+"""The command line: what there is, and the one place where errors become text and exit codes.
+
+0 done    1 error    2 usage    3 partly done    4 refused    69 unavailable
+75 waiting or incomplete    77 not permitted    78 configuration
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from keyturn import __version__
+from keyturn.cli import act, look, options, output, render
+from keyturn.cli.agents import agents
+from keyturn.cli.reach import ask, late
+from keyturn.daemon.masking import render_exception, summary
+from keyturn.errors import KeyturnError
+
+# Rich help costs 80 ms, and the pretty exceptions print locals.
+app = typer.Typer(
+    name="keyturn",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+policy = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Print least privileges.")
+
+app.command("status")(look.status)
+app.add_typer(agents, name="agents")
+app.command("rotate")(act.rotate)
+app.add_typer(act.rotation, name="rotation")
+app.command("suspend")(act.suspend)
+app.command("resume")(act.resume)
+app.command("revoke")(act.revoke)
+app.command("verify")(look.verify)
+app.command("identify")(look.identify)
+app.command("audit")(look.audit)
+app.command("metrics")(look.metrics)
+app.add_typer(policy, name="policy")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. Errors are on stderr, without a traceback."""
+    command = typer.main.get_command(app)
+    try:
+        command.main(args=None if argv is None else list(argv), prog_name="keyturn")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyturnError as error:
+        return _report(str(error), error.hint, error)
+    except Exception as error:  # noqa: BLE001  # the last place where a text for people can be made
+        return _report(f"internal error: {summary(error)}", _INTERNAL_HINT, error)
+    return 0
+
+
+_INTERNAL_HINT = "this is a bug in Keyturn; `keyturn --debug …` shows where"
+
+
+def _report(message: str, hint: str, error: Exception) -> int:
+    print(f"error: {render.safe(message)}", file=sys.stderr)  # noqa: T201
+    if hint:
+        print(f"hint: {render.safe(hint)}", file=sys.stderr)  # noqa: T201
+    if _debug_wanted():
+        print(render_exception(error), file=sys.stderr)  # noqa: T201
+    return error.exit_code if isinstance(error, KeyturnError) else 1
+
+
+def _debug_wanted() -> bool:
+    return bool(os.environ.get("KEYTURN_DEBUG"))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"keyturn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
+    version: Annotated[  # noqa: ARG001  # eager: its callback does the work
+        bool,
+        typer.Option(
+            "--version", "-V", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Rotate the credentials of agents and services; no agent notices."""
+    if debug:
+        os.environ["KEYTURN_DEBUG"] = "1"
+
+
+@app.command()
+def run(
+    config: options.Config = options.CONFIG,
+    socket: options.Socket = options.SOCKET,
+    no_standby: Annotated[
+        bool, typer.Option("--no-standby", help="End at once if another daemon has the store.")
+    ] = False,
+) -> None:
+    """Run the daemon.
+
+    SIGTERM ends it, SIGHUP reloads the configuration, SIGUSR1 applies the revocations file now.
+    """
+    serve = late("keyturn.daemon.service", "run")
+    output.end_with(serve(config, socket=socket, standby=not no_standby))
+
+
+@app.command()
+def demo(
+    dest: Annotated[str, typer.Option(help="Where the demo publishes: file or vault.")] = "file",
+) -> None:
+    """Show it all on this machine, in a minute.
+
+    Agents authenticate all the time while their secrets rotate every few seconds. Exit 1 if one
+    authentication was refused that should not have been.
+    """
+    output.end_with(late("keyturn.daemon.demo", "demo")(dest))
+
+
+@app.command()
+def check(
+    config: options.Config = options.CONFIG,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Also log in to the destinations; changes nothing.")
+    ] = False,
+    json: options.Json = False,
+) -> None:
+    """Check a configuration.
+
+    Offline and without credentials, for pull requests; exit 78 if it cannot be used.
+    """
+    report = late("keyturn.wiring", "check")(config, probe=probe)
+    output.show(report, as_json=json, people=render.checks)
+    output.end_with(0 if report["ok"] else 1)
+
+
+@app.command("reload")
+def reload_(
+    allow_mass_change: Annotated[
+        bool, typer.Option("--allow-mass-change", help="Even if more than a tenth disappears.")
+    ] = False,
+    json: options.Json = False,
+    socket: options.Socket = options.SOCKET,
+) -> None:
+    """Read the configuration again.
+
+    With an error in it the old one stays in force.
+    """
+    result = ask("reload", {"allow_mass_change": allow_mass_change}, socket=socket)
+    output.show(result, as_json=json, people=render.reloaded)
+
+
+@policy.command("vault")
+def policy_vault(config: options.Config = options.CONFIG) -> None:
+    """Print the least policy for Vault or OpenBao.
+
+    `keyturn policy vault -c k.yaml | vault policy write keyturn -`
+    """
+    typer.echo(late("keyturn.wiring", "vault_policy")(config))

@@ -1,0 +1,317 @@
+"""What people see. Every function takes the data that `--json` prints and returns text.
+
+Tables are Rich's where there are rows; Rich is loaded here and only then. All text from the data is
+escaped: an owner or a reason must not be able to steer the terminal that shows it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from keyturn.daemon.masking import mask, printable
+
+Row = dict[str, Any]
+_WIDTH_OF_A_PIPE = 200
+_NONE = "–"
+
+
+def as_json(data: Any) -> str:
+    """Return the data for machines."""
+    return mask(json.dumps(data, indent=2, sort_keys=False))
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table; on a terminal as wide as that, in a pipe wide enough for whole ids."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    terminal = sys.stdout.isatty()
+    drawn = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for heading in headings:
+        drawn.add_column(heading, overflow="fold")
+    for row in rows:
+        drawn.add_row(*(Text(safe(cell)) for cell in row))
+    width = shutil.get_terminal_size().columns if terminal else _WIDTH_OF_A_PIPE
+    out = io.StringIO()
+    Console(file=out, width=width, force_terminal=terminal, highlight=False).print(drawn)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def safe(value: object) -> str:
+    """Return one printable line for any value."""
+    if value is None or value == "":
+        return _NONE
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return mask(printable(str(value)).replace("\n", "\\n").replace("\t", " "))
+
+
+def when(text: str | None, now: datetime) -> str:
+    """Return how far away an instant is: `in 3d 4h`, `2h ago`."""
+    if not text:
+        return _NONE
+    try:
+        distance = datetime.fromisoformat(text) - now
+    except (ValueError, TypeError):
+        return safe(text)
+    seconds = round(abs(distance.total_seconds()))
+    size = _short(seconds)
+    return f"in {size}" if distance.total_seconds() > 0 else f"{size} ago"
+
+
+def _short(seconds: int) -> str:
+    """Two units at most: nobody plans by the seconds of a month."""
+    units = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
+    parts: list[str] = []
+    for name, size in units:
+        count, seconds = divmod(seconds, size)
+        if count:
+            parts.append(f"{count}{name}")
+    return " ".join(parts[:2]) or "0s"
+
+
+# --- status -----------------------------------------------------------------------------------
+
+
+def status(rows: Sequence[Row], now: datetime | None = None) -> str:
+    """Return one line per agent."""
+    at = now or datetime.now(UTC)
+    if not rows:
+        return "no agents yet; add one: keyturn agents add NAME --to CONNECTION:PATH --wait"
+    headings = ("AGENT", "STATE", "VERSION", "SINCE", "NEXT", "ROTATION", "IN SYNC", "LAST USED")
+    return table(headings, (_status_row(row, at) for row in rows))
+
+
+def _status_row(row: Row, now: datetime) -> tuple[str, ...]:
+    current = row.get("current") or {}
+    targets = row.get("destinations") or []
+    synced = sum(1 for one in targets if one.get("in_sync"))
+    following = when(row.get("next_rotation_at"), now)
+    return (
+        safe(row.get("agent")),
+        safe(row.get("state")),
+        safe(current.get("version")),
+        when(current.get("promoted_at"), now),
+        f"overdue, {following}" if row.get("overdue") else following,
+        _rotation_words(row.get("rotation")),
+        f"{synced}/{len(targets)}",
+        when(current.get("last_used_at"), now),
+    )
+
+
+def _rotation_words(rotation: Row | None) -> str:
+    if not rotation:
+        return _NONE
+    words = [rotation.get("state"), rotation.get("step")]
+    why = rotation.get("why") or rotation.get("error_code")
+    return " ".join(safe(word) for word in words if word) + (f" ({safe(why)})" if why else "")
+
+
+def status_of_one(row: Row, now: datetime | None = None) -> str:
+    """Return everything about one agent, with the next command to type at the end."""
+    at = now or datetime.now(UTC)
+    lines = [
+        f"{safe(row.get('agent'))}: {safe(row.get('state'))}",
+        *_pairs(row, ("login", "owner", "policy", "managed_by")),
+        f"  next rotation  {_instant(row.get('next_rotation_at'), at)}"
+        + ("  OVERDUE" if row.get("overdue") else ""),
+        f"  maximum age    {_instant(row.get('max_age_at'), at)}",
+        *_version_lines("current", row.get("current"), at),
+        *_version_lines("pending", row.get("pending"), at),
+        *(
+            line
+            for one in row.get("previous") or ()
+            for line in _version_lines("previous", one, at)
+        ),
+        *(line for one in row.get("kept") or () for line in _version_lines("kept", one, at)),
+        *_rotation_lines(row.get("rotation"), at),
+        *(_destination_line(one, at) for one in row.get("destinations") or ()),
+    ]
+    retire = row.get("safe_to_retire")
+    if retire:
+        answer = "yes" if retire.get("ok") else f"no: {safe(retire.get('reason'))}"
+        lines.append(f"  safe to retire {answer}")
+    if row.get("hint"):
+        lines.append(f"next: {safe(row['hint'])}")
+    return "\n".join(lines)
+
+
+def _pairs(row: Row, names: Sequence[str]) -> list[str]:
+    return [f"  {name.replace('_', ' '):<14} {safe(row.get(name))}" for name in names]
+
+
+def _instant(text: str | None, now: datetime) -> str:
+    return f"{safe(text)} ({when(text, now)})" if text else _NONE
+
+
+def _version_lines(name: str, version: Row | str | None, now: datetime) -> list[str]:
+    if not version:
+        return []
+    if isinstance(version, str):
+        return [f"  {name:<14} {safe(version)}"]
+    facts = [safe(version.get("version"))]
+    for key, word in (
+        ("promoted_at", "promoted"),
+        ("deadline", "ends"),
+        ("last_used_at", "last used"),
+    ):
+        if version.get(key):
+            facts.append(f"{word} {when(version[key], now)}")
+    if version.get("laggards"):
+        facts.append("still used by " + ", ".join(safe(one) for one in version["laggards"]))
+    return [f"  {name:<14} " + " · ".join(facts)]
+
+
+def _rotation_lines(rotation: Row | None, now: datetime) -> list[str]:
+    if not rotation:
+        return []
+    facts = [f"{_rotation_words(rotation)}", f"attempt {safe(rotation.get('attempt'))}"]
+    if rotation.get("waiting_since"):
+        facts.append(f"since {when(rotation['waiting_since'], now)}")
+    if rotation.get("next_try_at"):
+        facts.append(f"next try {when(rotation['next_try_at'], now)}")
+    return ["  rotation       " + " · ".join(facts)]
+
+
+def _destination_line(one: Row, now: datetime) -> str:
+    state = "in sync" if one.get("in_sync") else f"NOT in sync ({safe(one.get('error_code'))})"
+    return (
+        f"  at {safe(one.get('name'))}:{safe(one.get('path'))}  {state}"
+        f" · shows {safe(one.get('shows_version'))} · read {when(one.get('read_back_at'), now)}"
+    )
+
+
+# --- the rest ---------------------------------------------------------------------------------
+
+
+def agents(rows: Sequence[Row]) -> str:
+    """Return one line per agent definition."""
+    if not rows:
+        return status([])
+    headings = ("AGENT", "LOGIN", "OWNER", "POLICY", "MANAGED BY", "STATE", "DESTINATIONS")
+    return table(headings, (_agent_row(row) for row in rows))
+
+
+def _agent_row(row: Row) -> tuple[str, ...]:
+    names = ("agent", "login", "owner", "policy", "managed_by", "state")
+    places = ", ".join(f"{one['to']}:{one['path']}" for one in row.get("targets") or ())
+    return (*(safe(row.get(name)) for name in names), safe(places))
+
+
+def rotations(results: Sequence[Row]) -> str:
+    """Return one line per agent that was to be rotated."""
+    return "\n".join(_rotation_result(one) for one in results)
+
+
+def _rotation_result(one: Row) -> str:
+    error = one.get("error") or {}
+    line = f"{safe(one.get('agent'))}: {safe(one.get('outcome'))}"
+    if one.get("version"):
+        line += f", version {safe(one['version'])}"
+    if one.get("deadline"):
+        line += f", the old one is accepted until {safe(one['deadline'])}"
+    if error:
+        line += f": {safe(error.get('message'))}"
+        line += f" (hint: {safe(error['hint'])})" if error.get("hint") else ""
+    return line
+
+
+def revocation(result: Row) -> str:
+    """Return what was, or would be, refused from now on, and how long that took."""
+    verb = "would revoke" if result.get("dry_run") else "revoked"
+    versions = result.get("versions") or []
+    lines = [f"{verb} {safe(result.get('agent'))}: {len(versions)} versions"]
+    lines += [f"  {safe(one)}" for one in versions]
+    lines += [f"  destination {safe(one)}" for one in result.get("destinations") or ()]
+    lines += [f"  warning: {safe(one)}" for one in result.get("warnings") or ()]
+    verifiers = result.get("verifiers") or {}
+    if result.get("delay_seconds") is not None:
+        known = f"{verifiers.get('acknowledged', 0)}/{verifiers.get('live', 0)} verifiers"
+        lines.append(f"refused everywhere after {result['delay_seconds'] * 1000:.0f} ms ({known})")
+    if result.get("successor"):
+        lines.append(f"successor: {safe(result['successor'])}")
+    if result.get("incomplete"):
+        lines.append("INCOMPLETE: not every verifier has confirmed; repeat the same command")
+    return "\n".join(lines)
+
+
+def changed(result: Row) -> str:
+    """Return `agent: state` after suspend, resume, remove, retry and abandon."""
+    line = f"{safe(result.get('agent'))}: {safe(result.get('state'))}"
+    return line if result.get("changed", True) else f"{line} (it was so already)"
+
+
+def reloaded(result: Row) -> str:
+    """Return what a reload changed."""
+    counts = ("added", "changed", "unmanaged", "unchanged")
+    return "configuration taken over: " + ", ".join(
+        f"{result.get(name, 0)} {name}" for name in counts
+    )
+
+
+def identified(rows: Sequence[Row]) -> str:
+    """Return one line per secret that was found in a text."""
+    return "\n".join(_identified(row) for row in rows)
+
+
+def _identified(row: Row) -> str:
+    if not row.get("agent"):
+        return f"version {safe(row.get('version'))}: not of this store"
+    uses = row.get("uses")
+    line = f"{safe(row['agent'])}, version {safe(row.get('version'))}, {safe(row.get('state'))}"
+    return line + (f", {uses} uses" if uses is not None else "")
+
+
+def audit(result: Row) -> str:
+    """Return the entries, and what `--verify` found."""
+    headings = ("AT", "ACTOR", "ACTION", "AGENT", "VERSION", "OUTCOME", "DETAIL")
+    names = ("at", "actor", "action", "agent", "version", "outcome")
+    rows = [
+        (*(safe(one.get(name)) for name in names), _detail(one.get("detail")))
+        for one in result.get("entries") or ()
+    ]
+    parts = [table(headings, rows)] if rows else ["no entries"]
+    chain = result.get("chain")
+    if chain is not None:
+        parts.append(
+            f"chain: whole, {chain.get('checked', 0)} entries checked"
+            if chain.get("ok")
+            else f"chain: BROKEN: {safe(chain.get('problem'))}"
+        )
+    return "\n".join(parts)
+
+
+def _detail(detail: object) -> str:
+    if isinstance(detail, dict):
+        return safe(" ".join(f"{key}={value}" for key, value in detail.items()))
+    return safe(detail)
+
+
+def checks(report: Row) -> str:
+    """Return one line per check, with what to do below those that failed."""
+    lines: list[str] = []
+    for one in report.get("checks") or ():
+        mark = "ok  " if one.get("ok") else "FAIL"
+        lines.append(f"{mark} {safe(one.get('name'))}: {safe(one.get('detail'))}")
+        if one.get("hint") and not one.get("ok"):
+            lines.append(f"     hint: {safe(one['hint'])}")
+    return "\n".join(lines)
+
+
+def event(one: Row) -> str:
+    """Return one line of progress: `billing-bot: publish vault-eu:billing, waiting (destination)`."""
+    subject = one.get("agent") or one.get("event")
+    words = [one[key] for key in ("step", "target", "state", "message") if one.get(key)]
+    line = f"{safe(subject)}: " + " ".join(safe(word) for word in words)
+    if one.get("why"):
+        line += f" ({safe(one['why'])})"
+    if one.get("retry_in_seconds") is not None:
+        line += f", next try in {_short(round(one['retry_in_seconds']))}"
+    return line
