@@ -1,0 +1,208 @@
+"""What a verifier reads: one version's row, fresh at every look-up, by a connection that never writes.
+
+SQLite: autocommit, so that every look-up sees every commit and no read transaction is left behind;
+the path's device and inode are compared each time, because a file that was replaced would otherwise
+be read for ever. The connection may roll back a crashed writer's journal, nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from keyturn.core.model import AgentState, VersionState
+from keyturn.core.secret import Secret
+from keyturn.errors import StoreUnavailable
+from keyturn.storage.codec import instant
+from keyturn.storage.engine import code_of, is_sqlite, postgresql_arguments, sqlite_path
+
+WAIT = 0.03  # seconds for another thread's look-up
+BUSY_MS = 50  # for a writer's commit; both together stay below 100 ms
+
+_SELECT = (
+    "SELECT a.uid, a.name, a.login, a.state, v.credential_uid, v.id, v.state, v.scheme, v.digest,"
+    " v.tag, v.deadline"
+    " FROM versions v JOIN credentials c ON c.uid = v.credential_uid"
+    " JOIN agents a ON a.uid = c.agent_uid WHERE "
+)
+_BY_ID = _SELECT + "v.id = ?"
+_IMPORTED = _SELECT + (
+    "a.login = ? AND a.state <> 'removed' AND v.origin = 'imported' ORDER BY v.seq DESC"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """Everything about one version that a verifier judges; it does not judge itself."""
+
+    agent_uid: str
+    agent_name: str
+    login: str
+    agent_state: AgentState
+    credential_uid: str
+    version_id: str
+    state: VersionState
+    scheme: str
+    digest: str
+    tag: bytes | None
+    deadline: datetime | None
+
+
+class DecisionReader:
+    """Look-ups in a store for verifiers. Thread-safe.
+
+    Both look-ups see every commit that returned before they were called, and raise
+    StoreUnavailable within 100 ms where the store is locked (SQLite).
+    """
+
+    def __init__(self, source: _Source) -> None:
+        self._source = source
+        self._turn = threading.Lock()
+
+    @classmethod
+    def open(cls, url: str, *, password: Secret | None = None) -> DecisionReader:
+        """Prepare to read a store; it is first touched at the first look-up."""
+        if is_sqlite(url):
+            return cls(_SqliteSource(sqlite_path(url)))
+        return cls(_PostgresSource(url, password))
+
+    def lookup(self, version_id: str) -> Decision | None:
+        """Return what is known of a version id, whatever its state."""
+        rows = self._rows(_BY_ID, version_id)
+        return _decision(rows[0]) if rows else None
+
+    def imported(self, login: str) -> list[Decision]:
+        """Return the imported versions of a login, newest first, refused ones too."""
+        return [_decision(row) for row in self._rows(_IMPORTED, login)]
+
+    def close(self) -> None:
+        """Give back the connection."""
+        with self._turn:
+            self._source.close()
+
+    def _rows(self, query: str, value: str) -> Sequence[Sequence[Any]]:
+        if not self._turn.acquire(timeout=WAIT):
+            raise StoreUnavailable("the store is busy")
+        try:
+            return self._source.rows(query, value)
+        finally:
+            self._turn.release()
+
+
+class _Source(Protocol):
+    """One connection that opens itself when needed."""
+
+    def rows(self, query: str, value: str) -> Sequence[Sequence[Any]]:
+        """Run one query outside any transaction. Raises StoreUnavailable."""
+
+    def close(self) -> None:
+        """Close the connection."""
+
+
+class _SqliteSource:
+    def __init__(self, path: Path) -> None:
+        self._path = str(path)
+        self._connection: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None
+
+    def rows(self, query: str, value: str) -> Sequence[Sequence[Any]]:
+        try:
+            return self._connected().execute(query, (value,)).fetchall()
+        except sqlite3.Error as error:
+            self.close()
+            raise StoreUnavailable(f"the store cannot be read ({code_of(error)})") from None
+        except OSError as error:
+            self.close()
+            raise StoreUnavailable(f"the store's file is not there ({error.errno})") from None
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = self._file = None
+
+    def _connected(self) -> sqlite3.Connection:
+        found = os.stat(self._path)  # noqa: PTH116 - a Path would cost as much as the query
+        here = (found.st_dev, found.st_ino)
+        if self._connection is None or here != self._file:
+            self.close()
+            # Its identity was taken before it was opened: replaced in between, it is opened again.
+            self._connection, self._file = self._open(), here
+        return self._connection
+
+    def _open(self) -> sqlite3.Connection:
+        # Not mode=ro: after a crash inside a commit that could not roll back the journal, and
+        # every check would fail until the daemon is back.
+        uri = f"{Path(self._path).absolute().as_uri()}?mode=rw"
+        connection = sqlite3.connect(
+            uri, uri=True, isolation_level=None, check_same_thread=False, timeout=BUSY_MS / 1000
+        )
+        connection.execute("PRAGMA query_only=ON")
+        connection.execute("PRAGMA trusted_schema=OFF")
+        connection.execute("PRAGMA mmap_size=0")
+        return connection
+
+
+class _PostgresSource:
+    def __init__(self, url: str, password: Secret | None) -> None:
+        self._url = url
+        self._password = password
+        self._connection: Any = None
+
+    def rows(self, query: str, value: str) -> Sequence[Sequence[Any]]:
+        import psycopg
+
+        kept = self._connection is not None
+        try:
+            return self._run(query, value)
+        except psycopg.OperationalError as error:
+            self.close()
+            if not kept:
+                raise StoreUnavailable(f"the store cannot be read ({code_of(error)})") from None
+        # A connection that was kept may have died since the last look-up: once more with a new one.
+        try:
+            return self._run(query, value)
+        except psycopg.Error as error:
+            self.close()
+            raise StoreUnavailable(f"the store cannot be read ({code_of(error)})") from None
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
+    def _run(self, query: str, value: str) -> Sequence[Sequence[Any]]:
+        if self._connection is None:
+            self._connection = self._open()
+        rows: Sequence[Sequence[Any]] = self._connection.execute(
+            query.replace("?", "%s"), (value,)
+        ).fetchall()
+        return rows
+
+    def _open(self) -> Any:
+        import psycopg
+
+        arguments = postgresql_arguments(self._password)
+        return psycopg.connect(self._url, autocommit=True, **arguments)
+
+
+def _decision(row: Sequence[Any]) -> Decision:
+    uid, name, login, agent_state, credential, version, state, scheme, digest, tag, deadline = row
+    return Decision(
+        agent_uid=uid,
+        agent_name=name,
+        login=login,
+        agent_state=AgentState(agent_state),
+        credential_uid=credential,
+        version_id=version,
+        state=VersionState(state),
+        scheme=scheme,
+        digest=digest,
+        tag=tag,
+        deadline=None if deadline is None else instant(deadline),
+    )

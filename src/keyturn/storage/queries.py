@@ -1,0 +1,141 @@
+"""Plain reads for commands, scheduler and metrics."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+from sqlalchemy.sql.elements import ColumnElement
+
+from keyturn.core.model import Agent, AgentState, Case, Rotation, Version
+from keyturn.errors import UnknownAgent
+from keyturn.storage.cases import columns, from_row, is_open, load
+from keyturn.storage.results import Counts, Due, History
+from keyturn.storage.tables import agents as agents_table
+from keyturn.storage.tables import credentials, daemons, rotations, versions
+
+_LIVES = agents_table.c.state != AgentState.REMOVED
+
+
+def claim_free(now: ColumnElement[Any]) -> ColumnElement[bool]:
+    """Return the condition that nobody who may be alive holds the claim."""
+    dead = sa.select(daemons.c.writer).where(daemons.c.died_at.is_not(None))
+    return sa.or_(
+        credentials.c.holder.is_(None),
+        sa.type_coerce(credentials.c.until, sa.BigInteger) <= now,
+        credentials.c.holder_writer.in_(dead),
+    )
+
+
+def agents(connection: Connection, *, removed: bool) -> list[Agent]:
+    """Return the agents that live, or the removed ones."""
+    query = sa.select(*columns(Agent, agents_table)).order_by(agents_table.c.name)
+    return [from_row(Agent, row) for row in connection.execute(query.where(_LIVES != removed))]
+
+
+def agent(connection: Connection, name: str) -> Agent:
+    """Return a living agent by name."""
+    query = sa.select(*columns(Agent, agents_table)).where(agents_table.c.name == name, _LIVES)
+    row = connection.execute(query).first()
+    if row is None:
+        raise UnknownAgent(f"no agent is called {name!r}")
+    return from_row(Agent, row)
+
+
+def case_of(connection: Connection, agent_name: str, credential: str) -> Case:
+    """Return the case of a living agent's credential."""
+    named = sa.and_(agents_table.c.name == agent_name, credentials.c.name == credential, _LIVES)
+    if found := load(connection, named):
+        return found[0]
+    raise UnknownAgent(f"no agent is called {agent_name!r}")
+
+
+def history(connection: Connection, uid: str, limit: int) -> History:
+    """Return versions and rotations of a credential."""
+    of_versions = sa.select(*columns(Version, versions)).where(versions.c.credential_uid == uid)
+    of_rotations = sa.select(*columns(Rotation, rotations)).where(rotations.c.credential_uid == uid)
+    newest = of_versions.order_by(versions.c.seq.desc()).limit(limit)
+    last = of_rotations.order_by(rotations.c.opened_at.desc()).limit(limit)
+    return History(
+        versions=tuple(from_row(Version, row) for row in connection.execute(newest)),
+        rotations=tuple(from_row(Rotation, row) for row in connection.execute(last)),
+    )
+
+
+def find_version(connection: Connection, version_id: str) -> tuple[Agent, Version] | None:
+    """Return a version and its agent, removed or not."""
+    query = (
+        sa.select(*columns(Version, versions), *columns(Agent, agents_table, "a_"))
+        .join_from(versions, credentials, versions.c.credential_uid == credentials.c.uid)
+        .join(agents_table, credentials.c.agent_uid == agents_table.c.uid)
+        .where(versions.c.id == version_id)
+    )
+    row = connection.execute(query).first()
+    return (from_row(Agent, row, "a_"), from_row(Version, row)) if row else None
+
+
+def due(connection: Connection, now: datetime, limit: int) -> list[Due]:
+    """Return unclaimed credentials whose time has come."""
+    open_one = sa.and_(rotations.c.credential_uid == credentials.c.uid, is_open(rotations.c.state))
+    bound = sa.literal(now, credentials.c.wake_at.type)
+    query = (
+        sa.select(
+            credentials.c.uid,
+            agents_table.c.name,
+            agents_table.c.targets,
+            credentials.c.leaving,
+            rotations.c.targets.label("open_targets"),
+        )
+        .join_from(credentials, agents_table, credentials.c.agent_uid == agents_table.c.uid)
+        .outerjoin(rotations, open_one)
+        .where(credentials.c.wake_at <= bound, claim_free(sa.type_coerce(bound, sa.BigInteger)))
+        .order_by(credentials.c.wake_at, credentials.c.uid)
+        .limit(limit)
+    )
+    return [_due(row) for row in connection.execute(query)]
+
+
+def _due(row: Any) -> Due:
+    targets = (*row.targets, *row.leaving, *(row.open_targets or ()))
+    return Due(
+        credential_uid=row.uid,
+        agent_name=row.name,
+        connections=tuple(sorted({target.to for target in targets})),
+    )
+
+
+def next_wake(connection: Connection) -> datetime | None:
+    """Return the earliest moment at which something is due."""
+    later = credentials.c.until > credentials.c.wake_at
+    at = sa.case((later, credentials.c.until), else_=credentials.c.wake_at)
+    query = sa.select(sa.type_coerce(sa.func.min(at), credentials.c.wake_at.type))
+    return connection.execute(query.where(credentials.c.wake_at.is_not(None))).scalar()
+
+
+def counts(connection: Connection, now: datetime) -> Counts:
+    """Return the numbers by state."""
+    overdue = (
+        sa.select(sa.func.count())
+        .select_from(credentials)
+        .join(agents_table, credentials.c.agent_uid == agents_table.c.uid)
+        .where(
+            credentials.c.next_rotation_at < sa.literal(now, credentials.c.wake_at.type),
+            agents_table.c.state == AgentState.ENABLED,
+        )
+    )
+    return Counts(
+        agents=_by_state(connection, agents_table),
+        versions=_by_state(connection, versions),
+        rotations=_by_state(connection, rotations, is_open(rotations.c.state)),
+        overdue=connection.execute(overdue).scalar_one(),
+    )
+
+
+def _by_state(
+    connection: Connection, table: sa.Table, where: ColumnElement[bool] | None = None
+) -> dict[str, int]:
+    query = sa.select(table.c.state, sa.func.count()).group_by(table.c.state)
+    rows = connection.execute(query if where is None else query.where(where))
+    return {str(state): number for state, number in rows}

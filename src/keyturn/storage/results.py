@@ -1,0 +1,35 @@
+"""What the store answers besides cases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from keyturn.core.model import Rotation, Version
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Due:
+    """A credential that must be looked at now, and the connections that this may touch."""
+
+    credential_uid: str
+    agent_name: str
+    connections: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class History:
+    """Versions and rotations of a credential, newest first."""
+
+    versions: tuple[Version, ...]
+    rotations: tuple[Rotation, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """Numbers by state, for status and metrics; states without a row are missing."""
+
+    agents: Mapping[str, int] = field(default_factory=dict)
+    versions: Mapping[str, int] = field(default_factory=dict)
+    rotations: Mapping[str, int] = field(default_factory=dict)
+    overdue: int = 0

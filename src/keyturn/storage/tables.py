@@ -1,0 +1,324 @@
+"""The tables. A column is named like the field of the model that it holds.
+
+The database repeats the invariants (CHECKs, partial unique indexes, a trigger on tombstones), so
+that a bug in the code above cannot store an illegal state. `migrations/` builds what is declared
+here; a test compares the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Dialect
+from sqlalchemy.types import TypeDecorator
+
+from keyturn.core import model
+from keyturn.storage import codec
+
+
+class Instant(TypeDecorator[datetime]):
+    """An aware datetime as whole microseconds since 1970 UTC."""
+
+    impl = sa.BigInteger
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> int | None:
+        return None if value is None else codec.micros(value)
+
+    def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
+        return None if value is None else codec.instant(value)
+
+
+class Span(TypeDecorator[timedelta]):
+    """A timedelta as whole microseconds."""
+
+    impl = sa.BigInteger
+    cache_ok = True
+
+    def process_bind_param(self, value: timedelta | None, dialect: Dialect) -> int | None:
+        return None if value is None else value // codec.MICROSECOND
+
+    def process_result_value(self, value: int | None, dialect: Dialect) -> timedelta | None:
+        return None if value is None else timedelta(microseconds=value)
+
+
+class Word(TypeDecorator[StrEnum]):
+    """One of the words of an enumeration, as text."""
+
+    impl = sa.Text
+    cache_ok = True
+
+    def __init__(self, words: type[StrEnum]) -> None:
+        super().__init__()
+        self.words = words
+
+    def process_bind_param(self, value: StrEnum | None, dialect: Dialect) -> str | None:
+        return None if value is None else str(value)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> StrEnum | None:
+        return None if value is None else self.words(value)
+
+
+class Coded(TypeDecorator[Any]):
+    """A structured value as JSON text, by two functions of the codec."""
+
+    impl = sa.Text
+    cache_ok = True
+
+    def __init__(self, encode: Callable[[Any], str], decode: Callable[[str], Any]) -> None:
+        super().__init__()
+        self.encode = encode
+        self.decode = decode
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
+        return None if value is None else self.encode(value)
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
+        return None if value is None else self.decode(value)
+
+
+TARGETS = Coded(codec.targets_text, codec.targets_from)
+REQUEST = Coded(codec.request_text, codec.request_from)
+DRIFT = Coded(codec.drift_text, codec.drift_from)
+WAITING = Coded(codec.waiting_text, codec.waiting_from)
+DETAIL = Coded(codec.detail_text, codec.detail_from)
+
+metadata = sa.MetaData()
+
+
+def _one_of(column: str, words: type[StrEnum]) -> str:
+    return f"{column} IN ({', '.join(repr(str(word)) for word in words)})"
+
+
+def _text(name: str, **more: Any) -> sa.Column[str]:
+    return sa.Column(name, sa.Text, nullable=False, **more)
+
+
+def _number(name: str, **more: Any) -> sa.Column[int]:
+    return sa.Column(name, sa.BigInteger, nullable=False, **more)
+
+
+def _flag(name: str) -> sa.Column[bool]:
+    return sa.Column(name, sa.Boolean, nullable=False)
+
+
+def _only_where(name: str, table: sa.Table, *columns: str, where: str) -> sa.Index:
+    """Return a unique index over the rows that fulfil `where`, for both databases."""
+    condition = sa.text(where)
+    return sa.Index(
+        name,
+        *(table.c[column] for column in columns),
+        unique=True,
+        sqlite_where=condition,
+        postgresql_where=condition,
+    )
+
+
+meta = sa.Table(
+    "meta",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    _text("store_id"),
+    _number("incarnation"),
+    _number("epoch"),
+    sa.Column("created_at", Instant, nullable=False),
+    sa.CheckConstraint("id = 1", name="meta_one_row"),
+)
+
+agents = sa.Table(
+    "agents",
+    metadata,
+    sa.Column("uid", sa.Text, primary_key=True),
+    _text("name"),
+    _text("login"),
+    sa.Column("owner", sa.Text),
+    _text("policy"),
+    sa.Column("managed_by", Word(model.ManagedBy), nullable=False),
+    sa.Column("state", Word(model.AgentState), nullable=False),
+    sa.Column("targets", TARGETS, nullable=False),
+    sa.CheckConstraint(_one_of("state", model.AgentState), name="agents_state"),
+    sa.CheckConstraint(_one_of("managed_by", model.ManagedBy), name="agents_managed_by"),
+)
+_only_where("agents_one_name", agents, "name", where="state <> 'removed'")
+_only_where("agents_one_login", agents, "login", where="state <> 'removed'")
+
+identities = sa.Table(
+    "identities",
+    metadata,
+    sa.Column("identity", sa.Text, primary_key=True),
+    _text("agent_uid"),
+    _text("target"),
+    sa.ForeignKeyConstraint(["agent_uid"], ["agents.uid"], name="identities_agent"),
+)
+sa.Index("identities_by_agent", identities.c.agent_uid, identities.c.target)
+
+credentials = sa.Table(
+    "credentials",
+    metadata,
+    sa.Column("uid", sa.Text, primary_key=True),
+    _text("agent_uid"),
+    _text("name"),
+    _text("kind"),
+    _number("seq"),
+    sa.Column("next_rotation_at", Instant),
+    sa.Column("sweep_at", Instant),
+    sa.Column("wake_at", Instant),
+    sa.Column("request", REQUEST),
+    _flag("successor_owed"),
+    sa.Column("leaving", TARGETS, nullable=False),
+    sa.Column("drift", DRIFT, nullable=False),
+    _number("revision"),
+    sa.Column("holder", sa.Text),
+    sa.Column("holder_writer", sa.Text),
+    sa.Column("until", Instant),
+    _number("fence", server_default="0"),
+    sa.Column("wake_requested", Instant),
+    sa.ForeignKeyConstraint(["agent_uid"], ["agents.uid"], name="credentials_agent"),
+    sa.UniqueConstraint("agent_uid", "name", name="credentials_one_name"),
+    sa.CheckConstraint("(holder IS NULL) = (until IS NULL)", name="credentials_claim"),
+    sa.CheckConstraint("seq >= 0 AND revision >= 0 AND fence >= 0", name="credentials_numbers"),
+)
+sa.Index("credentials_due", credentials.c.wake_at)
+
+versions = sa.Table(
+    "versions",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    _text("credential_uid"),
+    _number("seq"),
+    sa.Column("state", Word(model.VersionState), nullable=False),
+    _text("scheme"),
+    _text("digest"),
+    sa.Column("tag", sa.LargeBinary),
+    _text("origin"),
+    _flag("exposed"),
+    _number("fence"),
+    sa.Column("minted_at", Instant, nullable=False),
+    sa.Column("promoted_at", Instant),
+    sa.Column("deadline", Instant),
+    sa.Column("ended_at", Instant),
+    sa.ForeignKeyConstraint(["credential_uid"], ["credentials.uid"], name="versions_credential"),
+    sa.UniqueConstraint("credential_uid", "seq", name="versions_one_seq"),
+    sa.CheckConstraint(_one_of("state", model.VersionState), name="versions_state"),
+    sa.CheckConstraint(
+        "deadline IS NULL OR state NOT IN ('pending', 'current')", name="versions_deadline"
+    ),
+    sa.CheckConstraint(
+        "(state IN ('retired', 'revoked')) = (ended_at IS NOT NULL)", name="versions_ended"
+    ),
+    sa.CheckConstraint("seq >= 1", name="versions_seq"),
+)
+_only_where("versions_one_current", versions, "credential_uid", where="state = 'current'")
+_only_where("versions_one_pending", versions, "credential_uid", where="state = 'pending'")
+
+rotations = sa.Table(
+    "rotations",
+    metadata,
+    sa.Column("uid", sa.Text, primary_key=True),
+    _text("credential_uid"),
+    sa.Column("cause", Word(model.Cause), nullable=False),
+    sa.Column("state", Word(model.RotationState), nullable=False),
+    sa.Column("version_id", sa.Text),
+    _number("attempt"),
+    sa.Column("targets", TARGETS, nullable=False),
+    sa.Column("grace", Span),
+    sa.Column("opened_at", Instant, nullable=False),
+    sa.Column("waiting", WAITING),
+    _text("error_code"),
+    _text("error_where"),
+    sa.Column("closed_at", Instant),
+    sa.ForeignKeyConstraint(["credential_uid"], ["credentials.uid"], name="rotations_credential"),
+    sa.CheckConstraint(_one_of("state", model.RotationState), name="rotations_state"),
+    sa.CheckConstraint(_one_of("cause", model.Cause), name="rotations_cause"),
+    sa.CheckConstraint("state <> 'waiting' OR waiting IS NOT NULL", name="rotations_waiting"),
+    sa.CheckConstraint(
+        "(state IN ('running', 'waiting', 'stalled')) = (closed_at IS NULL)",
+        name="rotations_closed",
+    ),
+)
+_only_where(
+    "rotations_one_open",
+    rotations,
+    "credential_uid",
+    where="state IN ('running', 'waiting', 'stalled')",
+)
+sa.Index("rotations_newest", rotations.c.credential_uid, rotations.c.opened_at)
+
+intents = sa.Table(
+    "intents",
+    metadata,
+    sa.Column("uid", sa.Text, primary_key=True),
+    _text("credential_uid"),
+    _text("version_id"),
+    _text("target"),
+    sa.Column("effect", Word(model.Effect), nullable=False),
+    _text("expected"),
+    _text("writer"),
+    _number("fence"),
+    _number("incarnation"),
+    sa.Column("at", Instant, nullable=False),
+    sa.Column("outcome", Word(model.Outcome)),
+    sa.Column("ended_at", Instant),
+    sa.ForeignKeyConstraint(["credential_uid"], ["credentials.uid"], name="intents_credential"),
+    sa.ForeignKeyConstraint(["version_id"], ["versions.id"], name="intents_version"),
+    sa.CheckConstraint(_one_of("effect", model.Effect), name="intents_effect"),
+    sa.CheckConstraint(
+        f"outcome IS NULL OR {_one_of('outcome', model.Outcome)}", name="intents_outcome"
+    ),
+    sa.CheckConstraint("(outcome IS NULL) = (ended_at IS NULL)", name="intents_ended"),
+)
+sa.Index("intents_by_credential", intents.c.credential_uid, intents.c.outcome)
+
+placements = sa.Table(
+    "placements",
+    metadata,
+    sa.Column("version_id", sa.Text, primary_key=True),
+    sa.Column("target", sa.Text, primary_key=True),
+    sa.Column("locator", sa.Text, primary_key=True),
+    _text("credential_uid"),
+    _flag("gone"),
+    sa.ForeignKeyConstraint(["version_id"], ["versions.id"], name="placements_version"),
+    sa.ForeignKeyConstraint(["credential_uid"], ["credentials.uid"], name="placements_credential"),
+)
+sa.Index("placements_by_credential", placements.c.credential_uid, placements.c.gone)
+
+chains = sa.Table(
+    "chains",
+    metadata,
+    sa.Column("chain", sa.Text, primary_key=True),
+    _number("seq"),
+    _text("hash"),
+)
+
+audit = sa.Table(
+    "audit",
+    metadata,
+    sa.Column("position", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
+    _text("chain"),
+    _number("seq"),
+    sa.Column("at", Instant, nullable=False),
+    _text("action"),
+    _text("actor"),
+    _text("agent"),
+    _text("version_id"),
+    _text("outcome"),
+    sa.Column("detail", DETAIL, nullable=False),
+    _text("hash"),
+    sa.UniqueConstraint("chain", "seq", name="audit_one_seq"),
+)
+sa.Index("audit_by_agent", audit.c.agent, audit.c.position)
+
+daemons = sa.Table(
+    "daemons",
+    metadata,
+    sa.Column("writer", sa.Text, primary_key=True),
+    _flag("leads"),
+    sa.Column("started_at", Instant, nullable=False),
+    sa.Column("until", Instant, nullable=False),
+    sa.Column("died_at", Instant),
+)
+_only_where("daemons_one_leader", daemons, "leads", where="leads")
