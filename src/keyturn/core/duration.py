@@ -34,7 +34,7 @@ def format_duration(value: timedelta) -> str:
         return "-" + format_duration(-value)
     text, rest = "", value
     for unit, size in _UNITS.items():
-        if unit == "w" or (unit == "d" and value < 2 * size):
+        if unit == "w" or (unit == "d" and value <= 2 * size):
             continue  # 7d and 48h read better than 1w and 2d, and 24h better than 1d
         count, rest = divmod(rest, size)
         text += f"{count}{unit}" if count else ""

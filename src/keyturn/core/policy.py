@@ -134,7 +134,7 @@ def check(
             for name, ability in sorted(traits.items())
             for problem in _check_destination(policy, name, ability, lease, shortest)
         ),
-        *([] if traits else _check_floor(policy, "no destination", NOTHING, lease)),
+        *([] if traits else _check_floor(policy, None, NOTHING, lease)),
     ]
 
 
@@ -182,15 +182,17 @@ def _check_destination(
     return problems
 
 
-def _check_floor(policy: Policy, name: str, staleness: timedelta, lease: timedelta) -> list[str]:
+def _check_floor(
+    policy: Policy, name: str | None, staleness: timedelta, lease: timedelta
+) -> list[str]:
     floor = grace_floor(policy, staleness=staleness, lease=lease)
     if policy.grace >= floor:
         return []
+    where = f" + staleness of {name} {text(staleness)}" if name else ""
     return [
         (
             f"grace {text(policy.grace)} is {text(floor - policy.grace)} short of its floor "
-            f"{text(floor)}: consumer_cache {text(policy.consumer_cache)} + staleness of {name} "
-            f"{text(staleness)} + lease {text(lease)}"
+            f"{text(floor)}: consumer_cache {text(policy.consumer_cache)}{where} + lease {text(lease)}"
         )
     ]
 

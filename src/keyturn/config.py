@@ -1,0 +1,478 @@
+"""Files and environment to frozen settings: `load`, and the checks that need adapters.
+
+    1  read         the main file and the includes: permissions, YAML, lines     (config_file)
+    2  shape        each section by its model, each connection by its adapter's  (config_shape, _models)
+    3  connect      policies along `extends`, agents to policies and connections
+    4  check        what cannot work: cadence, grace, age; later, with adapters: quotas and owners
+
+All problems of all steps are reported together, a line each, and none quotes a value.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Protocol
+
+from pydantic import BaseModel
+
+from keyturn.config_file import Document, Problem, did_you_mean, read_document, refuse
+from keyturn.config_models import (
+    ID_FORM,
+    AdminSettings,
+    AgentSection,
+    LogSettings,
+    PolicySection,
+    StoreSettings,
+    TargetSection,
+    TopSection,
+    VerifierSettings,
+    is_id,
+)
+from keyturn.config_shape import Model, shape
+from keyturn.core.model import Keys, Policy, Retry, Target, Traits
+from keyturn.core.policy import CronCalculator, check, default_grace, shortest_interval
+from keyturn.core.revocations import RevocationEntry, parse_line
+from keyturn.errors import ConfigError
+
+ENVIRONMENT = "KEYTURN_"
+ENTRY_POINTS = "keyturn.destinations"
+_FROM_ENVIRONMENT = {"store": StoreSettings, "log": LogSettings}
+_MAIN_ONLY = ("store", "log", "verifier", "admin", "connections", "policies")
+_SOME_DAY = datetime(2026, 1, 1, tzinfo=UTC)  # `check` gives the same answer every day
+
+
+class Adapter(Protocol):
+    """What configuration needs of an adapter's class."""
+
+    Options: type[BaseModel]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connection:
+    """A named way to reach a destination. `options` is its adapter's own model."""
+
+    name: str
+    type: str
+    options: BaseModel
+    where: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentDefinition:
+    """An agent as a file has it. `at` is where each of its targets stands."""
+
+    name: str
+    login: str
+    owner: str | None
+    policy: str
+    targets: tuple[Target, ...]
+    where: str
+    at: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything that the files and the environment say, checked. Holds no secret.
+
+    `lease` is what leased verifiers add to the floor of a grace: zero on SQLite, where each verifier
+    looks at the store before each yes. `notes` are remarks for the operator.
+    """
+
+    path: Path
+    store: StoreSettings
+    log: LogSettings
+    verifier: VerifierSettings
+    admin: AdminSettings
+    connections: Mapping[str, Connection]
+    policies: Mapping[str, Policy]
+    policy_places: Mapping[str, str]
+    agents: Mapping[str, AgentDefinition]
+    revocations_file: Path | None
+    revocations: tuple[RevocationEntry, ...]
+    lease: timedelta
+    notes: tuple[str, ...] = ()
+
+
+def load(
+    path: Path,
+    *,
+    environ: Mapping[str, str],
+    cron: CronCalculator | None = None,
+    now: datetime | None = None,
+    adapter: Callable[[str], Adapter] | None = None,
+) -> Settings:
+    """Return the settings, or raise one ConfigError with all problems, a line each.
+
+    Offline, and needs no credentials. Without `cron` crontab lines are checked by their form only;
+    without `now` inline revocations may lie in the future; `adapter` finds an adapter's class by its
+    type (default: the registry of installed ones).
+    """
+    loading = _Loading(path, cron=cron, now=now, adapter=adapter or _registered)
+    settings = loading.run(environ)
+    refuse(loading.problems)
+    return settings
+
+
+def check_owners(settings: Settings, identity: Callable[[Target], str]) -> None:
+    """Refuse two owners of one remote entry, under whatever spelling.
+
+    `identity` gives the canonical remote key (the adapter's, offline). Raises ConfigError.
+    """
+    problems: list[Problem] = []
+    owners: dict[str, str] = {}
+    for agent in settings.agents.values():
+        for number, (target, where) in enumerate(zip(agent.targets, agent.at, strict=True)):
+            key = f"agents.{agent.name}.destinations[{number}]"
+            try:
+                entry = identity(target)
+            except ConfigError as error:
+                problems.append(Problem(where=where, key=f"{key}.path", text=str(error)))
+                continue
+            first = owners.setdefault(entry, f"{key} ({where})")
+            if not first.startswith(f"{key} "):
+                text = f"expected an entry of its own: {first} is the same one"
+                problems.append(Problem(where=where, key=f"{key}.path", text=text))
+    refuse(problems)
+
+
+def check_policies(
+    settings: Settings, traits: Callable[[str], Traits], *, cron: CronCalculator | None = None
+) -> None:
+    """Refuse policies that their agents' destinations cannot carry.
+
+    `traits` gives those of a connection by its name. Raises ConfigError.
+    """
+    used: dict[str, set[str]] = defaultdict(set)
+    for agent in settings.agents.values():
+        used[agent.policy].update(target.to for target in agent.targets)
+    problems: list[Problem] = []
+    for name, connections in used.items():
+        policy = settings.policies[name]
+        found = {connection: traits(connection) for connection in connections}
+        where = settings.policy_places[name]
+        problems += _check_policy(policy, where, found, settings.lease, cron)
+    refuse(problems)
+
+
+def _check_policy(
+    policy: Policy,
+    where: str,
+    traits: Mapping[str, Traits],
+    lease: timedelta,
+    cron: CronCalculator | None,
+) -> list[Problem]:
+    key, interval = f"policies.{policy.name}", None
+    if policy.cron is not None and cron is not None:
+        try:
+            interval = shortest_interval(policy, now=_SOME_DAY, cron=cron)
+        except ValueError as error:
+            return [Problem(where=where, key=f"{key}.cron", text=str(error))]
+        if cron.next(policy.cron, zone=policy.zone, after=_SOME_DAY) is None:
+            return [
+                Problem(where=where, key=f"{key}.cron", text="expected a line that comes round")
+            ]
+    texts = check(policy, traits, lease, interval=interval)
+    return [Problem(where=where, key=key, text=text) for text in texts]
+
+
+def _registered(kind: str) -> Adapter:
+    known = {point.name for point in entry_points(group=ENTRY_POINTS)}
+    if kind not in known:
+        raise ConfigError(f"unknown type of destination: {did_you_mean(kind, known)}")
+    registry: Any = import_module("keyturn.destinations.registry")  # SDKs load on first use
+    found: Adapter = registry.load(kind)
+    return found
+
+
+class _Loading:
+    """One run of `load`: what was read so far, and all that is wrong with it."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        cron: CronCalculator | None,
+        now: datetime | None,
+        adapter: Callable[[str], Adapter],
+    ) -> None:
+        self._path, self._cron, self._now, self._adapter = path, cron, now, adapter
+        self.problems: list[Problem] = []
+        self._notes: list[str] = []
+
+    def run(self, environ: Mapping[str, str]) -> Settings:
+        """Return settings that are only good if there are no problems."""
+        self._main = main = read_document(self._path, self.problems)
+        refuse(self.problems if not main.data else [])
+        self._overlay(environ)
+        sections = ("agents", *_MAIN_ONLY)
+        scalars = {key: value for key, value in main.data.items() if key not in sections}
+        top = self._shape(TopSection, scalars, main, ()) or TopSection(version=1)
+        if top.notify:
+            self._notes.append(
+                f"{main.where(('notify',))}: notify is not available yet: nothing is sent"
+            )
+        store = self._section(StoreSettings, "store")
+        verifier = self._section(VerifierSettings, "verifier")
+        leased = "verifier" in main.data and not store.url.startswith("sqlite:")
+        lease = verifier.lease if leased else timedelta(0)
+        connections = self._connections()
+        policies, places = self._policies(lease)
+        return Settings(
+            path=self._path,
+            store=store,
+            log=self._section(LogSettings, "log"),
+            verifier=verifier,
+            admin=self._section(AdminSettings, "admin"),
+            connections=connections,
+            policies=policies,
+            policy_places=places,
+            agents=self._agents([main, *self._includes(top.include)]),
+            revocations_file=top.revocations_file,
+            revocations=tuple(self._revocations(top.revocations)),
+            lease=lease,
+            notes=tuple(self._notes),
+        )
+
+    # --- environment and sections ----------------------------------------------------------
+
+    def _overlay(self, environ: Mapping[str, str]) -> None:
+        """Put KEYTURN_STORE__… and KEYTURN_LOG__… over the file.
+
+        SECURITY: nothing else can be set from there: whoever starts us must not be able to choose
+        where secrets go.
+        """
+        for name in sorted(environ):
+            section, nested, key = name.removeprefix(ENVIRONMENT).lower().partition("__")
+            if not name.startswith(ENVIRONMENT) or not nested:
+                continue
+            where = f"environment:{name}"
+            if section not in _FROM_ENVIRONMENT:
+                text = (
+                    "expected KEYTURN_STORE__… or KEYTURN_LOG__…: the rest stands in the file only"
+                )
+                self.problems.append(Problem(where=where, key=section, text=text))
+                continue
+            values = self._main.data.setdefault(section, {})
+            if isinstance(values, dict):
+                values[key] = environ[name]
+                self._main.lines[section, key] = where
+
+    def _shape(
+        self, model: type[Model], data: object, document: Document, at: tuple[str | int, ...]
+    ) -> Model | None:
+        return shape(model, data, document=document, at=at, problems=self.problems)
+
+    def _section(self, model: type[Model], name: str) -> Model:
+        data = self._main.data.get(name, {})
+        return self._shape(model, data, self._main, (name,)) or model()
+
+    def _named(self, document: Document, name: str) -> Iterable[tuple[str, Any]]:
+        """Yield the parts of a section that is keyed by ids."""
+        data = document.data.get(name, {})
+        if not isinstance(data, dict):
+            self.problems.append(document.problem((name,), "expected a mapping by name"))
+            return
+        for key, value in data.items():
+            if is_id(key):
+                yield key, value
+            else:
+                self.problems.append(document.problem((name, key), f"expected {ID_FORM}"))
+
+    # --- connections -----------------------------------------------------------------------
+
+    def _connections(self) -> dict[str, Connection]:
+        found: dict[str, Connection] = {}
+        self._connection_names: set[str] = set()
+        for name, data in self._named(self._main, "connections"):
+            self._connection_names.add(name)  # known to agents, even if it is wrong itself
+            at = ("connections", name)
+            if not isinstance(data, dict):
+                self.problems.append(self._main.problem(at, "expected a mapping"))
+                continue
+            kind, options = data.get("type"), {k: v for k, v in data.items() if k != "type"}
+            adapter = self._adapter_of(kind, at)
+            if adapter is None:
+                continue
+            read = self._shape(adapter.Options, options, self._main, at)
+            if read is not None:
+                found[name] = Connection(
+                    name=name, type=str(kind), options=read, where=self._main.where(at)
+                )
+        return found
+
+    def _adapter_of(self, kind: object, at: tuple[str, ...]) -> Adapter | None:
+        text = "required: expected the type of a destination"
+        if isinstance(kind, str):
+            try:
+                return self._adapter(kind)
+            except ConfigError as error:
+                text = str(error)
+        self.problems.append(self._main.problem((*at, "type"), text))
+        return None
+
+    # --- policies --------------------------------------------------------------------------
+
+    def _policies(self, lease: timedelta) -> tuple[dict[str, Policy], dict[str, str]]:
+        sections: dict[str, PolicySection] = {}
+        self._policy_names = {"default"}
+        for name, data in self._named(self._main, "policies"):
+            self._policy_names.add(name)
+            section = self._shape(PolicySection, data, self._main, ("policies", name))
+            if section is not None:
+                sections[name] = section
+        sections.setdefault("default", PolicySection())
+        policies: dict[str, Policy] = {}
+        places: dict[str, str] = {}
+        for name in sections:
+            values = self._inherited(name, sections)
+            if values is not None:
+                policies[name] = _policy(name, values)
+                places[name] = self._main.where(("policies", name))
+                self.problems += _check_policy(policies[name], places[name], {}, lease, self._cron)
+        return policies, places
+
+    def _inherited(self, name: str, sections: Mapping[str, PolicySection]) -> dict[str, Any] | None:
+        """Return the values that are given along `extends`, the nearest first."""
+        chain: list[str] = []
+        following: str | None = name
+        while following is not None:
+            at = ("policies", chain[-1] if chain else name, "extends")
+            if following in chain:
+                self.problems.append(self._main.problem(at, "expected no circle of policies"))
+                return None
+            if following not in sections:
+                if following not in self._policy_names:  # else its own problem has been reported
+                    text = did_you_mean(following, self._policy_names)
+                    self.problems.append(self._main.problem(at, f"unknown policy: {text}"))
+                return None
+            chain.append(following)
+            following = sections[following].extends
+        values: dict[str, Any] = {}
+        for ancestor in reversed(chain):
+            values = _over(values, sections[ancestor])
+        return values
+
+    # --- agents ----------------------------------------------------------------------------
+
+    def _includes(self, pattern: str | None) -> list[Document]:
+        if pattern is None:
+            return []
+        folder, rest = self._path.absolute().parent, pattern
+        if pattern.startswith("/"):
+            folder, rest = Path("/"), pattern.lstrip("/")
+        try:
+            paths = sorted(folder.glob(rest))
+        except (ValueError, NotImplementedError):
+            self.problems.append(self._main.problem(("include",), "expected a file pattern"))
+            return []
+        if not paths:
+            self._notes.append(f"{self._main.where(('include',))}: include matches no file")
+        documents = [read_document(path, self.problems) for path in paths]
+        for document in documents:
+            for key in document.data.keys() - {"agents", "version"}:
+                # SECURITY: who may write agents must not be able to send secrets elsewhere.
+                text = "expected agents only: the rest stands in the main file"
+                self.problems.append(document.problem((key,), text))
+        return documents
+
+    def _agents(self, documents: list[Document]) -> dict[str, AgentDefinition]:
+        agents: dict[str, AgentDefinition] = {}
+        logins: dict[str, str] = {}
+        for document in documents:
+            for name, data in self._named(document, "agents"):
+                at = ("agents", name)
+                section = self._shape(AgentSection, data, document, at)
+                if section is None:
+                    continue
+                agent = self._agent(name, section, document)
+                if name in agents:
+                    text = f"expected this agent once; it is also at {agents[name].where}"
+                    self.problems.append(document.problem(at, text))
+                    continue
+                agents[name] = agent
+                first = logins.setdefault(agent.login, agent.where)
+                if first != agent.where:
+                    text = f"expected a login of its own; the agent at {first} has it"
+                    self.problems.append(document.problem((*at, "login"), text))
+        return agents
+
+    def _agent(self, name: str, section: AgentSection, document: Document) -> AgentDefinition:
+        at = ("agents", name)
+        if section.policy not in self._policy_names:
+            text = f"unknown policy: {did_you_mean(section.policy, self._policy_names)}"
+            self.problems.append(document.problem((*at, "policy"), text))
+        places = [(*at, "destinations", number) for number in range(len(section.destinations))]
+        for place, target in zip(places, section.destinations, strict=True):
+            if target.to not in self._connection_names:
+                text = f"unknown connection: {did_you_mean(target.to, self._connection_names)}"
+                self.problems.append(document.problem((*place, "to"), text))
+        return AgentDefinition(
+            name=name,
+            login=section.login or name,
+            owner=section.owner,
+            policy=section.policy,
+            targets=tuple(map(_target, section.destinations)),
+            where=document.where(at),
+            at=tuple(map(document.where, places)),
+        )
+
+    # --- revocations -----------------------------------------------------------------------
+
+    def _revocations(self, lines: list[str]) -> Iterable[RevocationEntry]:
+        for number, line in enumerate(lines):
+            try:
+                entry = parse_line(line, number=number + 1, now=self._now)
+            except ValueError as error:
+                self.problems.append(self._main.problem(("revocations", number), str(error)))
+            else:
+                yield from [entry] if entry else []
+
+
+def _over(values: dict[str, Any], section: PolicySection) -> dict[str, Any]:
+    """Return the values with those that a section gives itself put over them."""
+    given = {name: getattr(section, name) for name in section.model_fields_set - {"extends"}}
+    merged = {**values, **given}
+    if "cron" in given:  # one schedule replaces the other
+        merged["every"] = None
+    elif "every" in given:
+        merged["cron"] = None
+    if "retry" in given:
+        own = {name: getattr(section.retry, name) for name in section.retry.model_fields_set}
+        merged["retry"] = {**values.get("retry", {}), **own}
+    return merged
+
+
+def _policy(name: str, values: dict[str, Any]) -> Policy:
+    """Return the policy that these values make: what is missing has its default."""
+    chosen = PolicySection().model_copy(update=values)
+    return Policy(
+        name=name,
+        every=chosen.every,
+        cron=chosen.cron,
+        zone=chosen.zone,
+        window=chosen.window,
+        jitter=chosen.jitter if chosen.cron is None else 0.0,
+        grace=chosen.grace or default_grace(chosen.consumer_cache),
+        consumer_cache=chosen.consumer_cache,
+        max_age=chosen.max_age.after if chosen.max_age else None,
+        enforce_max_age=chosen.max_age is not None and chosen.max_age.mode == "enforce",
+        first_rotation=chosen.first_rotation,
+        retry=Retry(**values.get("retry", {})),
+        retire=chosen.retire,
+    )
+
+
+def _target(section: TargetSection) -> Target:
+    return Target(
+        to=section.to,
+        path=section.path,
+        keys=Keys(id=section.keys.id, secret=section.keys.secret, version=section.keys.version),
+        merge=section.merge,
+        adopt=section.adopt,
+    )

@@ -1,0 +1,392 @@
+"""The sections of the configuration file, as models.
+
+The forms and descriptions here are the configuration reference, and the texts of errors.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import parse_qs, urlsplit
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from keyturn.config_shape import Form, Section
+from keyturn.core.duration import FORM as DURATION_FORM
+from keyturn.core.duration import parse_duration
+from keyturn.core.walltime import WINDOW_FORM, ZONE_FORM, parse_window, zone_of
+
+CRON_FORM = 'a crontab line of five fields such as "0 3 * * tue"'
+ID_FORM = "an id of a-z 0-9 . _ - (63 at most, a letter or digit first, no ..)"
+ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
+
+_SEGMENT = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"
+_PATH = re.compile(rf"{_SEGMENT}(/{_SEGMENT})*", re.ASCII)
+_LOGIN = re.compile(r"[!-9;-~]{1,128}", re.ASCII)  # printable ASCII but colon and space
+_WORDS = re.compile(r"[^\x00-\x1f\x7f]{1,128}")
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
+_CRON = re.compile(r"[0-9*,/-]+( +[0-9*,/-]+){2}( +[0-9A-Za-z*,/-]+){2}", re.ASCII)
+_PERCENT = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,3})?)%", re.ASCII)
+_LOCAL_HOSTS = {None, "", "localhost", "127.0.0.1", "::1"}
+
+
+def is_id(text: str) -> bool:
+    """Tell whether a text can name an agent, a connection or a policy."""
+    return ID.fullmatch(text) is not None and ".." not in text
+
+
+def _matching(pattern: re.Pattern[str]) -> BeforeValidator:
+    def check(value: object) -> object:
+        if isinstance(value, str) and not pattern.fullmatch(value):
+            raise ValueError
+        return value
+
+    return BeforeValidator(check)
+
+
+def _duration(value: object) -> timedelta:
+    if isinstance(value, timedelta):  # a default; a file never gives one
+        return value
+    if not isinstance(value, str):
+        raise ValueError  # noqa: TRY004  # pydantic turns only a ValueError into a problem
+    return parse_duration(value)
+
+
+def _positive(value: object) -> timedelta:
+    if (found := _duration(value)) <= timedelta(0):
+        raise ValueError
+    return found
+
+
+def _interval(value: object) -> timedelta | None:
+    return None if value == "manual" else _positive(value)
+
+
+def _path(value: object) -> Path:
+    if not isinstance(value, str) or not value.startswith("/") or "\0" in value:
+        raise ValueError
+    return Path(value)
+
+
+def _store_url(value: object) -> object:
+    parts = urlsplit(str(value))
+    query = parse_qs(parts.query)
+    if parts.scheme == "sqlite":
+        good = not parts.netloc and parts.path.startswith("//") and not parts.query
+    else:
+        local = parts.hostname in _LOCAL_HOSTS or query.get("host", [""])[0].startswith("/")
+        good = (
+            parts.scheme == "postgresql"
+            and parts.password is None  # by file only: this text gets into logs and process lists
+            and "password" not in query
+            and (local or query.get("sslmode") == ["verify-full"])
+        )
+    if not good:
+        raise ValueError
+    return value
+
+
+def _zone(value: object) -> object:
+    zone_of(str(value))
+    return value
+
+
+def _window(value: object) -> object:
+    parse_window(str(value))
+    return value
+
+
+def _percent(value: object) -> float:
+    found = _PERCENT.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        raise ValueError
+    return float(found[1]) / 100
+
+
+def _id(value: object) -> object:
+    if not isinstance(value, str) or not is_id(value):
+        raise ValueError
+    return value
+
+
+Duration = Annotated[timedelta, BeforeValidator(_positive), Form(DURATION_FORM)]
+AnyDuration = Annotated[timedelta, BeforeValidator(_duration), Form(f"{DURATION_FORM}, or 0s")]
+File = Annotated[Path | None, BeforeValidator(_path), Form("an absolute path")]
+Id = Annotated[str, BeforeValidator(_id), Form(ID_FORM)]
+Group = Annotated[str | None, _matching(_NAME), Form("the name of a unix group")]
+KeyName = Annotated[str, _matching(_NAME), Form("a key of A-Z a-z 0-9 . _ -, each one once")]
+Flag = Annotated[bool, Form("true or false")]
+
+
+class StoreSettings(Section):
+    """Where Keyturn keeps hashes, states, journal and audit."""
+
+    url: Annotated[
+        str,
+        BeforeValidator(_store_url),
+        Form(
+            "sqlite:////absolute/path or postgresql://user@host/name without a password in it, and "
+            "with sslmode=verify-full where the host is another one"
+        ),
+        Field(description="the database"),
+    ] = "sqlite:////var/lib/keyturn/keyturn.db"
+    password_file: Annotated[File, Field(description="file that holds the password")] = None
+    state_dir: Annotated[
+        File,
+        Field(
+            description="spool and ledger; default: the folder of the database, or /var/lib/keyturn"
+        ),
+    ] = None
+
+    @property
+    def folder(self) -> Path:
+        """The state folder, given or by default."""
+        if self.state_dir is not None:
+            return self.state_dir
+        if self.url.startswith("sqlite:"):
+            return Path("/" + urlsplit(self.url).path.lstrip("/")).parent
+        return Path("/var/lib/keyturn")
+
+
+class LogSettings(Section):
+    """What the daemon writes to standard error."""
+
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"], Form("debug, info, warning or error")
+    ] = "info"
+    format: Annotated[
+        Literal["auto", "json", "text"],
+        Form("auto, json or text"),
+        Field(description="auto: text on a terminal, else JSON"),
+    ] = "auto"
+
+
+class VerifierSettings(Section):
+    """How verifiers stay fresh."""
+
+    lease: Annotated[
+        Duration,
+        Field(description="how long a verifier may answer until it must ask the store again"),
+    ] = timedelta(seconds=30)
+    poll: Annotated[Duration, Field(description="how often it asks")] = timedelta(milliseconds=250)
+
+
+class GroupSettings(Section):
+    """The unix groups that have a role on the admin socket. Root and the daemon's uid have all."""
+
+    view: Annotated[Group, Field(description="may read status and audit")] = None
+    respond: Annotated[
+        Group, Field(description="may also rotate, suspend, resume, revoke and retry")
+    ] = None
+    admin: Annotated[Group, Field(description="may also add agents, abandon and force")] = None
+
+
+class AdminSettings(Section):
+    """The admin socket."""
+
+    socket: Annotated[
+        Path,
+        BeforeValidator(_path),
+        Form("an absolute path"),
+        Field(description="where commands reach the daemon"),
+    ] = Path("/run/keyturn/admin.sock")
+    groups: Annotated[GroupSettings, Form("a mapping")] = GroupSettings()
+
+
+class RetrySection(Section):
+    """How retryable errors of destinations are met."""
+
+    rule: ClassVar[str] = "first up to max, and settle_after longer than call_deadline"
+
+    first: Annotated[Duration, Field(description="first wait; it doubles")] = timedelta(seconds=2)
+    max: Annotated[Duration, Field(description="longest wait")] = timedelta(minutes=15)
+    call_deadline: Annotated[
+        Duration, Field(description="time for the whole answer of one call")
+    ] = timedelta(seconds=10)
+    settle_after: Annotated[
+        Duration, Field(description="when a call without an answer can no longer land")
+    ] = timedelta(minutes=5)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> RetrySection:
+        # A call that may still be on its way must never count as settled (rule 2).
+        if self.first > self.max or self.settle_after <= self.call_deadline:
+            raise ValueError
+        return self
+
+
+class MaxAge(Section):
+    """A maximum age with its mode."""
+
+    after: Duration
+    mode: Annotated[Literal["alert", "enforce"], Form("alert or enforce")] = "alert"
+
+
+def _grace(value: object) -> timedelta:
+    return _positive(value)
+
+
+def _max_age(value: object) -> MaxAge | None:
+    if value == "none":
+        return None
+    return MaxAge.model_validate(value if isinstance(value, dict) else {"after": value})
+
+
+class PolicySection(Section):
+    """When credentials rotate and how long old versions live: `policies`, by name."""
+
+    rule: ClassVar[str] = "`every` or `cron`, not both"
+
+    extends: Annotated[
+        str | None,
+        Form("the name of a policy"),
+        Field(description="policy whose values this one starts from"),
+    ] = None
+    every: Annotated[
+        timedelta | None,
+        BeforeValidator(_interval),
+        Form(f"{DURATION_FORM}, or manual"),
+        Field(description="interval; manual: only people rotate"),
+    ] = timedelta(days=30)
+    cron: Annotated[
+        str | None,
+        _matching(_CRON),
+        Form(CRON_FORM),
+        Field(description="slots in the zone instead of an interval; 0 and 7 are Sunday"),
+    ] = None
+    zone: Annotated[
+        str,
+        BeforeValidator(_zone),
+        Form(ZONE_FORM),
+        Field(description="zone of cron and window"),
+    ] = "UTC"
+    window: Annotated[
+        str | None,
+        BeforeValidator(_window),
+        Form(WINDOW_FORM),
+        Field(description="rotations start inside it only"),
+    ] = None
+    jitter: Annotated[
+        float,
+        BeforeValidator(_percent),
+        Form("a share below 100% such as 10%"),
+        Field(
+            description="share of `every`, early only, fixed for each credential; none with cron"
+        ),
+    ] = 0.1
+    grace: Annotated[
+        timedelta | None,
+        BeforeValidator(_grace),
+        Form(f"{DURATION_FORM} (adaptive grace is not available yet)"),
+        Field(
+            description="how long the previous version stays accepted; default: the longer of 48h "
+            "and twice consumer_cache"
+        ),
+    ] = None
+    consumer_cache: Annotated[
+        AnyDuration, Field(description="how long an agent may keep what it read")
+    ] = timedelta(hours=24)
+    max_age: Annotated[
+        MaxAge | None,
+        BeforeValidator(_max_age),
+        Form("a duration such as 90d, {after: 90d, mode: enforce}, or none"),
+        Field(description="oldest age of a version; mode alert (default) or enforce"),
+    ] = MaxAge(after=timedelta(days=90))
+    first_rotation: Annotated[
+        Literal["after-first-use", "next-slot", "now"],
+        Form("after-first-use, next-slot or now"),
+        Field(description="when an imported credential rotates first"),
+    ] = "after-first-use"
+    retry: Annotated[RetrySection, Form("a mapping")] = RetrySection()
+    retire: Annotated[
+        Literal["leave", "disable", "destroy"],
+        Form("leave, disable or destroy"),
+        Field(description="what happens to old copies at destinations"),
+    ] = "disable"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_schedule(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "every" in data and "cron" in data:
+            raise ValueError
+        return data
+
+
+class KeysSection(Section):
+    """The names under which an entry holds the three parts."""
+
+    rule: ClassVar[str] = "three different keys"
+
+    id: KeyName = "id"
+    secret: KeyName = "secret"  # noqa: S105  # the name of a key
+    version: KeyName = "version"
+
+    @model_validator(mode="after")
+    def _different(self) -> KeysSection:
+        if len({self.id, self.secret, self.version}) != 3:
+            raise ValueError
+        return self
+
+
+class TargetSection(Section):
+    """One place where the agent reads."""
+
+    to: Annotated[str, Form("the name of a connection"), Field(description="connection")]
+    path: Annotated[
+        str,
+        _matching(_PATH),
+        Form("a relative path of segments of A-Z a-z 0-9 . _ - without . and .."),
+        Field(description="place under the connection's prefix"),
+    ]
+    keys: Annotated[
+        KeysSection, Form("a mapping of id, secret and version to three different keys")
+    ] = KeysSection()
+    merge: Annotated[Flag, Field(description="keep keys of others in the entry")] = False
+    adopt: Annotated[Flag, Field(description="take over an entry that exists")] = False
+
+
+class AgentSection(Section):
+    """A workload that holds a credential: `agents`, by id."""
+
+    login: Annotated[
+        str | None,
+        _matching(_LOGIN),
+        Form("1 to 128 printable ASCII characters without colon and space"),
+        Field(description="what it presents; default: the id"),
+    ] = None
+    owner: Annotated[
+        str | None,
+        _matching(_WORDS),
+        Form("a text of 1 to 128 characters"),
+        Field(description="team"),
+    ] = None
+    policy: Annotated[str, Form("the name of a policy")] = "default"
+    destinations: Annotated[
+        list[TargetSection], Field(min_length=1), Form("a list of {to, path}, one at least")
+    ]
+
+
+class TopSection(Section):
+    """The other keys of the main file."""
+
+    version: Annotated[Literal[1], Form("1"), Field(description="version of this format")]
+    revocations_file: Annotated[
+        File, Field(description="file of revocations; polled, and read at SIGUSR1")
+    ] = None
+    revocations: Annotated[
+        list[str],
+        Form("a list of lines as in the revocations file"),
+        Field(description="the same lines here"),
+    ] = Field(default_factory=list)
+    include: Annotated[
+        str | None,
+        Form("a file pattern such as /etc/keyturn/agents.d/*.yaml"),
+        Field(description="more files, with agents only"),
+    ] = None
+    notify: Annotated[
+        list[Any],
+        Form("a list"),
+        Field(description="not available yet: accepted, and nothing is sent"),
+    ] = Field(default_factory=list)
