@@ -1,0 +1,65 @@
+"""The built-in authority: the verifier store itself says what is good.
+
+Its effects are the rows that the journal commits, so deadlines, revocations and suspensions need
+nothing more here. Rules 16 to 18 (leased verifiers) will have their place in `settled`.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from keyturn.core.model import Version
+from keyturn.core.secret import Secret, parse
+from keyturn.ports import Abilities, Accepted
+from keyturn.verifier.hashing import SCHEME, Hashing, same_tag, tag, text_of
+
+
+def _saga_hashing() -> Hashing:
+    # A permit of its own: guessers at the verifier must not keep rotations from going on.
+    return Hashing(gate=threading.BoundedSemaphore(1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltinAuthority:
+    """Implements `ports.Authority` over the store's rows."""
+
+    hashing: Hashing = field(default_factory=_saga_hashing)
+    abilities: Abilities = field(default_factory=Abilities)
+
+    def accept(self, *, version_id: str, secret: Secret) -> Accepted:
+        """Return what makes the version acceptable once it is committed."""
+        return Accepted(
+            secret=secret,
+            scheme=SCHEME,
+            digest=self.hashing.digest(secret),
+            tag=tag(version_id, secret),
+        )
+
+    def matches(self, version: Version, secret: Secret) -> bool:
+        """Tell by tag and argon2 whether this text is that very version, accepted or not."""
+        return self.resembles(version, secret) and self.hashing.matches(version.digest, secret)
+
+    def resembles(self, version: Version, secret: Secret) -> bool:
+        """Tell by public form and tag whether this text can be that version."""
+        if version.tag is None:
+            return self.hashing.matches(version.digest, secret)
+        parsed = parse(text_of(secret))
+        if parsed is None or parsed.version_id != version.id:
+            return False
+        return same_tag(version.tag, version.id, secret)
+
+    def set_deadline(self, version: Version, deadline: datetime | None) -> None:
+        """Do nothing: the row says it."""
+
+    def revoke(self, version: Version) -> None:
+        """Do nothing: the row says it."""
+
+    def suspend(self, login: str, *, suspended: bool) -> None:
+        """Do nothing: the row says it."""
+
+    def settled(self, epoch: int) -> bool:
+        """Every verifier reads spool and store before each yes, so none is behind."""
+        del epoch
+        return True
