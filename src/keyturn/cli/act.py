@@ -17,7 +17,7 @@ rotation = typer.Typer(
 
 def rotate(
     *,
-    agents: Annotated[list[str], typer.Argument(metavar="AGENT...", help="The agents' ids.")],
+    agents: Annotated[list[str], typer.Argument(metavar="AGENT", help="The agents' ids.")],
     grace: Annotated[
         str, typer.Option(help="How long the old version is still accepted, such as 15m.")
     ] = "",

@@ -92,7 +92,8 @@ def identify(
 ) -> None:
     """Tell whose secrets stand in a text on standard input.
 
-    It prints ids, never a secret. Only the public version ids leave this process: `keyturn identify < leak.txt`.
+    It prints ids, never a secret; exit 1 if none is of this store. Only the public version ids
+    leave this process: `keyturn identify < leak.txt`.
     """
     text = sys.stdin.buffer.read(_IDENTIFY_LIMIT)
     found = [parse(candidate) for candidate in _CANDIDATE.findall(text)]
@@ -100,7 +101,10 @@ def identify(
     if not ids:
         raise NothingFound
     rows = ask("identify", {"versions": ids}, socket=socket)
-    output.show(rows, as_json=json, people=render.identified)
+    known = {row["version"] for row in rows}
+    strange = [{"version": one, "agent": None, "state": None} for one in ids if one not in known]
+    output.show([*rows, *strange], as_json=json, people=render.identified)
+    output.end_with(0 if known else 1)
 
 
 def metrics(json: options.Json = False, socket: options.Socket = options.SOCKET) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -62,7 +63,8 @@ _INTERNAL_HINT = "this is a bug in Keyturn; `keyturn --debug …` shows where"
 
 
 def _report(message: str, hint: str, error: Exception) -> int:
-    print(f"error: {render.safe(message)}", file=sys.stderr)  # noqa: T201
+    for line in message.splitlines():  # a configuration can have several faults
+        print(f"error: {render.safe(line)}", file=sys.stderr)  # noqa: T201
     if hint:
         print(f"hint: {render.safe(hint)}", file=sys.stderr)  # noqa: T201
     if _debug_wanted():
@@ -98,7 +100,12 @@ def _options(
 @app.command()
 def run(
     config: options.Config = options.CONFIG,
-    socket: options.Socket = options.SOCKET,
+    socket: Annotated[
+        Path | None,
+        typer.Option(
+            "--socket", envvar="KEYTURN_SOCKET", help="Instead of `admin.socket` of the file."
+        ),
+    ] = None,
     no_standby: Annotated[
         bool, typer.Option("--no-standby", help="End at once if another daemon has the store.")
     ] = False,
@@ -135,7 +142,7 @@ def check(
 
     Offline and without credentials, for pull requests; exit 78 if it cannot be used.
     """
-    report = late("keyturn.wiring", "check")(config, probe=probe)
+    report = late("keyturn.daemon.checks", "check")(config, probe=probe)
     output.show(report, as_json=json, people=render.checks)
     output.end_with(0 if report["ok"] else 1)
 
@@ -162,4 +169,4 @@ def policy_vault(config: options.Config = options.CONFIG) -> None:
 
     `keyturn policy vault -c k.yaml | vault policy write keyturn -`
     """
-    typer.echo(late("keyturn.wiring", "vault_policy")(config))
+    typer.echo(late("keyturn.daemon.checks", "vault_policy")(config))

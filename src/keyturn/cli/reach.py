@@ -18,7 +18,7 @@ WITHOUT_DAEMON = frozenset({"status", "revoke", "suspend", "resume", "audit"})
 
 
 class Offline(Protocol):
-    """What `keyturn.wiring.offline` gives: the daemon's command functions on the bare store."""
+    """What `keyturn.daemon.offline` gives: the daemon's command functions on the bare store."""
 
     def commands(self) -> Mapping[str, Callable[[dict[str, Any], Any, OnProgress], Any]]:
         """Return the same functions under the same names as at the socket."""
@@ -35,7 +35,9 @@ def late(module: str, name: str) -> Any:
 @contextmanager
 def store(config: Path) -> Iterator[Offline]:
     """Open the store that the configuration names, as a library."""
-    opened = cast("AbstractContextManager[Offline]", late("keyturn.wiring", "offline")(config))
+    opened = cast(
+        "AbstractContextManager[Offline]", late("keyturn.daemon.offline", "offline")(config)
+    )
     with opened as offline:
         yield offline
 
@@ -65,9 +67,8 @@ def ask(
 def _on_the_store(
     command: str, args: dict[str, Any], config: Path, on_progress: OnProgress | None
 ) -> Any:
-    local_peer = late("keyturn.daemon.peer", "local_peer")
+    # Asked before the store is opened: that drops root, and the audit wants who it was.
+    peer = late("keyturn.daemon.peer", "local_peer")(os.environ.get("SUDO_USER", ""))
     with store(config) as offline:
         function = offline.commands()[command]
-        return function(
-            args, local_peer(os.environ.get("SUDO_USER", "")), on_progress or (lambda _event: None)
-        )
+        return function(args, peer, on_progress or (lambda _event: None))

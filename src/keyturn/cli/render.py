@@ -225,21 +225,33 @@ def _rotation_result(one: Row) -> str:
 
 def revocation(result: Row) -> str:
     """Return what was, or would be, refused from now on, and how long that took."""
-    verb = "would revoke" if result.get("dry_run") else "revoked"
-    versions = result.get("versions") or []
-    lines = [f"{verb} {safe(result.get('agent'))}: {len(versions)} versions"]
-    lines += [f"  {safe(one)}" for one in versions]
+    versions, dry_run = result.get("versions") or [], result.get("dry_run")
+    number = f"{len(versions)} version" + ("" if len(versions) == 1 else "s")
+    subject = safe(result.get("agent") or result.get("target"))
+    lines = [f"{'would revoke' if dry_run else 'revoked'} {subject}: {number}"]
+    lines += [f"  version {safe(one)}" for one in versions]
     lines += [f"  destination {safe(one)}" for one in result.get("destinations") or ()]
-    lines += [f"  warning: {safe(one)}" for one in result.get("warnings") or ()]
-    verifiers = result.get("verifiers") or {}
-    if result.get("delay_seconds") is not None:
-        known = f"{verifiers.get('acknowledged', 0)}/{verifiers.get('live', 0)} verifiers"
-        lines.append(f"refused everywhere after {result['delay_seconds'] * 1000:.0f} ms ({known})")
-    if result.get("successor"):
-        lines.append(f"successor: {safe(result['successor'])}")
-    if result.get("incomplete"):
-        lines.append("INCOMPLETE: not every verifier has confirmed; repeat the same command")
+    if not dry_run:
+        lines += _revocation_end(result)
     return "\n".join(lines)
+
+
+def _revocation_end(result: Row) -> list[str]:
+    here, everywhere = result.get("refused_here_after_seconds"), result.get("delay_seconds")
+    verifiers = result.get("verifiers") or {}
+    known = f"{verifiers.get('acknowledged', 0)}/{verifiers.get('live', 0)} verifiers"
+    lines = [f"  warning: {safe(one)}" for one in result.get("warnings") or ()]
+    if here is not None:
+        lines.append(f"refused on this host after {here * 1000:.0f} ms")
+    if result.get("incomplete"):
+        lines.append(f"INCOMPLETE ({known}): the daemon goes on with it; or repeat this command")
+    elif everywhere is not None:
+        lines.append(f"refused everywhere after {everywhere * 1000:.0f} ms ({known})")
+    if result.get("successor"):
+        lines.append(f"successor: version {safe(result['successor'])}")
+    elif result.get("reissue"):
+        lines.append(f"a successor is on its way: keyturn status {safe(result.get('agent'))}")
+    return lines
 
 
 def changed(result: Row) -> str:
@@ -280,11 +292,8 @@ def audit(result: Row) -> str:
     parts = [table(headings, rows)] if rows else ["no entries"]
     chain = result.get("chain")
     if chain is not None:
-        parts.append(
-            f"chain: whole, {chain.get('checked', 0)} entries checked"
-            if chain.get("ok")
-            else f"chain: BROKEN: {safe(chain.get('problem'))}"
-        )
+        whole = f"BROKEN: {safe(chain.get('problem'))}"
+        parts.append(f"chain: {'whole' if chain.get('ok') else whole}")
     return "\n".join(parts)
 
 

@@ -23,15 +23,13 @@ LEVELS = ("debug", "info", "warning", "error")
 _Event = MutableMapping[str, Any]
 
 
-def configure(
-    *, level: str = "info", people: bool | None = None, stream: TextIO | None = None
-) -> None:
+def configure(*, level: str = "info", form: str = "auto", stream: TextIO | None = None) -> None:
     """Send the logs of the whole process to `stream` (stderr by default), masked.
 
-    `people` chooses lines for people instead of JSON; None means: if the stream is a terminal.
+    `form` is `json`, `text` (lines for people), or `auto`: text on a terminal, else JSON.
     """
     out = sys.stderr if stream is None else stream
-    for_people = out.isatty() if people is None else people
+    for_people = form == "text" or (form == "auto" and out.isatty())
     before: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_logger_name,

@@ -13,9 +13,9 @@ from types import TracebackType
 
 from keyturn.core.secret import VERSION_ID_LENGTH
 
-# The prefix and the version id are public and stay; the random part goes, also where a message was
-# cut in the middle of it.
-_SECRET = re.compile(rf"([0-9A-Za-z]{{1,16}}_[0-9A-Za-z]{{{VERSION_ID_LENGTH}}}_)[0-9A-Za-z]{{4,}}")
+# The version id is public and stays; the random part goes, also where a message was cut in the
+# middle of it, and whatever stands in front of it.
+_SECRET = re.compile(rf"(_[0-9A-Za-z]{{{VERSION_ID_LENGTH}}}_)[0-9A-Za-z]{{4,}}")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _CODE_ATTRIBUTES = ("code", "status_code", "errno", "pgcode", "sqlstate")
 _LONGEST_CHAIN = 10

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 
 import structlog
@@ -38,24 +39,33 @@ class _Worker(threading.Thread):
     def __init__(self, name: str, callback: Callback) -> None:
         super().__init__(name=f"signal-{name}", daemon=True)
         self._callback = callback
-        self._asked = threading.Event()
+        self._changed = threading.Condition()
+        self._asked = False
         self._closed = False
 
     def ask(self) -> None:
-        self._asked.set()
+        with self._changed:
+            self._asked = True
+            self._changed.notify()
 
     def close(self) -> None:
-        self._closed = True
-        self._asked.set()
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
 
     def run(self) -> None:
-        while self._asked.wait() and not self._closed:
-            # Cleared before the work: what arrives from here on was perhaps not read any more.
-            self._asked.clear()
+        while self._wait_until_asked():
             try:
                 self._callback()
             except Exception:  # noqa: BLE001  # loop top: the next signal must still be heard
                 _log.error("signal.failed", signal=self.name, exc_info=True)
+
+    def _wait_until_asked(self) -> bool:
+        """Take the request back before the work: what comes later was perhaps not read any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._asked or self._closed)
+            asked, self._asked = self._asked, False
+            return asked
 
 
 class Signals:
@@ -90,18 +100,25 @@ class Signals:
             worker.start()
         self._waiter.start()
 
-    def close(self) -> None:
-        """Stop waiting. What is being handled is not interrupted."""
+    def close(self, wait_seconds: float = 5.0) -> None:
+        """Stop waiting, and give what was asked for before that `wait_seconds` to be done."""
         self._closed = True
+        self._waiter.join()
+        deadline = time.monotonic() + wait_seconds
         for worker in self._workers.values():
             worker.close()
-        self._waiter.join()
+        for worker in self._workers.values():
+            worker.join(max(0.0, deadline - time.monotonic()))
 
     def _wait(self) -> None:
-        while not self._closed:
-            arrived = signal.sigtimedwait(WAITED_FOR, _LOOK_UP)
+        while True:
+            # The last look takes what is pending: a USR1 just before the end is still done.
+            closing = self._closed
+            arrived = signal.sigtimedwait(WAITED_FOR, 0 if closing else _LOOK_UP)
             if arrived is not None:
                 self._dispatch(signal.Signals(arrived.si_signo))
+            elif closing:
+                return
 
     def _dispatch(self, number: signal.Signals) -> None:
         worker = self._workers.get(number)

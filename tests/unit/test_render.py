@@ -1,0 +1,195 @@
+"""What people see, from canned data of the documented shapes."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from keyturn.cli import render
+
+NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+CANARY = "kt_" + "A" * 14 + "_" + "b" * 49
+
+STATUS: dict[str, Any] = {
+    "agent": "billing-bot",
+    "login": "billing-bot@acme",
+    "owner": "team-billing",
+    "policy": "restart-weekly",
+    "managed_by": "file",
+    "state": "enabled",
+    "next_rotation_at": "2026-03-04T12:00:00Z",
+    "overdue": False,
+    "max_age_at": "2026-05-01T12:00:00Z",
+    "current": {
+        "version": "v7Q2aaaaaaaaaa",
+        "promoted_at": "2026-03-01T10:00:00Z",
+        "last_used_at": None,
+        "deadline": None,
+    },
+    "pending": None,
+    "kept": [],
+    "previous": [
+        {"version": "v6aaaaaaaaaaaa", "deadline": "2026-03-03T12:00:00Z", "laggards": ["10.0.0.7"]}
+    ],
+    "rotation": {
+        "id": "r1",
+        "state": "waiting",
+        "why": "destination",
+        "attempt": 1,
+        "waiting_since": "2026-03-01T11:58:00Z",
+        "next_try_at": "2026-03-01T12:00:30Z",
+        "error_code": "destination-unavailable",
+    },
+    "destinations": [
+        {"name": "vault-eu", "path": "billing", "shows_version": "v7Q2aaaaaaaaaa", "in_sync": True},
+        {
+            "name": "aws",
+            "path": "b",
+            "shows_version": None,
+            "in_sync": False,
+            "error_code": "older",
+        },
+    ],
+    "safe_to_retire": {"ok": False, "reason": "the grace has not passed"},
+    "hint": "keyturn rotation retry billing-bot",
+}
+
+
+def test_the_overview_is_one_line_per_agent() -> None:
+    """Agent, state, version, ages, what waits and why, and how many destinations are in sync."""
+    text = render.status([STATUS, STATUS | {"agent": "b", "overdue": True}], NOW)
+    first, second, third = text.splitlines()
+    assert first.split()[:3] == ["AGENT", "STATE", "VERSION"]
+    assert "v7Q2aaaaaaaaaa" in second
+    assert "2h ago" in second
+    assert "in 3d" in second
+    assert "waiting (destination)" in second
+    assert "1/2" in second
+    assert "overdue, in 3d" in third
+
+
+def test_no_agents_says_how_to_add_one() -> None:
+    """An empty list is no empty screen."""
+    assert "keyturn agents add" in render.status([])
+
+
+def test_one_agent_shows_everything_and_the_next_command() -> None:
+    """All versions, the rotation, each destination, and at the end what to type."""
+    lines = render.status_of_one(STATUS, NOW).splitlines()
+    text = "\n".join(lines)
+    assert lines[0] == "billing-bot: enabled"
+    assert "v6aaaaaaaaaaaa · ends in 2d · still used by 10.0.0.7" in text
+    assert "since 2m ago · next try in 30s" in text
+    assert "at vault-eu:billing  in sync" in text
+    assert "at aws:b  NOT in sync (older)" in text
+    assert "safe to retire no: the grace has not passed" in text
+    assert lines[-1] == "next: keyturn rotation retry billing-bot"
+
+
+def test_a_new_agent_without_anything_renders() -> None:
+    """Nulls everywhere, as just after `agents add`."""
+    bare = dict.fromkeys(STATUS) | {"agent": "a", "state": "enabled"}
+    assert "a: enabled" in render.status_of_one(bare, NOW)
+    assert "a" in render.status([bare], NOW)
+
+
+TEXTS = {
+    "escape": ("a\x1b[2J\x1b]0;x\x07b", "\x1b"),
+    "line break": ("a\nerror: forged", "\nerror"),
+    "right to left": ("a\u202eb", "\u202e"),
+    "secret of ours": (f"see {CANARY}", "bbbb"),
+    "rich markup": ("[red]a[/red] [link=http://x]b", "\x1b"),
+}
+
+
+@pytest.mark.parametrize(("text", "forbidden"), TEXTS.values(), ids=TEXTS.keys())
+def test_hostile_text_cannot_steer_the_terminal(text: str, forbidden: str) -> None:
+    """Owners, reasons, details and messages are shown as text, whatever is in them."""
+    row = STATUS | {"owner": text, "hint": text, "agent": text, "rotation": {"state": text}}
+    shown = [
+        render.status([row], NOW),
+        render.status_of_one(row, NOW),
+        render.agents([row | {"targets": [{"to": text, "path": text}]}]),
+        render.rotations([{"agent": text, "outcome": text, "error": {"message": text}}]),
+        render.revocation({"agent": text, "versions": [text], "destinations": [text]}),
+        render.changed({"agent": text, "state": text}),
+        render.identified([{"version": text, "agent": text, "state": text}]),
+        render.audit({"entries": [{"actor": text, "detail": {"reason": text}}]}),
+        render.checks({"checks": [{"name": text, "detail": text, "hint": text}]}),
+        render.event({"event": text, "message": text, "why": text}),
+    ]
+    assert [part for part in shown if forbidden in part] == []
+
+
+def test_rich_markup_is_shown_as_it_is() -> None:
+    """Brackets are text: an owner called [bold] keeps its brackets."""
+    assert "[bold]x[/bold]" in render.agents([{"agent": "a", "owner": "[bold]x[/bold]"}])
+
+
+def test_json_is_masked_too() -> None:
+    """The second line of defence stands before every output."""
+    assert "bbbb" not in render.as_json({"reason": CANARY})
+
+
+WHENS = [
+    (None, "–"),
+    ("2026-03-01T12:00:00Z", "0s ago"),
+    ("2026-03-01T12:00:45Z", "in 45s"),
+    ("2026-03-01T08:29:59+00:00", "3h 30m ago"),
+    ("2026-03-11T13:00:00Z", "in 10d 1h"),
+    ("nonsense", "nonsense"),
+    ("2026-03-01T12:00:00", "2026-03-01T12:00:00"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), WHENS)
+def test_distances_in_time(text: str | None, expected: str) -> None:
+    """Two units at most; what is no time is shown as it is."""
+    assert render.when(text, NOW) == expected
+
+
+def test_whole_ids_in_a_pipe() -> None:
+    """Output that a script reads is not cut at 80 columns."""
+    long = "a" * 63
+    assert long in render.status([STATUS | {"agent": long}], NOW)
+
+
+def test_a_revocation_tells_the_delays() -> None:
+    """How long until this host and until every verifier refused."""
+    text = render.revocation(
+        {
+            "agent": "a",
+            "versions": ["v1"],
+            "incomplete": False,
+            "reissue": True,
+            "refused_here_after_seconds": 0.0041,
+            "delay_seconds": 0.0123,
+            "verifiers": {"acknowledged": 4, "live": 4},
+        }
+    )
+    assert text.splitlines() == [
+        "revoked a: 1 version",
+        "  version v1",
+        "refused on this host after 4 ms",
+        "refused everywhere after 12 ms (4/4 verifiers)",
+        "a successor is on its way: keyturn status a",
+    ]
+
+
+def test_checks_show_what_to_do_about_failures() -> None:
+    """A hint stands below what failed, not below what is good."""
+    text = render.checks(
+        {
+            "checks": [
+                {"name": "store", "ok": True, "detail": "SQLite 3.51.3", "hint": "unused"},
+                {"name": "vault-eu", "ok": False, "detail": "denied", "hint": "see the policy"},
+            ]
+        }
+    )
+    assert text.splitlines() == [
+        "ok   store: SQLite 3.51.3",
+        "FAIL vault-eu: denied",
+        "     hint: see the policy",
+    ]
