@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
@@ -181,7 +182,7 @@ def test_the_smallest_file(write: Write) -> None:
         ("grace: 9d", "grace: 7d", "k.yaml:15: policies.weekly: grace 7d is 24h short of its floor 8d: consumer_cache 8d + lease 0s"),
         ("every: 30d", "every: 23h", "k.yaml:9: policies.default: a grace of 48h at this interval needs 5 accepted versions, and the limit is 4: rotate no more often than every 24h, or shorten the grace to 46h"),
         ("mode: enforce}", "mode: enforced}", "k.yaml:17: policies.by-hand.max_age.mode: expected alert or enforce"),
-        ("max: 15m", "max: 1s", "k.yaml:14: policies.default.retry: expected first up to max, and settle_after longer than call_deadline"),
+        ("max: 15m", "max: 1s", "k.yaml:9: policies.default: retry: expected `first` up to `max`, and `settle_after` longer than `call_deadline`"),
         ("extends: weekly", "extends: wekly", "k.yaml:16: policies.nightly.extends: unknown policy: did you mean weekly?"),
         ("extends: default", "extends: nightly", "k.yaml:15: policies.weekly.extends: expected no circle of policies"),
         ("policy: weekly", "policy: weakly", "k.yaml:28: agents.billing-bot.policy: unknown policy: did you mean weekly?"),
@@ -376,3 +377,35 @@ def test_the_lease_counts_only_for_leased_verifiers(write: Write) -> None:
     leased = GOOD.replace("sqlite:////var/lib/keyturn/keyturn.db", "postgresql://k@localhost/k")
     leased = leased.replace("grace: 8d", "grace: 9d")
     assert read(write(leased)).lease == timedelta(seconds=30)
+
+
+class OwnForm:
+    """A form as adapters below this layer bring it."""
+
+    text = "a colour"
+
+
+def test_forms_of_adapters_are_used(write: Write) -> None:
+    """An adapter's own words for an option stand in the error."""
+
+    class Options(BaseModel):
+        colour: Annotated[Literal["red"], OwnForm()] = "red"
+
+    class Painter:
+        pass
+
+    Painter.Options = Options  # type: ignore[attr-defined]
+    path = write("version: 1\nconnections: {a: {type: painter, colour: blue}}\n")
+    with pytest.raises(ConfigError, match=r":2: connections\.a\.colour: expected a colour$"):
+        load(path, environ={}, adapter=lambda kind: Painter)  # type: ignore[arg-type,return-value]
+
+
+def test_a_missing_library_names_what_to_install(write: Write) -> None:
+    """A type whose SDK is not there says the command that helps."""
+
+    def missing(kind: str) -> type[FakeAdapter]:
+        raise ConfigError("the type vault needs a library", hint="pip install 'keyturn[vault]'")
+
+    path = write("version: 1\nconnections: {a: {type: vault}}\n")
+    with pytest.raises(ConfigError, match=r"needs a library \(pip install 'keyturn\[vault\]'\)"):
+        load(path, environ={}, adapter=missing)

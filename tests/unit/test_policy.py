@@ -314,3 +314,12 @@ def test_wrong_durations_are_refused_without_quoting(text: str) -> None:
         ValueError, match=r"^expected a duration such as 30d, 48h, 1h30m, 2s or 250ms$"
     ):
         parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("deadline", "settle", "good"), [(10, 300, True), (10, 10, False), (10, 5, False)]
+)
+def test_a_call_on_its_way_never_counts_as_settled(deadline: int, settle: int, good: bool) -> None:
+    """`settle_after` must be longer than the deadline of a call (rule 2)."""
+    retry = Retry(call_deadline=timedelta(seconds=deadline), settle_after=timedelta(seconds=settle))
+    assert (rules.check(Policy(retry=retry), {}, timedelta(0)) == []) is good

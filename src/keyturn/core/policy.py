@@ -129,6 +129,7 @@ def check(
     return [
         *_check_accepted(policy, interval),
         *_check_age(policy, interval),
+        *_check_retry(policy.retry),
         *(
             problem
             for name, ability in sorted(traits.items())
@@ -168,6 +169,13 @@ def _check_age(policy: Policy, interval: timedelta | None) -> list[str]:
             f"{text(interval)}{waiting} + grace {text(policy.grace)}"
         )
     ]
+
+
+def _check_retry(retry: Retry) -> list[str]:
+    # A call that may still be on its way must never count as settled (rule 2).
+    if retry.settle_after > retry.call_deadline and retry.first <= retry.max:
+        return []
+    return ["retry: expected `first` up to `max`, and `settle_after` longer than `call_deadline`"]
 
 
 def _check_destination(

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
-from keyturn.config_file import Document, Loc, Problem, did_you_mean
+from keyturn.config.file import Document, Loc, Problem, did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +126,9 @@ def form_of(field: FieldInfo | None) -> str:
     if field is None:
         return "another value here"
     for note in field.metadata:
-        if isinstance(note, Form):
-            return note.text
+        # Adapters bring a Form of their own: they stand below this layer.
+        if isinstance(text := getattr(note, "text", None), str):
+            return text
     return field.description or _type_name(field.annotation)
 
 

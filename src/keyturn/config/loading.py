@@ -1,28 +1,16 @@
-"""Files and environment to frozen settings: `load`, and the checks that need adapters.
-
-    1  read         the main file and the includes: permissions, YAML, lines     (config_file)
-    2  shape        each section by its model, each connection by its adapter's  (config_shape, _models)
-    3  connect      policies along `extends`, agents to policies and connections
-    4  check        what cannot work: cadence, grace, age; later, with adapters: quotas and owners
-
-All problems of all steps are reported together, a line each, and none quotes a value.
-"""
+"""One run of `load`: read, shape, connect, check, with all problems in one list."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from importlib import import_module
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import BaseModel
 
-from keyturn.config_file import Document, Problem, did_you_mean, read_document, refuse
-from keyturn.config_models import (
+from keyturn.config.file import Document, Problem, did_you_mean, read_document, refuse
+from keyturn.config.models import (
     ID_FORM,
     AdminSettings,
     AgentSection,
@@ -34,14 +22,14 @@ from keyturn.config_models import (
     VerifierSettings,
     is_id,
 )
-from keyturn.config_shape import Model, shape
+from keyturn.config.settings import AgentDefinition, Connection, Settings
+from keyturn.config.shape import Model, shape
 from keyturn.core.model import Keys, Policy, Retry, Target, Traits
 from keyturn.core.policy import CronCalculator, check, default_grace, shortest_interval
 from keyturn.core.revocations import RevocationEntry, parse_line
 from keyturn.errors import ConfigError
 
 ENVIRONMENT = "KEYTURN_"
-ENTRY_POINTS = "keyturn.destinations"
 _FROM_ENVIRONMENT = {"store": StoreSettings, "log": LogSettings}
 _MAIN_ONLY = ("store", "log", "verifier", "admin", "connections", "policies")
 _SOME_DAY = datetime(2026, 1, 1, tzinfo=UTC)  # `check` gives the same answer every day
@@ -50,147 +38,12 @@ _SOME_DAY = datetime(2026, 1, 1, tzinfo=UTC)  # `check` gives the same answer ev
 class Adapter(Protocol):
     """What configuration needs of an adapter's class."""
 
-    Options: type[BaseModel]
+    @property
+    def Options(self) -> type[BaseModel]:  # noqa: N802  # a class attribute there
+        """The model of its connections' options."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Connection:
-    """A named way to reach a destination. `options` is its adapter's own model."""
-
-    name: str
-    type: str
-    options: BaseModel
-    where: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AgentDefinition:
-    """An agent as a file has it. `at` is where each of its targets stands."""
-
-    name: str
-    login: str
-    owner: str | None
-    policy: str
-    targets: tuple[Target, ...]
-    where: str
-    at: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """Everything that the files and the environment say, checked. Holds no secret.
-
-    `lease` is what leased verifiers add to the floor of a grace: zero on SQLite, where each verifier
-    looks at the store before each yes. `notes` are remarks for the operator.
-    """
-
-    path: Path
-    store: StoreSettings
-    log: LogSettings
-    verifier: VerifierSettings
-    admin: AdminSettings
-    connections: Mapping[str, Connection]
-    policies: Mapping[str, Policy]
-    policy_places: Mapping[str, str]
-    agents: Mapping[str, AgentDefinition]
-    revocations_file: Path | None
-    revocations: tuple[RevocationEntry, ...]
-    lease: timedelta
-    notes: tuple[str, ...] = ()
-
-
-def load(
-    path: Path,
-    *,
-    environ: Mapping[str, str],
-    cron: CronCalculator | None = None,
-    now: datetime | None = None,
-    adapter: Callable[[str], Adapter] | None = None,
-) -> Settings:
-    """Return the settings, or raise one ConfigError with all problems, a line each.
-
-    Offline, and needs no credentials. Without `cron` crontab lines are checked by their form only;
-    without `now` inline revocations may lie in the future; `adapter` finds an adapter's class by its
-    type (default: the registry of installed ones).
-    """
-    loading = _Loading(path, cron=cron, now=now, adapter=adapter or _registered)
-    settings = loading.run(environ)
-    refuse(loading.problems)
-    return settings
-
-
-def check_owners(settings: Settings, identity: Callable[[Target], str]) -> None:
-    """Refuse two owners of one remote entry, under whatever spelling.
-
-    `identity` gives the canonical remote key (the adapter's, offline). Raises ConfigError.
-    """
-    problems: list[Problem] = []
-    owners: dict[str, str] = {}
-    for agent in settings.agents.values():
-        for number, (target, where) in enumerate(zip(agent.targets, agent.at, strict=True)):
-            key = f"agents.{agent.name}.destinations[{number}]"
-            try:
-                entry = identity(target)
-            except ConfigError as error:
-                problems.append(Problem(where=where, key=f"{key}.path", text=str(error)))
-                continue
-            first = owners.setdefault(entry, f"{key} ({where})")
-            if not first.startswith(f"{key} "):
-                text = f"expected an entry of its own: {first} is the same one"
-                problems.append(Problem(where=where, key=f"{key}.path", text=text))
-    refuse(problems)
-
-
-def check_policies(
-    settings: Settings, traits: Callable[[str], Traits], *, cron: CronCalculator | None = None
-) -> None:
-    """Refuse policies that their agents' destinations cannot carry.
-
-    `traits` gives those of a connection by its name. Raises ConfigError.
-    """
-    used: dict[str, set[str]] = defaultdict(set)
-    for agent in settings.agents.values():
-        used[agent.policy].update(target.to for target in agent.targets)
-    problems: list[Problem] = []
-    for name, connections in used.items():
-        policy = settings.policies[name]
-        found = {connection: traits(connection) for connection in connections}
-        where = settings.policy_places[name]
-        problems += _check_policy(policy, where, found, settings.lease, cron)
-    refuse(problems)
-
-
-def _check_policy(
-    policy: Policy,
-    where: str,
-    traits: Mapping[str, Traits],
-    lease: timedelta,
-    cron: CronCalculator | None,
-) -> list[Problem]:
-    key, interval = f"policies.{policy.name}", None
-    if policy.cron is not None and cron is not None:
-        try:
-            interval = shortest_interval(policy, now=_SOME_DAY, cron=cron)
-        except ValueError as error:
-            return [Problem(where=where, key=f"{key}.cron", text=str(error))]
-        if cron.next(policy.cron, zone=policy.zone, after=_SOME_DAY) is None:
-            return [
-                Problem(where=where, key=f"{key}.cron", text="expected a line that comes round")
-            ]
-    texts = check(policy, traits, lease, interval=interval)
-    return [Problem(where=where, key=key, text=text) for text in texts]
-
-
-def _registered(kind: str) -> Adapter:
-    known = {point.name for point in entry_points(group=ENTRY_POINTS)}
-    if kind not in known:
-        raise ConfigError(f"unknown type of destination: {did_you_mean(kind, known)}")
-    registry: Any = import_module("keyturn.destinations.registry")  # SDKs load on first use
-    found: Adapter = registry.load(kind)
-    return found
-
-
-class _Loading:
+class Loading:
     """One run of `load`: what was read so far, and all that is wrong with it."""
 
     def __init__(
@@ -312,7 +165,11 @@ class _Loading:
             try:
                 return self._adapter(kind)
             except ConfigError as error:
-                text = str(error)
+                text = (
+                    f"{error} ({error.hint})"
+                    if error.hint != ConfigError.default_hint
+                    else str(error)
+                )
         self.problems.append(self._main.problem((*at, "type"), text))
         return None
 
@@ -334,7 +191,7 @@ class _Loading:
             if values is not None:
                 policies[name] = _policy(name, values)
                 places[name] = self._main.where(("policies", name))
-                self.problems += _check_policy(policies[name], places[name], {}, lease, self._cron)
+                self.problems += check_policy(policies[name], places[name], {}, lease, self._cron)
         return policies, places
 
     def _inherited(self, name: str, sections: Mapping[str, PolicySection]) -> dict[str, Any] | None:
@@ -476,3 +333,25 @@ def _target(section: TargetSection) -> Target:
         merge=section.merge,
         adopt=section.adopt,
     )
+
+
+def check_policy(
+    policy: Policy,
+    where: str,
+    traits: Mapping[str, Traits],
+    lease: timedelta,
+    cron: CronCalculator | None,
+) -> list[Problem]:
+    """Return what cannot work about a policy; without `cron` no crontab line is looked at."""
+    key, interval = f"policies.{policy.name}", None
+    if policy.cron is not None and cron is not None:
+        try:
+            interval = shortest_interval(policy, now=_SOME_DAY, cron=cron)
+        except ValueError as error:
+            return [Problem(where=where, key=f"{key}.cron", text=str(error))]
+        if cron.next(policy.cron, zone=policy.zone, after=_SOME_DAY) is None:
+            return [
+                Problem(where=where, key=f"{key}.cron", text="expected a line that comes round")
+            ]
+    texts = check(policy, traits, lease, interval=interval)
+    return [Problem(where=where, key=key, text=text) for text in texts]

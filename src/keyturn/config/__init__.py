@@ -1,0 +1,102 @@
+"""Files and environment to frozen settings: `load`, and the checks that need adapters.
+
+    1  read         the main file and the includes: permissions, YAML, lines     (file)
+    2  shape        each section by its model, each connection by its adapter's  (shape, models)
+    3  connect      policies along `extends`, agents to policies and connections
+    4  check        what cannot work: cadence, grace, age; later, with adapters: quotas and owners
+
+All problems of all steps are reported together, a line each, and none quotes a value.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+
+from keyturn.config.file import Problem, refuse
+from keyturn.config.loading import Adapter, Loading, check_policy
+from keyturn.config.models import ID_FORM, is_id
+from keyturn.config.settings import AgentDefinition, Connection, Settings
+from keyturn.core.model import Target, Traits
+from keyturn.core.policy import CronCalculator
+from keyturn.errors import ConfigError
+
+__all__ = [
+    "ID_FORM",
+    "AgentDefinition",
+    "Connection",
+    "Settings",
+    "check_owners",
+    "check_policies",
+    "is_id",
+    "load",
+]
+
+
+def load(
+    path: Path,
+    *,
+    environ: Mapping[str, str],
+    cron: CronCalculator | None = None,
+    now: datetime | None = None,
+    adapter: Callable[[str], Adapter] | None = None,
+) -> Settings:
+    """Return the settings, or raise one ConfigError with all problems, a line each.
+
+    Offline, and needs no credentials. Without `cron` crontab lines are checked by their form only;
+    without `now` inline revocations may lie in the future; `adapter` finds an adapter's class by its
+    type (default: the registry of installed ones).
+    """
+    loading = Loading(path, cron=cron, now=now, adapter=adapter or _registered)
+    settings = loading.run(environ)
+    refuse(loading.problems)
+    return settings
+
+
+def check_owners(settings: Settings, identity: Callable[[Target], str]) -> None:
+    """Refuse two owners of one remote entry, under whatever spelling.
+
+    `identity` gives the canonical remote key (the adapter's, offline). Raises ConfigError.
+    """
+    problems: list[Problem] = []
+    owners: dict[str, str] = {}
+    for agent in settings.agents.values():
+        for number, (target, where) in enumerate(zip(agent.targets, agent.at, strict=True)):
+            key = f"agents.{agent.name}.destinations[{number}]"
+            try:
+                entry = identity(target)
+            except ConfigError as error:
+                problems.append(Problem(where=where, key=f"{key}.path", text=str(error)))
+                continue
+            first = owners.setdefault(entry, f"{key} ({where})")
+            if not first.startswith(f"{key} "):
+                text = f"expected an entry of its own: {first} is the same one"
+                problems.append(Problem(where=where, key=f"{key}.path", text=text))
+    refuse(problems)
+
+
+def check_policies(
+    settings: Settings, traits: Callable[[str], Traits], *, cron: CronCalculator | None = None
+) -> None:
+    """Refuse policies that their agents' destinations cannot carry.
+
+    `traits` gives those of a connection by its name. Raises ConfigError.
+    """
+    used: dict[str, set[str]] = defaultdict(set)
+    for agent in settings.agents.values():
+        used[agent.policy].update(target.to for target in agent.targets)
+    problems: list[Problem] = []
+    for name, connections in used.items():
+        policy = settings.policies[name]
+        found = {connection: traits(connection) for connection in connections}
+        where = settings.policy_places[name]
+        problems += check_policy(policy, where, found, settings.lease, cron)
+    refuse(problems)
+
+
+def _registered(kind: str) -> Adapter:
+    from keyturn.destinations import registry  # an SDK loads only where a file names its type
+
+    return registry.load(kind)
