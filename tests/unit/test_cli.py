@@ -472,6 +472,23 @@ def test_identify_sends_version_ids_only(
     assert out == (f"bot, version {VERSION_ID}, current\nversion {other_id}: not of this store\n")
 
 
+def test_identify_finds_secrets_in_any_place(
+    daemon: FakeDaemon, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Glued to other words, and across the places where a long text is cut for reading."""
+    minted = [mint(random_bytes=os.urandom) for _ in range(1001)]
+    glue = "x" * 1_000_000
+    text = glue + ("token" + "mypasswordis".join(one.reveal() for _, one in minted))
+    monkeypatch.setattr(look, "_CHUNK", 997)
+    stdin(monkeypatch, text.encode())
+    daemon.answers["identify"] = []
+    code, _, _ = run("identify")
+    assert code == 1
+    assert [len(args["versions"]) for _, args in daemon.asked] == [1000, 1]
+    asked = [one for _, args in daemon.asked for one in args["versions"]]
+    assert sorted(asked) == sorted(version for version, _ in minted)
+
+
 def test_identify_without_any_secret_says_so(
     daemon: FakeDaemon, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import Annotated, Any, BinaryIO
 
 import typer
 
@@ -14,8 +15,9 @@ from keyturn.core.secret import MAX_SECRET_BYTES, Secret, parse
 from keyturn.errors import KeyturnError
 
 _CANDIDATE = re.compile(rb"[0-9A-Za-z]{1,16}_[0-9A-Za-z]{14}_[0-9A-Za-z]{49}")
-_IDENTIFY_LIMIT = 16 * 1024 * 1024
-_MOST_VERSIONS = 1000
+_LONGEST = 16 + 1 + 14 + 1 + 49
+_CHUNK = 1024 * 1024
+_BATCH = 1000
 
 
 class NothingFound(KeyturnError):
@@ -95,12 +97,12 @@ def identify(
     It prints ids, never a secret; exit 1 if none is of this store. Only the public version ids
     leave this process: `keyturn identify < leak.txt`.
     """
-    text = sys.stdin.buffer.read(_IDENTIFY_LIMIT)
-    found = [parse(candidate) for candidate in _CANDIDATE.findall(text)]
-    ids = list(dict.fromkeys(one.version_id for one in found if one is not None))[:_MOST_VERSIONS]
+    ids = list(dict.fromkeys(_version_ids(sys.stdin.buffer)))
     if not ids:
         raise NothingFound
-    rows = ask("identify", {"versions": ids}, socket=socket)
+    rows: list[dict[str, Any]] = []
+    for start in range(0, len(ids), _BATCH):  # a request line has its limit
+        rows += ask("identify", {"versions": ids[start : start + _BATCH]}, socket=socket)
     known = {row["version"] for row in rows}
     strange = [{"version": one, "agent": None, "state": None} for one in ids if one not in known]
     output.show([*rows, *strange], as_json=json, people=render.identified)
@@ -111,6 +113,20 @@ def metrics(json: options.Json = False, socket: options.Socket = options.SOCKET)
     """Print the metrics in the Prometheus text format."""
     result = ask("metrics", {}, socket=socket)
     output.show(result, as_json=json, people=lambda data: str(data["text"]).rstrip("\n"))
+
+
+def _version_ids(stream: BinaryIO) -> Iterator[str]:
+    """Yield the version id of every secret with a right checksum, in a text of any length."""
+    rest = b""
+    while chunk := stream.read(_CHUNK):
+        text = rest + chunk
+        for candidate in _CANDIDATE.findall(text):
+            # What stands directly before a secret may look like a part of its prefix.
+            for start in range(candidate.index(b"_")):
+                found = parse(candidate[start:])
+                if found is not None:
+                    yield found.version_id
+        rest = text[-_LONGEST:]
 
 
 def _read_secret() -> Secret:

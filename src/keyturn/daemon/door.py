@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import socket
 import stat
 from pathlib import Path
 
+import structlog
+
 from keyturn.errors import ConfigError
 
 _FOLDER_MODE = 0o750
 _SOCKET_MODE = 0o660
 _BACKLOG = 32
+
+_log = structlog.get_logger(__name__)
 
 
 class Door:
@@ -117,9 +120,11 @@ class Door:
     def _give_to_group(self, path: Path) -> None:
         if self._group is None:
             return
-        # A daemon that is not in the group cannot give it: then only its own uid and root get in.
-        with contextlib.suppress(PermissionError):
+        try:
             os.chown(path, -1, self._group)
+        except PermissionError:
+            # Not a member ourselves: then only our own uid and root get in, which is safe.
+            _log.warning("admin.group-not-given", path=str(path), gid=self._group)
 
 
 def _somebody_answers(path: Path) -> bool:

@@ -186,7 +186,8 @@ class AdminServer:
         except Exception:  # noqa: BLE001  # a bug of ours: logged here, no details to the caller
             _log.error("admin.internal", command=request.command, exc_info=True)
             answer = wire.internal_error_line()
-        connection.sendall(answer)
+        if not caller.broken:  # half an event may be on its way: nothing can follow it
+            connection.sendall(answer)
 
     def _permitted(self, name: str, role: Role) -> Command:
         command = self._handlers.get(name)
@@ -208,27 +209,27 @@ class Caller:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._broken = False
+        self.broken = False
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Send one event, `{"event": name, …}`, if there is still somebody."""
-        if self._broken:
+        if self.broken:
             return
         try:
             self._connection.sendall(wire.event_line(event))
         except OSError:
-            self._broken = True
+            self.broken = True
 
     @property
     def gone(self) -> bool:
         """Whether the caller has hung up."""
-        if not self._broken:
+        if not self.broken:
             readable, _, _ = select.select([self._connection], [], [], 0)
             try:
-                self._broken = bool(readable) and not self._connection.recv(1, socket.MSG_PEEK)
+                self.broken = bool(readable) and not self._connection.recv(1, socket.MSG_PEEK)
             except OSError:
-                self._broken = True
-        return self._broken
+                self.broken = True
+        return self.broken
 
 
 def _lines(connection: socket.socket) -> Iterator[bytes]:
