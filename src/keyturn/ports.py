@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from keyturn.core.model import Case, Target, Traits, Version
 from keyturn.core.secret import Secret
 
-
 # --- destinations -------------------------------------------------------------------------
 
 

@@ -7,20 +7,12 @@ stand in the error, where pydantic would print the input, and in the configurati
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from keyturn.config.file import Document, Loc, Problem, did_you_mean
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """What is expected of a field, to be read after "expected"."""
-
-    text: str
 
 
 class Section(BaseModel):

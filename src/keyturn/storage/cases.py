@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Row
+from sqlalchemy.engine import Connection
 from sqlalchemy.sql.elements import ColumnElement
 
 from keyturn.core.model import (
@@ -44,10 +44,11 @@ def columns(kind: type[Any], table: sa.Table, prefix: str = "") -> list[ColumnEl
     return [table.c[field.name].label(prefix + field.name) for field in fields(kind)]
 
 
-def from_row(kind: type[T], row: Row[Any] | None, prefix: str = "") -> T:
+def from_row(kind: Callable[..., T], row: Any, prefix: str = "") -> T:
     """Return a model value from a row that was selected with `columns`."""
-    mapping: Mapping[str, Any] = row._mapping  # type: ignore[union-attr]  # noqa: SLF001
-    return kind(**{f.name: mapping[prefix + f.name] for f in fields(kind)})  # type: ignore[arg-type]
+    mapping: Any = row._mapping  # noqa: SLF001 - its documented name
+    model: Any = kind
+    return kind(**{f.name: mapping[prefix + f.name] for f in fields(model)})
 
 
 def to_row(value: Any) -> dict[str, Any]:

@@ -80,11 +80,12 @@ class Database:
                 with engine.connect() as connection, connection.begin():
                     result = body(connection)
                     committing = True
-                return result
             except exc.SQLAlchemyError as error:
                 if not (left and _may_repeat(error, committing=committing)):
                     _translate(error)
-            time.sleep(0.01 * (TRIES - left))
+                time.sleep(0.01 * (TRIES - left))
+            else:
+                return result
         raise AssertionError("unreachable")
 
 

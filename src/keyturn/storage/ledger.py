@@ -128,7 +128,7 @@ _ACCEPTED_WORDS = frozenset({"pending", "current", "previous", "kept"})
 
 def _tells(version: Version | None) -> tuple[object, ...] | None:
     """Return what the ledger records of a version, to see whether it changed."""
-    return version and (version.state, version.deadline, version.digest)
+    return (version.state, version.deadline, version.digest) if version else None
 
 
 def _version_line(version: Version) -> dict[str, Any]:

@@ -31,8 +31,9 @@ def claim_free(now: ColumnElement[Any]) -> ColumnElement[bool]:
 
 def agents(connection: Connection, *, removed: bool) -> list[Agent]:
     """Return the agents that live, or the removed ones."""
-    query = sa.select(*columns(Agent, agents_table)).order_by(agents_table.c.name)
-    return [from_row(Agent, row) for row in connection.execute(query.where(_LIVES != removed))]
+    wanted = ~_LIVES if removed else _LIVES
+    query = sa.select(*columns(Agent, agents_table)).where(wanted).order_by(agents_table.c.name)
+    return [from_row(Agent, row) for row in connection.execute(query)]
 
 
 def agent(connection: Connection, name: str) -> Agent:

@@ -478,10 +478,12 @@ def _lost(connection: Connection, claim: Claim | None) -> ClaimLost | StaleRevis
 
 
 def _epoch(connection: Connection) -> int:
-    return connection.execute(sa.select(meta.c.epoch)).scalar_one()
+    found: int = connection.execute(sa.select(meta.c.epoch)).scalar_one()
+    return found
 
 
 def _bump_epoch(connection: Connection) -> int:
     """Bump last, since everybody waits for this row: so epochs have the order of the commits."""
     bump = sa.update(meta).values(epoch=meta.c.epoch + 1).returning(meta.c.epoch)
-    return connection.execute(bump).scalar_one()
+    bumped: int = connection.execute(bump).scalar_one()
+    return bumped

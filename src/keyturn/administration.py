@@ -1,0 +1,314 @@
+"""What an administrator does: revoke, suspend, resume, rotate, retry, abandon, remove, look.
+
+The daemon's socket and, while the daemon is down, the command line call the same functions; each
+is one transaction with its audit entry. Revocation alone does not wait for the store: it goes to the
+spool first, which every verifier of this host looks at before each yes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any, TypeVar
+
+from keyturn.core import lifecycle
+from keyturn.core.model import Case, Request, Version, VersionState
+from keyturn.core.secret import is_version_id
+from keyturn.errors import StoreUnavailable, UnknownVersion
+from keyturn.ports import AuditEntry, Authority, Clock
+from keyturn.storage.ledger import Ledger
+from keyturn.storage.store import Store
+from keyturn.verifier.spool import Spool
+
+STORE_PATIENCE = timedelta(seconds=5)  # how long a revoke waits for a locked store
+VERIFIER_POLL = 0.02
+STORE_AWAY = (
+    "the store could not be written: every verifier of this host refuses already, the daemon writes"
+    " the rest as soon as it can"
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who asks, and how it reached us: `socket`, `command`, `signal`, `file` or `reload`."""
+
+    name: str
+    trigger: str = "command"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leak:
+    """What is to be revoked: an agent or one version, everything minted up to `at`."""
+
+    agent: str | None = None
+    version: str | None = None
+    reissue: bool = False
+    reason: str = ""
+    at: datetime | None = None
+
+    @property
+    def target(self) -> str:
+        """The typed target, as the revocations file writes it."""
+        return f"agent:{self.agent}" if self.agent else f"version:{self.version}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Administration:
+    """The verbs, over one store and one spool.
+
+    The ledger is the plain-file index from agents to their accepted versions: a revoke resolves
+    from it, because the store may be locked.
+    """
+
+    open_store: Callable[[], Store]
+    ledger: Ledger
+    spool: Spool
+    authority: Authority
+    clock: Clock
+    patience: timedelta = STORE_PATIENCE
+    applied: set[str] = field(default_factory=set)  # spool files that the store knows of
+
+    @property
+    def store(self) -> Store:
+        """The store; a revoke must not need it before the spool is written."""
+        return self.open_store()
+
+    # --- revoke -----------------------------------------------------------------------------
+
+    def revoke(self, leak: Leak, caller: Caller, *, dry_run: bool = False) -> dict[str, Any]:
+        """Refuse now and for ever; returns once every verifier refuses (I3).
+
+        The order is the promise: spool (nobody can block it), store, verifiers. Where the store
+        cannot be written the result says so (`complete` false): this host refuses already, the
+        daemon writes the rest as soon as it can.
+        """
+        began = time.monotonic()
+        ids = self._resolve(leak)
+        if dry_run:
+            return self._result(leak, ids, began, complete=False, dry_run=True)
+        for version_id in ids:
+            self.spool.revoke(version_id, self._note(leak, caller))
+        refused_after = time.monotonic() - began
+        try:
+            case, epoch, revoked = self._commit(leak, caller)
+        except StoreUnavailable:
+            return self._result(leak, ids, began, complete=False, refused_after=refused_after)
+        for version_id in revoked:  # accepted between our look and the commit
+            self.spool.revoke(version_id, self._note(leak, caller))
+        self.applied.update(revoked)
+        self._await_verifiers(epoch)
+        done = sorted({*ids, *revoked})
+        return self._result(
+            leak, done, began, complete=True, refused_after=refused_after, case=case
+        )
+
+    def apply_spool(self, caller: Caller) -> int:
+        """Write to the store what only the spool knows yet; returns how many that were."""
+        found = 0
+        for version_id, note in self.spool.pending():
+            if version_id in self.applied:
+                continue
+            known = self.store.find_version(version_id)
+            if known is not None and known[1].state is not VersionState.REVOKED:
+                self._commit(_leak_of(version_id, note, agent=known[0].name), caller)
+                found += 1
+            if known is not None:
+                self.applied.add(version_id)
+        return found
+
+    def _resolve(self, leak: Leak) -> list[str]:
+        """Find the version ids without the store: it may be locked, and that is no excuse."""
+        if leak.version is not None:
+            if not is_version_id(leak.version):
+                raise UnknownVersion("that is no version id", hint="`keyturn identify` finds it")
+            return [leak.version]
+        ids = self.ledger.accepted(leak.agent or "")
+        if leak.at is None:
+            return ids
+        minted = {v.id: v.minted_at for v in self._case(leak.agent or "").versions}
+        return [i for i in ids if i in minted and minted[i] <= leak.at]
+
+    def _commit(self, leak: Leak, caller: Caller) -> tuple[Case, int, list[str]]:
+        revoked: list[str] = []
+
+        def change(case: Case) -> tuple[Case, Sequence[AuditEntry]]:
+            after = self._revoked(case, leak)
+            revoked[:] = [
+                v.id
+                for v in after.versions
+                if v.state is VersionState.REVOKED and _state(case, v) is not VersionState.REVOKED
+            ]
+            return after, [_revoke_entry(case, leak, caller, revoked)]
+
+        case = self._with_patience(lambda: self._target_case(leak))
+        saved = self._with_patience(lambda: self.store.amend(case.credential.uid, change))
+        return saved.case, saved.epoch, revoked
+
+    def _revoked(self, case: Case, leak: Leak) -> Case:
+        now = self.clock.now()
+        if leak.version is not None:
+            return lifecycle.revoke_version(case, leak.version, reissue=leak.reissue, now=now)
+        until = leak.at or now
+        older = [v for v in case.accepted if v.minted_at <= until]
+        if len(older) == len(case.accepted):
+            return lifecycle.revoke_agent(case, reissue=leak.reissue, now=now)
+        for version in older:  # a list that stays in place never kills a successor
+            case = lifecycle.revoke_version(case, version.id, reissue=leak.reissue, now=now)
+        return case
+
+    def _target_case(self, leak: Leak) -> Case:
+        if leak.version is None:
+            return self._case(leak.agent or "")
+        known = self.store.find_version(leak.version)
+        if known is None:
+            raise UnknownVersion(f"no version {leak.version} was ever minted here")
+        return self._case(known[0].name)
+
+    def _with_patience(self, attempt: Callable[[], T]) -> T:
+        until = time.monotonic() + self.patience.total_seconds()
+        while True:
+            try:
+                return attempt()
+            except StoreUnavailable:
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(VERIFIER_POLL)
+
+    def _await_verifiers(self, epoch: int) -> None:
+        while not self.authority.settled(epoch):
+            time.sleep(VERIFIER_POLL)
+
+    def _note(self, leak: Leak, caller: Caller) -> dict[str, Any]:
+        return {
+            "scope": "version" if leak.version else "agent",
+            "agent": leak.agent or "",
+            "actor": caller.name,
+            "reason": leak.reason,
+            "reissue": leak.reissue,
+            "at": (leak.at or self.clock.now()).isoformat(),
+        }
+
+    def _result(
+        self,
+        leak: Leak,
+        ids: Sequence[str],
+        began: float,
+        *,
+        complete: bool,
+        dry_run: bool = False,
+        refused_after: float = 0.0,
+        case: Case | None = None,
+    ) -> dict[str, Any]:
+        known = 1 if complete else 0
+        return {
+            "target": leak.target,
+            "agent": case.agent.name if case else leak.agent,
+            "versions": list(ids),
+            "reissue": leak.reissue,
+            "dry_run": dry_run,
+            "incomplete": not complete and not dry_run,
+            "delay_seconds": None if dry_run else round(time.monotonic() - began, 6),
+            "refused_here_after_seconds": round(refused_after, 6),
+            "verifiers": {"acknowledged": known, "live": 1},
+            "destinations": [t.key for t in case.agent.targets] if case else [],
+            "warnings": [] if complete or dry_run else [STORE_AWAY],
+        }
+
+    # --- the other verbs --------------------------------------------------------------------
+
+    def suspend(self, agent: str, caller: Caller, *, reason: str = "") -> dict[str, Any]:
+        """Refuse everything of an agent until it is resumed; returns once verifiers know (I3)."""
+        return self._change(agent, caller, "suspend", lifecycle.suspend, reason=reason)
+
+    def resume(self, agent: str, caller: Caller) -> dict[str, Any]:
+        """Accept again what is still accepted."""
+        return self._change(agent, caller, "resume", lifecycle.resume)
+
+    def retry(self, agent: str, caller: Caller) -> dict[str, Any]:
+        """Let a waiting or stalled rotation go on now."""
+        return self._change(agent, caller, "rotation.retry", lifecycle.retry)
+
+    def abandon(self, agent: str, caller: Caller) -> dict[str, Any]:
+        """End a rotation; current stays current."""
+        return self._change(agent, caller, "rotation.abandon", lifecycle.abandon)
+
+    def remove(self, agent: str, caller: Caller) -> dict[str, Any]:
+        """End an agent: everything is revoked, its name is free again."""
+        case = self._case(agent)
+        for version in case.accepted:
+            self.spool.revoke(version.id, self._note(Leak(agent=agent, reason="removed"), caller))
+        return self._change(agent, caller, "revoke.removed", lifecycle.remove)
+
+    def rotate(
+        self, agent: str, caller: Caller, *, grace: timedelta | None = None
+    ) -> dict[str, Any]:
+        """Ask for a rotation; the saga opens it."""
+        asked = Request(grace=grace, by=caller.name)
+
+        def change(case: Case, *, now: datetime) -> Case:
+            return lifecycle.request(case, asked, now=now)
+
+        return self._change(agent, caller, "rotate", change)
+
+    def _change(
+        self, agent: str, caller: Caller, action: str, change: Callable[..., Case], **detail: Any
+    ) -> dict[str, Any]:
+        def amended(case: Case) -> tuple[Case, Sequence[AuditEntry]]:
+            after = change(case, now=self.clock.now())
+            entry = AuditEntry(
+                action=action,
+                actor=caller.name,
+                agent=agent,
+                detail=tuple(sorted({**detail, "trigger": caller.trigger}.items())),
+            )
+            return after, [entry]
+
+        case = self._case(agent)
+        saved = self._with_patience(lambda: self.store.amend(case.credential.uid, amended))
+        self._await_verifiers(saved.epoch)
+        return {"agent": agent, "state": str(saved.case.agent.state)}
+
+    def _case(self, agent: str) -> Case:
+        return self.store.case_of(agent)
+
+    def identify(self, version_ids: Iterable[str]) -> list[dict[str, Any]]:
+        """Say whose versions these are; unknown ids are left out."""
+        found = ((i, self.store.find_version(i)) for i in version_ids)
+        return [
+            {"version": i, "agent": known[0].name, "state": str(known[1].state)}
+            for i, known in found
+            if known is not None
+        ]
+
+
+def _state(case: Case, version: Version) -> VersionState | None:
+    known = case.version(version.id)
+    return known.state if known else None
+
+
+def _revoke_entry(case: Case, leak: Leak, caller: Caller, revoked: Sequence[str]) -> AuditEntry:
+    return AuditEntry(
+        action="revoke",
+        actor=caller.name,
+        agent=case.agent.name,
+        version_id=leak.version or "",
+        detail=(
+            ("reason", leak.reason),
+            ("reissue", leak.reissue),
+            ("revoked", tuple(revoked)),
+            ("trigger", caller.trigger),
+        ),
+    )
+
+
+def _leak_of(version_id: str, note: dict[str, Any], *, agent: str) -> Leak:
+    """Read a spool note back; a file that was made by hand has none and means that version."""
+    reissue, reason = bool(note.get("reissue")), str(note.get("reason", ""))
+    if note.get("scope") != "agent":
+        return Leak(version=version_id, reissue=reissue, reason=reason)
+    at = datetime.fromisoformat(str(note["at"])) if note.get("at") else None
+    return Leak(agent=agent, reissue=reissue, reason=reason, at=at)

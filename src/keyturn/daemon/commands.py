@@ -1,0 +1,337 @@
+"""What the admin socket can be asked: argument checks, one call each, plain JSON out.
+
+The command line uses the same functions straight on the store while the daemon is down; what needs
+the daemon (waiting for a saga, reloading) comes in as `Daemon` and is absent there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any, Protocol
+
+from keyturn.administration import Caller, Leak
+from keyturn.core.model import Case, RotationState, Target
+from keyturn.daemon.peer import Peer, Role
+from keyturn.daemon.socket import Command, Progress
+from keyturn.errors import KeyturnError, Refused
+from keyturn.status import describe
+from keyturn.storage.audit import Recorded
+from keyturn.wiring import Parts
+
+Args = dict[str, Any]
+WAIT_POLL = 0.05
+WAIT_LIMIT = 3600.0
+CLOSED = {RotationState.DONE: "promoted", RotationState.CLOSED: "revoked"}
+
+
+class Daemon(Protocol):
+    """What only a running daemon can do."""
+
+    def kick(self) -> None:
+        """Look at the due-queue now."""
+
+    def reload(self, *, allow_mass_change: bool, actor: str) -> dict[str, Any]:
+        """Validate the files, then swap."""
+
+    def metrics_text(self) -> str:
+        """Return the metrics as text."""
+
+
+class Commands:
+    """The functions behind the names; every one takes args, peer and progress."""
+
+    def __init__(self, parts: Callable[[], Parts], daemon: Daemon | None = None) -> None:
+        self._parts = parts
+        self._daemon = daemon
+
+    def table(self) -> Mapping[str, Command]:
+        """Return every command with the least role that it needs (security.md, process)."""
+        view, respond, admin = Role.VIEW, Role.RESPOND, Role.ADMIN
+        return {
+            "status": Command(role=view, function=self.status),
+            "agents.list": Command(role=view, function=self.agents_list),
+            "agents.show": Command(role=view, function=self.agents_show),
+            "agents.add": Command(role=admin, function=self.agents_add),
+            "agents.remove": Command(role=admin, function=self.agents_remove),
+            "rotate": Command(role=respond, function=self.rotate),
+            "suspend": Command(role=respond, function=self.suspend),
+            "resume": Command(role=respond, function=self.resume),
+            "revoke": Command(role=respond, function=self.revoke),
+            "reload": Command(role=admin, function=self.reload),
+            "rotation.retry": Command(role=respond, function=self.retry),
+            "rotation.abandon": Command(role=admin, function=self.abandon),
+            "identify": Command(role=view, function=self.identify),
+            "audit": Command(role=view, function=self.audit),
+            "metrics": Command(role=view, function=self.metrics),
+        }
+
+    # --- look -------------------------------------------------------------------------------
+
+    def status(self, args: Args, peer: Peer, progress: Progress) -> Any:
+        """Describe one agent or all of them."""
+        del peer, progress
+        parts = self._parts()
+        names = [_text(args, "agent")] if args.get("agent") else _names(parts)
+        return [self._describe(parts.store.case_of(name)) for name in names]
+
+    def _describe(self, case: Case) -> dict[str, Any]:
+        parts = self._parts()
+        return describe(case, policy=parts.policy_of(case), now=parts.store.now())
+
+    def agents_list(self, args: Args, peer: Peer, progress: Progress) -> Any:
+        """List the definitions."""
+        del args, peer, progress
+        store = self._parts().store
+        return [_definition(store.case_of(name)) for name in _names(self._parts())]
+
+    def agents_show(self, args: Args, peer: Peer, progress: Progress) -> Any:
+        """Show one definition."""
+        del peer, progress
+        return _definition(self._parts().store.case_of(_text(args, "agent")))
+
+    def identify(self, args: Args, peer: Peer, progress: Progress) -> Any:
+        """Say whose versions these are."""
+        del peer, progress
+        ids = [str(one) for one in args.get("versions", ())][:1000]
+        return self._parts().administration.identify(ids)
+
+    def audit(self, args: Args, peer: Peer, progress: Progress) -> Any:
+        """Return the newest entries, and whether the chains are whole."""
+        del peer, progress
+        store = self._parts().store
+        limit = min(int(args.get("limit", 50)), 10000)
+        found = store.audit_entries(agent=args.get("agent"), limit=limit)
+        result: dict[str, Any] = {"entries": [_recorded(one) for one in found]}
+        if args.get("verify"):
+            problems = store.verify_audit()
+            result["chain"] = {"ok": not problems, "problem": "; ".join(problems)}
+        return result
+
+    def metrics(self, args: Args, peer: Peer, progress: Progress) -> Any:
+        """Return the metrics."""
+        del args, peer, progress
+        return {"text": self._running().metrics_text()}
+
+    # --- change -----------------------------------------------------------------------------
+
+    def agents_add(self, args: Args, peer: Peer, progress: Progress) -> Any:
+        """Add an agent that the command line owns."""
+        name = _text(args, "name")
+        targets = tuple(
+            Target(
+                to=_text(one, "to"),
+                path=_text(one, "path"),
+                merge=bool(one.get("merge")),
+                adopt=bool(one.get("adopt")),
+            )
+            for one in args.get("targets", ())
+        )
+        self._parts().add_agent(
+            name,
+            login=str(args.get("login") or name),
+            owner=args.get("owner"),
+            policy=str(args.get("policy") or "default"),
+            targets=targets,
+            actor=peer.actor,
+        )
+        self._kick()
+        if args.get("wait"):
+            return self._wait_for(name, after=0, progress=progress)
+        return {"agent": name, "outcome": "added"}
+
+    def agents_remove(self, args: Args, peer: Peer, progress: Progress) -> Any:
+        """End an agent."""
+        del progress
+        return self._parts().administration.remove(_text(args, "agent"), _caller(peer))
+
+    def rotate(self, args: Args, peer: Peer, progress: Progress) -> Any:
+        """Ask for rotations; with `wait`, follow them to their end."""
+        names = [str(name) for name in args.get("agents", ())]
+        results = [self._ask_rotation(name, args, peer) for name in names]
+        self._kick()
+        if args.get("wait"):
+            results = [
+                one
+                if "error" in one
+                else self._wait_for(one["agent"], after=one["after"], progress=progress)
+                for one in results
+            ]
+        for one in results:
+            one.pop("after", None)
+        return {"results": results}
+
+    def _ask_rotation(self, name: str, args: Args, peer: Peer) -> dict[str, Any]:
+        parts = self._parts()
+        grace = args.get("grace_seconds")
+        try:
+            case = parts.store.case_of(name)
+            window = None if grace is None else timedelta(seconds=float(grace))
+            if window is not None and not args.get("force"):
+                parts.check_grace(case, window)
+            current = case.current
+            parts.administration.rotate(name, _caller(peer), grace=window)
+        except KeyturnError as error:
+            return {"agent": name, "outcome": "error", "error": _error(error)}
+        return {"agent": name, "outcome": "asked", "after": current.seq if current else 0}
+
+    def _wait_for(self, name: str, *, after: int, progress: Progress) -> dict[str, Any]:
+        """Follow an agent until a version later than `after` is current, or a person is needed."""
+        store, shown, until = self._parts().store, "", time.monotonic() + WAIT_LIMIT
+        while time.monotonic() < until and not getattr(progress, "gone", False):
+            case = store.case_of(name)
+            current, rotation = case.current, case.rotation
+            if current is not None and current.seq > after:
+                ends = [v.deadline for v in case.accepted if v.deadline is not None]
+                deadline = max(ends).isoformat() if ends else None
+                return {
+                    "agent": name,
+                    "outcome": "promoted",
+                    "version": current.id,
+                    "deadline": deadline,
+                }
+            if rotation is not None and rotation.state is RotationState.STALLED:
+                where = f"{rotation.error_code} at {rotation.error_where}"
+                stalled = Refused(f"stalled: {where}", hint=f"keyturn status {name}")
+                return {"agent": name, "outcome": "stalled", "error": _error(stalled)}
+            shown = _tell(name, case, shown, progress)
+            time.sleep(WAIT_POLL)
+        return {"agent": name, "outcome": "waiting"}
+
+    def suspend(self, args: Args, peer: Peer, progress: Progress) -> Any:
+        """Suspend an agent."""
+        del progress
+        reason = str(args.get("reason", ""))
+        return self._parts().administration.suspend(
+            _text(args, "agent"), _caller(peer), reason=reason
+        )
+
+    def resume(self, args: Args, peer: Peer, progress: Progress) -> Any:
+        """Resume an agent."""
+        del progress
+        result = self._parts().administration.resume(_text(args, "agent"), _caller(peer))
+        self._kick()
+        return result
+
+    def revoke(self, args: Args, peer: Peer, progress: Progress) -> Any:
+        """Revoke; with `wait`, also follow the successor."""
+        parts = self._parts()
+        leak = Leak(
+            agent=args.get("agent"),
+            version=args.get("version"),
+            reissue=bool(args.get("reissue")),
+            reason=str(args.get("reason", "")),
+        )
+        result = parts.administration.revoke(leak, _caller(peer), dry_run=bool(args.get("dry_run")))
+        if not result["dry_run"]:
+            parts.note_revocation(result, trigger="command")
+        self._kick()
+        if args.get("wait") and leak.reissue and self._daemon and not result["incomplete"]:
+            case = parts.store.case_of(result["agent"])
+            after = max((v.seq for v in case.versions if not v.accepted), default=0)
+            successor = self._wait_for(result["agent"], after=after, progress=progress)
+            result["successor"] = successor.get("version")
+        return result
+
+    def retry(self, args: Args, peer: Peer, progress: Progress) -> Any:
+        """Retry a rotation."""
+        del progress
+        result = self._parts().administration.retry(_text(args, "agent"), _caller(peer))
+        self._kick()
+        return result
+
+    def abandon(self, args: Args, peer: Peer, progress: Progress) -> Any:
+        """Abandon a rotation."""
+        del progress
+        return self._parts().administration.abandon(_text(args, "agent"), _caller(peer))
+
+    def reload(self, args: Args, peer: Peer, progress: Progress) -> Any:
+        """Read the configuration again."""
+        del progress
+        allowed = bool(args.get("allow_mass_change"))
+        return self._running().reload(allow_mass_change=allowed, actor=peer.actor)
+
+    def _running(self) -> Daemon:
+        if self._daemon is None:
+            raise Refused("the daemon is not running", hint="start it: keyturn run -c FILE")
+        return self._daemon
+
+    def _kick(self) -> None:
+        if self._daemon is not None:
+            self._daemon.kick()
+
+
+def _caller(peer: Peer) -> Caller:
+    return Caller(name=peer.actor, trigger="command")
+
+
+def _text(args: Mapping[str, Any], key: str) -> str:
+    found = args.get(key)
+    if not isinstance(found, str) or not found:
+        raise Refused(f"the command needs {key}", hint="see `keyturn COMMAND --help`")
+    return found
+
+
+def _names(parts: Parts) -> list[str]:
+    return sorted(agent.name for agent in parts.store.agents())
+
+
+def _recorded(one: Recorded) -> dict[str, Any]:
+    entry = one.entry
+    return {
+        "at": one.at.isoformat().replace("+00:00", "Z"),
+        "actor": entry.actor,
+        "action": entry.action,
+        "agent": entry.agent,
+        "version": entry.version_id,
+        "outcome": entry.outcome,
+        "detail": {key: value for key, value in entry.detail if value not in ("", (), [], False)},
+        "chain": one.chain,
+        "seq": one.seq,
+        "hash": one.hash,
+    }
+
+
+def _error(error: KeyturnError) -> dict[str, Any]:
+    return {
+        "code": error.code,
+        "message": str(error),
+        "hint": error.hint,
+        "exit_code": error.exit_code,
+    }
+
+
+def _definition(case: Case) -> dict[str, Any]:
+    agent = case.agent
+    return {
+        "agent": agent.name,
+        "login": agent.login,
+        "owner": agent.owner,
+        "policy": agent.policy,
+        "managed_by": str(agent.managed_by),
+        "state": str(agent.state),
+        "targets": [
+            {"to": t.to, "path": t.path, "merge": t.merge, "adopt": t.adopt} for t in agent.targets
+        ],
+    }
+
+
+def _tell(name: str, case: Case, shown: str, progress: Progress) -> str:
+    """Send an event where the rotation's state has changed since `shown`; return the new one."""
+    rotation = case.rotation
+    if rotation is None or not rotation.open:
+        return shown
+    waiting = rotation.waiting
+    state = f"{rotation.state}/{rotation.version_id}/{waiting.reason if waiting else ''}"
+    if state != shown:
+        progress(
+            {
+                "event": "rotation",
+                "agent": name,
+                "state": str(rotation.state),
+                "why": str(waiting.reason) if waiting else "",
+                "target": waiting.where if waiting else "",
+            }
+        )
+    return state

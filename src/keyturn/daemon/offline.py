@@ -1,0 +1,90 @@
+"""The commands on the bare store, while the daemon is down: for root and the daemon's own uid.
+
+The configuration need not be valid for this: at 3 a.m. a broken line must not stand between an
+administrator and a revoke. Only the store's place is read from it.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from keyturn import config, wiring
+from keyturn.core.secret import Secret
+from keyturn.daemon.commands import Commands
+from keyturn.daemon.cron import Crontab
+from keyturn.errors import ConfigError, NotPermitted, VerificationFailed
+from keyturn.wiring import Parts
+
+
+class Offline:
+    """The parts of a store without its daemon."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    def commands(self) -> Mapping[str, Callable[..., Any]]:
+        """Return the daemon's functions under their names."""
+        table = Commands(lambda: self._parts).table()
+        return {name: command.function for name, command in table.items()}
+
+    def verify(self, login: str, secret: Secret) -> bool:
+        """Tell whether the store accepts this pair now. Raises StoreUnavailable."""
+        verifier = wiring.open_verifier(self._parts.settings)
+        try:
+            verifier.verify(login, secret)
+        except VerificationFailed:
+            return False
+        finally:
+            verifier.close()
+        return True
+
+
+@contextmanager
+def offline(path: Path) -> Iterator[Offline]:
+    """Open the store that a configuration names, as its owner."""
+    settings = config.load(path, environ=os.environ)
+    become_owner(settings.store.folder)
+    parts = wiring.build(settings, cron=Crontab(), create=False)
+    try:
+        yield Offline(parts)
+    finally:
+        parts.close()
+
+
+def become_owner(folder: Path) -> None:
+    """Drop from root to the store's owner, so that no file of root's is left behind.
+
+    Raises NotPermitted for anybody else, with the line to type.
+    """
+    try:
+        owner = folder.stat()
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"there is no store in {folder}", hint="check store.url, or start the daemon first"
+        ) from error
+    except PermissionError:
+        raise NotPermitted(f"{folder} is not yours", hint=_as_owner("root")) from None
+    me = os.geteuid()
+    if owner.st_uid == me:
+        return
+    if me != 0:
+        raise NotPermitted(f"{folder} is not yours", hint=_as_owner(_name(owner.st_uid)))
+    os.setgroups([])
+    os.setgid(owner.st_gid)
+    os.setuid(owner.st_uid)
+
+
+def _as_owner(user: str) -> str:
+    return f"sudo -u {user} keyturn …"
+
+
+def _name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"#{uid}"

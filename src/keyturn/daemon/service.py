@@ -1,0 +1,426 @@
+"""The running daemon: who leads, what is due, who asks, which signals came.
+
+lead        one daemon works on a store, a second one waits as standby
+dispatch    APScheduler wakes the due-queue of the store; a pool of threads runs sagas, never more
+            at once on one connection than it allows (I7)
+revoke      the spool, the revocations file and the `revocations:` of the main file
+ask         the admin socket
+stop        SIGTERM lets running sagas finish for a while, then parks them: every step is journalled
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import structlog
+from apscheduler.schedulers.background import BackgroundScheduler
+
+from keyturn import __version__, config, rotation, wiring
+from keyturn.administration import Caller, Leak
+from keyturn.core.model import Case
+from keyturn.core.revocations import RevocationEntry, parse_revocations
+from keyturn.daemon import logs
+from keyturn.daemon.commands import Commands
+from keyturn.daemon.cron import Crontab
+from keyturn.daemon.metrics import AGENT_STATES, OPEN_STATES, VERSION_STATES, Metrics
+from keyturn.daemon.peer import Roles
+from keyturn.daemon.signals import Signals
+from keyturn.daemon.socket import AdminServer
+from keyturn.errors import ClaimLost, ConfigError, KeyturnError, StoreUnavailable
+from keyturn.ports import AuditEntry
+from keyturn.storage.membership import Membership
+from keyturn.wiring import Parts
+
+TICK = 0.25  # seconds between two looks at the due-queue
+REVOCATIONS_POLL = 2.0
+LEAD_TTL = timedelta(seconds=15)
+LEAD_RENEW = 5.0
+FINISH = 20.0  # seconds that running sagas get at SIGTERM before they are parked
+PARK = 8.0
+WORKERS_AT_MOST = 64
+MISSED = timedelta(minutes=5)
+
+_log = structlog.get_logger(__name__)
+
+
+def run(path: Path, *, socket: Path | None = None, standby: bool = True) -> int:
+    """Run the daemon until it is told to stop. Returns the exit code."""
+    settings = load(path)
+    logs.configure(level=settings.log.level, form=settings.log.format)
+    service = Service(settings, socket=socket or settings.admin.socket)
+    signals = Signals(
+        revoke=service.apply_revocations, reload=service.reload_by_signal, stop=service.stop
+    )
+    signals.start()
+    try:
+        return service.run(standby=standby)
+    finally:
+        signals.close()
+
+
+def load(path: Path) -> config.Settings:
+    """Load and check the settings as the daemon needs them. Raises ConfigError."""
+    settings = config.load(path, environ=os.environ, cron=Crontab(), now=wiring.SystemClock().now())
+    wiring.check_settings(settings, cron=Crontab())
+    return settings
+
+
+class Service:
+    """One daemon process."""
+
+    def __init__(self, settings: config.Settings, *, socket: Path) -> None:
+        self._socket = socket
+        self.metrics = Metrics()
+        self.parts: Parts = wiring.build(settings, cron=Crontab(), create=True)
+        self.parts.on_revocation = self._count_revocation
+        self._stop = threading.Event()
+        self._ready = threading.Event()
+        self._parked = threading.Event()
+        self._busy: Counter[str] = Counter()
+        self._running: set[str] = set()
+        self._guard = threading.Lock()
+        self._reloading = threading.Lock()
+        self._revoking = threading.Lock()
+        self._applied: set[RevocationEntry] = set()
+        self._problems: tuple[str, ...] = ()
+        self._pool = ThreadPoolExecutor(WORKERS_AT_MOST, thread_name_prefix="saga")
+        self._scheduler = BackgroundScheduler(
+            timezone="UTC",
+            job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
+        )
+
+    # --- life -------------------------------------------------------------------------------
+
+    def run(self, *, standby: bool) -> int:
+        """Lead, work until told to stop, park, and leave."""
+        parts = self.parts
+        membership = Membership(parts.store)
+        if not self._lead(membership, standby=standby):
+            parts.close()
+            return 0 if self._stop.is_set() else StoreUnavailable.exit_code
+        self._connect()
+        parts.administration.apply_spool(Caller(name="daemon", trigger="start"))
+        self._reconcile_at_start()
+        self._apply_inline()
+        self._ready.set()
+        self.apply_revocations()
+        server = AdminServer(self._socket, Commands(lambda: parts, self).table(), self._roles())
+        server.start()
+        self._schedule(membership)
+        _log.info("daemon.ready", version=__version__, agents=len(parts.store.agents()))
+        self._stop.wait()
+        self._wind_down(server, membership)
+        return 0
+
+    def stop(self) -> None:
+        """Ask the daemon to stop. Returns at once."""
+        self._stop.set()
+
+    def _lead(self, membership: Membership, *, standby: bool) -> bool:
+        """Take the lead; as standby wait for it (live, not ready)."""
+        said = False
+        while not self._stop.is_set():
+            if membership.try_lead(ttl=LEAD_TTL):
+                return True
+            if not standby:
+                _log.error("daemon.other-leads", hint="another daemon has this store")
+                return False
+            if not said:
+                _log.info("daemon.standby")
+                said = True
+            self._stop.wait(1.0)
+        return False
+
+    def _schedule(self, membership: Membership) -> None:
+        every = self._scheduler.add_job
+        every(self._tick, "interval", seconds=TICK, id="tick")
+        every(self._poll_revocations, "interval", seconds=REVOCATIONS_POLL, id="revocations")
+        every(self._renew, "interval", seconds=LEAD_RENEW, id="lead", args=[membership])
+        self._scheduler.start()
+
+    def _wind_down(self, server: AdminServer, membership: Membership) -> None:
+        """Let running sagas finish, then park them; nothing is lost where one is cut off."""
+        _log.info("daemon.stopping", running=len(self._running))
+        self._scheduler.shutdown(wait=False)
+        if not self._wait_idle(FINISH):
+            self._parked.set()
+            self._wait_idle(PARK)
+        server.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for destination in self.parts.destinations.values():
+            destination.close()
+        if not self._running:
+            membership.leave()
+        self.parts.close()
+        _log.info("daemon.stopped", parked=len(self._running))
+
+    def _wait_idle(self, seconds: float) -> bool:
+        until = time.monotonic() + seconds
+        while self._running and time.monotonic() < until:
+            time.sleep(0.02)
+        return not self._running
+
+    def _renew(self, membership: Membership) -> None:
+        try:
+            membership.renew(ttl=LEAD_TTL)
+        except ClaimLost:
+            _log.error("daemon.lead-lost", hint="another daemon took over; this one ends")
+            self._parked.set()
+            self.stop()
+        except StoreUnavailable as error:
+            _log.warning("store.unavailable", code=error.code)
+
+    def _connect(self) -> None:
+        parts = self.parts
+        fresh = wiring.connect(parts.settings, store_id=parts.store.store_id, clock=parts.clock)
+        before, parts.destinations = parts.destinations, fresh
+        for destination in before.values():
+            destination.close()
+
+    def _roles(self) -> Roles:
+        groups = self.parts.settings.admin.groups
+        roles = Roles.from_names(
+            view=groups.view or "", respond=groups.respond or "", admin=groups.admin or ""
+        )
+        for name in roles.missing:
+            _log.warning("admin.no-such-group", group=name)
+        return roles
+
+    def _reconcile_at_start(self) -> None:
+        done = self.parts.reconcile(actor="daemon:start", allow_mass_change=False)
+        _log.info("config.taken-over", **done)
+        self.metrics.config_last_reload_successful.set(1)
+
+    # --- due work ---------------------------------------------------------------------------
+
+    def kick(self) -> None:
+        """Look at the due-queue now."""
+        if not self._stop.is_set() and self._ready.is_set():
+            self._pool.submit(self._tick)
+
+    def _tick(self) -> None:
+        """Hand out what is due; a connection that is full leaves its agents in the queue."""
+        if self._stop.is_set():
+            return
+        try:
+            store = self.parts.store
+            now = store.now()
+            for due in store.due(now=now, limit=WORKERS_AT_MOST * 4):
+                if self._take(due.credential_uid, due.connections):
+                    self._pool.submit(self._work, due.credential_uid, due.connections)
+            self._measure(now.timestamp())
+        except StoreUnavailable as error:
+            self.metrics.store_up.set(0)
+            _log.warning("store.unavailable", code=error.code)
+        except Exception:  # noqa: BLE001  # loop top: the next tick must still come
+            _log.error("scheduler.tick", exc_info=True)
+
+    def _take(self, credential_uid: str, connections: tuple[str, ...]) -> bool:
+        with self._guard:
+            if credential_uid in self._running or len(self._running) >= WORKERS_AT_MOST:
+                return False
+            if any(self._busy[name] >= self._room(name) for name in connections):
+                return False
+            self._running.add(credential_uid)
+            self._busy.update(connections)
+            return True
+
+    def _room(self, connection: str) -> int:
+        destination = self.parts.destinations.get(connection)
+        return destination.parallel if destination is not None else 1
+
+    def _work(self, credential_uid: str, connections: tuple[str, ...]) -> None:
+        try:
+            world = self.parts.world(self, self._parked.is_set)
+            holder = f"{self.parts.store.writer}/{threading.get_ident()}"
+            rotation.run(world, credential_uid, holder=holder)
+        except StoreUnavailable as error:
+            _log.warning("store.unavailable", code=error.code)
+        except Exception:  # noqa: BLE001  # loop top: one agent's trouble never stops another's
+            _log.error("saga.failed", credential=credential_uid, exc_info=True)
+            time.sleep(1.0)  # a bug must not become a busy loop
+        finally:
+            with self._guard:
+                self._running.discard(credential_uid)
+                self._busy.subtract(connections)
+        if self._busy_with_others():
+            self._tick()
+
+    def _busy_with_others(self) -> bool:
+        """Whether something may wait for the room that was just given back."""
+        return not self._stop.is_set() and len(self._running) < WORKERS_AT_MOST
+
+    def step(self, *, step: str, case: Case, where: str, seconds: float, code: str) -> None:
+        """Watch a saga's steps: logs and metrics."""
+        name = where.partition(":")[0]
+        self.metrics.step_duration.labels(step, name).observe(seconds)
+        if name:
+            self._measure_call(name, step, code)
+        if step == "promote" and not code:
+            self.metrics.rotations.labels("promoted").inc()
+        if step == "stall":
+            self.metrics.rotations.labels("stalled").inc()
+        level = "warning" if code else "info" if step in _LOUD else "debug"
+        getattr(_log, level)(
+            f"rotation.{step}", agent=case.agent.name, where=where or None, code=code or None
+        )
+
+    def _measure_call(self, name: str, step: str, code: str) -> None:
+        self.metrics.destination_requests.labels(step, code or "ok").inc()
+        answered = code not in ("destination-unavailable", "throttled")
+        self.metrics.destination_up.labels(name).set(1 if answered else 0)
+        if not code:
+            self.metrics.destination_last_success.labels(name).set(time.time())
+
+    def _measure(self, now: float) -> None:
+        counts = self.parts.store.counts()
+        metrics = self.metrics
+        metrics.last_tick.set(now)
+        metrics.store_up.set(1)
+        metrics.set_states(metrics.agents, counts.agents, AGENT_STATES)
+        metrics.set_states(metrics.versions, counts.versions, VERSION_STATES)
+        metrics.set_states(metrics.rotations_open, counts.rotations, OPEN_STATES)
+        metrics.agents_overdue.set(counts.overdue)
+
+    # --- revocations ------------------------------------------------------------------------
+
+    def apply_revocations(self) -> None:
+        """Apply the spool and the revocations file (SIGUSR1, and polled)."""
+        if not self._ready.is_set():
+            return  # they are applied before the daemon is ready
+        with self._revoking:
+            try:
+                self.parts.administration.apply_spool(Caller(name="daemon", trigger="spool"))
+                self._apply_file()
+            except StoreUnavailable as error:
+                _log.error("revocations.incomplete", code=error.code)
+
+    def _poll_revocations(self) -> None:
+        try:
+            self.apply_revocations()
+        except Exception:  # noqa: BLE001  # loop top: a broken file must not end the polling
+            _log.error("revocations.failed", exc_info=True)
+
+    def _apply_file(self) -> None:
+        path = self.parts.settings.revocations_file
+        if path is None:
+            return
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            _log.error("revocations.unreadable", path=str(path), errno=error.errno)
+            return
+        entries, problems = parse_revocations(data, now=self.parts.clock.now())
+        texts = tuple(f"{problem.line}: {problem.text}" for problem in problems)
+        if texts != self._problems:
+            self._problems = texts
+            for text in texts:
+                _log.error("revocations.problem", path=str(path), problem=text)
+        self._apply_entries(entries, trigger="file")
+
+    def _apply_inline(self) -> None:
+        self._apply_entries(self.parts.settings.revocations, trigger="reload")
+
+    def _apply_entries(self, entries: Any, *, trigger: str) -> None:
+        for entry in entries:
+            if entry not in self._applied and self._apply_entry(entry, trigger):
+                self._applied.add(entry)
+
+    def _apply_entry(self, entry: RevocationEntry, trigger: str) -> bool:
+        """Apply one line; True where it needs no second look."""
+        leak = Leak(
+            agent=entry.agent,
+            version=entry.version_id,
+            reissue=entry.reissue,
+            reason=entry.reason,
+            at=entry.at,
+        )
+        try:
+            result = self.parts.administration.revoke(leak, Caller(name=trigger, trigger=trigger))
+        except StoreUnavailable:
+            raise
+        except KeyturnError as error:
+            _log.error("revocations.no-match", target=leak.target, code=error.code)
+            return True
+        if result["versions"]:
+            self.parts.note_revocation(result, trigger=trigger)
+        else:
+            _log.info("revocations.nothing-left", target=leak.target)
+        self.kick()
+        return not result["incomplete"]
+
+    def _count_revocation(self, result: Any, trigger: str) -> None:
+        self.metrics.revocations.labels(trigger).inc()
+        self.metrics.revocation_duration.observe(result["delay_seconds"])
+        _log.warning(
+            "revoked",
+            target=result["target"],
+            versions=len(result["versions"]),
+            trigger=trigger,
+            incomplete=result["incomplete"],
+            seconds=result["delay_seconds"],
+        )
+
+    # --- reload -----------------------------------------------------------------------------
+
+    def reload_by_signal(self) -> None:
+        """Reload for SIGHUP: errors go to the log, the old settings stay."""
+        if not self._ready.is_set():
+            return
+        try:
+            self.reload(allow_mass_change=False, actor="signal")
+        except KeyturnError as error:
+            for line in str(error).splitlines():
+                _log.error("config.rejected", problem=line, hint=error.hint)
+
+    def reload(self, *, allow_mass_change: bool, actor: str) -> dict[str, Any]:
+        """Validate the files, then swap; on any error the old settings stay in force."""
+        with self._reloading:
+            before = self.parts.settings
+            try:
+                settings = load(before.path)
+                self._same_store(before, settings)
+                # Revoked first: no other line of the file may keep a revocation from working.
+                self._apply_entries(settings.revocations, trigger="reload")
+                self.parts.settings = settings
+                self._connect()
+                done = self.parts.reconcile(actor=actor, allow_mass_change=allow_mass_change)
+            except KeyturnError as error:
+                if self.parts.settings is not before:
+                    self.parts.settings = before
+                    self._connect()
+                self.metrics.config_last_reload_successful.set(0)
+                self._note_reload(actor, error.code)
+                raise
+            self.metrics.config_last_reload_successful.set(1)
+            self._note_reload(actor, "ok")
+            _log.info("config.taken-over", **done)
+            self.kick()
+            return done
+
+    def _note_reload(self, actor: str, outcome: str) -> None:
+        entry = AuditEntry(action="config.reload", actor=actor, outcome=outcome)
+        self.parts.store.append_audit(entry)
+
+    def _same_store(self, before: config.Settings, after: config.Settings) -> None:
+        if before.store != after.store:
+            raise ConfigError(
+                "store: cannot be changed while the daemon runs",
+                hint="restart the daemon to use another store",
+            )
+
+    def metrics_text(self) -> str:
+        """Return the metrics in the Prometheus text format."""
+        return self.metrics.text()
+
+
+_LOUD = frozenset({"open", "promote", "retire", "stall", "wait", "dropattempt"})

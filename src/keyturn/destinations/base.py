@@ -1,0 +1,296 @@
+"""The template of every destination: deadlines, bulkhead, write limit, error translation, paths.
+
+Adapters write only the underscored methods and hold no retry code. Whatever a vendor's library
+raises leaves here as one of our errors, raised `from None`: a vendor's message can quote what it was
+sent, so only its type and status survive.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import Future
+from datetime import timedelta
+from queue import SimpleQueue
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from keyturn.core.duration import FORM, parse_duration
+from keyturn.core.model import Target, Traits
+from keyturn.errors import (
+    ConfigError,
+    DestinationError,
+    DestinationUnavailable,
+    IllegalTransition,
+    KeyturnError,
+    Rejected,
+    Throttled,
+)
+from keyturn.ports import Clock, Entry, Observed
+
+T = TypeVar("T")
+
+PATH_FORM = "a relative path of segments of A-Z a-z 0-9 . _ - without . and .."
+_SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", re.ASCII)
+_RATE = re.compile(r"([0-9]{1,5})/s", re.ASCII)
+LONGEST_PAUSE = 1.0  # seconds that a call waits for the write limit before it gives way
+
+
+class Form:
+    """What is expected of an option, to be read after "expected"."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+def _rate(value: object) -> float:
+    found = _RATE.fullmatch(value) if isinstance(value, str) else None
+    if found is None or not int(found[1]):
+        raise ValueError
+    return float(found[1])
+
+
+def _deadline(value: object) -> timedelta:
+    if isinstance(value, timedelta):
+        return value
+    if not isinstance(value, str):
+        raise ValueError  # noqa: TRY004 - pydantic turns only a ValueError into a problem
+    return parse_duration(value)
+
+
+def _prefix(value: object) -> object:
+    if not isinstance(value, str) or not all(map(_SEGMENT.fullmatch, value.split("/"))):
+        raise ValueError
+    return value
+
+
+class ConnectionOptions(BaseModel):
+    """What every connection can be given. Addresses and logins stand in the main file only."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, hide_input_in_errors=True, validate_default=False
+    )
+
+    prefix: Annotated[
+        str,
+        BeforeValidator(_prefix),
+        Form(PATH_FORM),
+        Field(description="folder under which every entry of this connection lies"),
+    ] = ""
+    write_limit: Annotated[
+        float | None,
+        BeforeValidator(_rate),
+        Form("a number of writes a second such as 20/s"),
+        Field(description="most writes a second"),
+    ] = None
+    parallel: Annotated[
+        int,
+        Form("a number from 1 to 64"),
+        Field(ge=1, le=64, description="most calls at once"),
+    ] = 8
+    call_deadline: Annotated[
+        timedelta,
+        BeforeValidator(_deadline),
+        Form(FORM),
+        Field(description="time for the whole answer of one call"),
+    ] = timedelta(seconds=10)
+
+
+class DestinationBase(ABC):
+    """One connection. Thread-safe; see `ports.Destination` for the promises."""
+
+    Options: ClassVar[type[ConnectionOptions]] = ConnectionOptions
+    TRAITS: ClassVar[Traits] = Traits()
+
+    def __init__(self, options: Any, *, name: str, store_id: str, clock: Clock) -> None:
+        self.options = options
+        self.name = name
+        self.store_id = store_id
+        self.clock = clock
+        self._lane = _Lane(name, options.parallel)
+        self._limit = _WriteLimit(options.write_limit)
+
+    @property
+    def traits(self) -> Traits:
+        """What this destination can do."""
+        return self.TRAITS
+
+    @property
+    def parallel(self) -> int:
+        """How many agents may be under way on this connection at once."""
+        return int(self.options.parallel)
+
+    # --- the port ---------------------------------------------------------------------------
+
+    def identity(self, target: Target) -> str:
+        """Return the canonical remote key, offline. Raises ConfigError for a path out of bounds."""
+        return f"{self.name}:{self.place(target)}"
+
+    def probe(self) -> str:
+        """Log in, touch nothing, and return one line about what was reached."""
+        return self._call(self._probe)
+
+    def observe(self, target: Target) -> Observed:
+        """Read what agents read."""
+        return self._call(lambda: self._observe(target))
+
+    def read(self, target: Target, version_id: str) -> Observed:
+        """Read a staged or shown version by its version id."""
+        return self._call(lambda: self._read(target, version_id))
+
+    def stage(self, target: Target, entry: Entry, *, expected: str) -> str:
+        """Write without showing it."""
+        return self._write(lambda: self._stage(target, entry, expected))
+
+    def activate(self, target: Target, entry: Entry, *, expected: str) -> str:
+        """Make this version what agents read."""
+        return self._write(lambda: self._activate(target, entry, expected))
+
+    def retire(self, target: Target, *, version_id: str, locator: str, how: str) -> None:
+        """Disable or destroy one immutable copy."""
+        self._write(lambda: self._retire(target, version_id, locator, how))
+
+    def close(self) -> None:
+        """Give back logins and connections; calls that hang are not waited for."""
+        self._lane.close()
+
+    # --- what adapters write ----------------------------------------------------------------
+
+    @abstractmethod
+    def _probe(self) -> str: ...
+
+    @abstractmethod
+    def _observe(self, target: Target) -> Observed: ...
+
+    @abstractmethod
+    def _activate(self, target: Target, entry: Entry, expected: str) -> str: ...
+
+    def _read(self, target: Target, version_id: str) -> Observed:
+        """Where nothing is staged, the shown entry is the only copy that can be found by its id."""
+        found = self._observe(target)
+        return found if found.version_id == version_id else Observed(token=found.token)
+
+    def _stage(self, target: Target, entry: Entry, expected: str) -> str:
+        raise Rejected(f"{self.name} cannot stage")
+
+    def _retire(self, target: Target, version_id: str, locator: str, how: str) -> None:
+        raise Rejected(f"{self.name} keeps no old copies")
+
+    def _translate(self, error: Exception) -> DestinationError:
+        """Turn what a vendor's library raised into one of ours; never quote its text."""
+        return DestinationUnavailable(f"{self.name}: {type(error).__name__}")
+
+    # --- shared -----------------------------------------------------------------------------
+
+    def place(self, target: Target) -> str:
+        """Return the checked path of an entry, prefix included."""
+        if not all(map(_SEGMENT.fullmatch, target.path.split("/"))):
+            # SECURITY: `x/../y`, `./x` and `x//y` all reach somebody else's entry at some store.
+            raise ConfigError(f"expected {PATH_FORM}", hint="name the entry by one plain path")
+        return f"{self.options.prefix}/{target.path}" if self.options.prefix else target.path
+
+    def _write(self, body: Callable[[], T]) -> T:
+        self._limit.take()
+        return self._call(body)
+
+    def _call(self, body: Callable[[], T]) -> T:
+        """Run on the connection's own threads and wait for the whole answer, at most so long."""
+        future = self._lane.submit(lambda: self._guarded(body))
+        try:
+            return future.result(self.options.call_deadline.total_seconds())
+        except TimeoutError:
+            if future.cancel():
+                raise DestinationUnavailable(
+                    f"{self.name}: every connection is busy", sent=False
+                ) from None
+            raise DestinationUnavailable(
+                f"{self.name}: no answer within {self.options.call_deadline}", late=future
+            ) from None
+
+    def _guarded(self, body: Callable[[], T]) -> T:
+        try:
+            return body()
+        except (KeyturnError, IllegalTransition):
+            raise
+        except Exception as error:  # noqa: BLE001 - the boundary: nothing of a vendor's gets through
+            translated = self._translate(error)
+        # Outside of the handler, or the vendor's error would hang on ours as its context.
+        raise translated
+
+
+class _Lane:
+    """The threads of one connection: a slow destination fills its own lane and no other (I7).
+
+    Daemon threads, because a call that hangs must not keep the process from ending.
+    """
+
+    def __init__(self, name: str, width: int) -> None:
+        self._name = name
+        self._width = width
+        self._jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._threads = 0
+        self._idle = 0
+        self._guard = threading.Lock()
+
+    def submit(self, body: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        with self._guard:
+            if self._idle <= self._jobs.qsize() and self._threads < self._width:
+                self._threads += 1
+                name = f"call-{self._name}-{self._threads}"
+                threading.Thread(target=self._run, name=name, daemon=True).start()
+        self._jobs.put((future, body))
+        return future
+
+    def close(self) -> None:
+        for _ in range(self._width):
+            self._jobs.put(None)
+
+    def _run(self) -> None:
+        while True:
+            with self._guard:
+                self._idle += 1
+            job = self._jobs.get()
+            with self._guard:
+                self._idle -= 1
+            if job is None:
+                return
+            future, body = job
+            if future.set_running_or_notify_cancel():
+                _settle(future, body)
+            del job, future, body  # or the last secret would live as long as this thread waits
+
+
+def _settle(future: Future[T], body: Callable[[], T]) -> None:
+    try:
+        result = body()
+    except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
+        future.set_exception(error)
+    else:
+        future.set_result(result)
+
+
+class _WriteLimit:
+    """At most so many writes a second; short pauses are waited for, long ones give way."""
+
+    def __init__(self, rate: float | None) -> None:
+        self._rate = rate
+        self._next = 0.0
+        self._guard = threading.Lock()
+
+    def take(self) -> None:
+        """Take a slot. Raises Throttled where the next one is too far away."""
+        if self._rate is None:
+            return
+        with self._guard:
+            now = time.monotonic()
+            slot = max(now, self._next)
+            if slot - now > LONGEST_PAUSE:
+                wait = timedelta(seconds=slot - now)
+                raise Throttled("our own write limit is reached", retry_after=wait)
+            self._next = slot + 1 / self._rate
+        time.sleep(slot - now)

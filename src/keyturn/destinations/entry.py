@@ -1,0 +1,67 @@
+"""What an entry is made of, whatever holds it: our three keys, those of others, whose it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from keyturn.core.model import Keys, Target
+from keyturn.core.secret import Secret
+from keyturn.errors import Rejected
+from keyturn.ports import Entry, Observed
+
+
+def observed(
+    keys: Keys,
+    values: Mapping[str, Any] | None,
+    *,
+    owner: str | None,
+    token: str,
+    locator: str = "",
+    fresh: bool = True,
+) -> Observed:
+    """Read the three parts out of an entry's values; None where there is no entry."""
+    if values is None:
+        return Observed(owner=owner, token=token, fresh=fresh)
+    secret = _text(values.get(keys.secret))
+    return Observed(
+        exists=True,
+        has_value=keys.secret in values,
+        login=_text(values.get(keys.id)),
+        secret=Secret(secret) if secret is not None else None,
+        version_id=_text(values.get(keys.version)),
+        other_keys=any(key not in (keys.id, keys.secret, keys.version) for key in values),
+        owner=owner,
+        token=token,
+        locator=locator,
+        fresh=fresh,
+    )
+
+
+def merged(target: Target, shown: Mapping[str, Any], entry: Entry) -> dict[str, Any]:
+    """Return the values of an entry: our three keys, and with `merge` those of others."""
+    keys = target.keys
+    own = {keys.id: entry.login, keys.secret: entry.secret.reveal(), keys.version: entry.version_id}
+    return {**shown, **own} if target.merge else own
+
+
+def refuse_foreign(
+    target: Target, shown: Mapping[str, Any], *, owner: str | None, store_id: str
+) -> None:
+    """Refuse a write that would replace what is not ours. Raises Rejected.
+
+    The saga looks before it writes; this is the same rule where the effect lands.
+    """
+    if owner == store_id:
+        return
+    if owner is not None:
+        raise Rejected("the entry belongs to another store", hint="choose another path")
+    keys = target.keys
+    if not target.adopt and any(key in shown for key in (keys.id, keys.secret, keys.version)):
+        raise Rejected("the entry exists and is not ours", hint="set adopt: true to take it over")
+    if not target.merge and any(key not in (keys.id, keys.secret, keys.version) for key in shown):
+        raise Rejected("the entry holds other keys", hint="set merge: true to keep them")
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None

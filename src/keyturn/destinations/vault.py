@@ -1,0 +1,277 @@
+"""HashiCorp Vault and OpenBao, KV version 2, through hvac.
+
+What is compared is the number of the newest version of an entry, deleted ones included (the `cas`
+option of KV v2). An entry's owner marker stands in its custom metadata and is written before its
+first value. Sources: the KV v2 API pages of both projects.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+import hvac.exceptions as vendor
+import requests
+from pydantic import BeforeValidator, Field
+
+from keyturn.core.model import Target, Traits
+from keyturn.destinations.base import ConnectionOptions, DestinationBase, Form
+from keyturn.destinations.entry import merged, observed, refuse_foreign
+from keyturn.destinations.vault_login import AuthOptions, Login, is_safe_address
+from keyturn.errors import (
+    Conflict,
+    Denied,
+    DestinationError,
+    DestinationUnavailable,
+    NotFound,
+    Rejected,
+    Throttled,
+)
+from keyturn.ports import Clock, Entry, Observed
+
+OWNER, FENCE = "keyturn-owner", "keyturn-fence"
+STALE_READS = 4  # how often a read that is older than our own last write is repeated
+STALE_PAUSE = 0.05
+_NOTHING = "0"
+
+
+def _address(value: object) -> object:
+    if not isinstance(value, str) or not is_safe_address(value):
+        raise ValueError
+    return value.rstrip("/")
+
+
+class VaultOptions(ConnectionOptions):
+    """How to reach a Vault or OpenBao, and which of its mounts to write in."""
+
+    address: Annotated[
+        str,
+        BeforeValidator(_address),
+        Form("https://host[:port] (http on loopback only)"),
+        Field(description="address of the server"),
+    ]
+    auth: Annotated[AuthOptions, Form("a mapping with a method"), Field(description="login")]
+    namespace: Annotated[
+        str | None, Form("a namespace"), Field(description="namespace, where there are any")
+    ] = None
+    ca_file: Annotated[
+        str | None,
+        Form("an absolute path"),
+        Field(description="certificates of the authority that signed the server's"),
+    ] = None
+    mount: Annotated[str, Form("the name of a KV v2 mount"), Field(description="KV v2 mount")] = (
+        "kv"
+    )
+
+
+class VaultDestination(DestinationBase):
+    """One mount of one server."""
+
+    Options = VaultOptions
+    TRAITS = Traits(has_cas=True, keeps_versions=True)
+
+    def __init__(self, options: Any, *, name: str, store_id: str, clock: Clock) -> None:
+        super().__init__(options, name=name, store_id=store_id, clock=clock)
+        self._login = Login(
+            address=options.address,
+            auth=options.auth,
+            namespace=options.namespace,
+            ca_file=options.ca_file,
+            timeout=options.call_deadline,
+            name=name,
+        )
+        self._written: dict[str, int] = {}
+        self._guard = threading.Lock()
+
+    def identity(self, target: Target) -> str:
+        """Return server, namespace, mount and path in one."""
+        space = self.options.namespace or ""
+        mount = self.options.mount.strip("/")
+        return f"vault:{self.options.address.lower()}/{space}/{mount}/{self.place(target)}"
+
+    def close(self) -> None:
+        """Give the token back, where we got one by a login."""
+        self._login.close()
+        super().close()
+
+    def _probe(self) -> str:
+        return f"{self.options.address}, mount {self.options.mount}: {self._login.check()}"
+
+    # --- reading ----------------------------------------------------------------------------
+
+    def _observe(self, target: Target) -> Observed:
+        path = self.place(target)
+        for attempt in range(STALE_READS):
+            found, number = self._newest(path, target)
+            if number >= self._mark(path):
+                return found
+            time.sleep(STALE_PAUSE * 2**attempt)  # a standby that is behind our own last write
+        raise DestinationUnavailable(f"{self.name}: only stale answers for the entry", sent=False)
+
+    def _newest(self, path: str, target: Target) -> tuple[Observed, int]:
+        answer = self._get(path)
+        data = answer.get("data") or {}
+        metadata = data.get("metadata") or {}
+        number = int(metadata.get("version") or 0)
+        marks = metadata.get("custom_metadata") or {}
+        owner = marks.get(OWNER)
+        values = data.get("data")
+        if number and values is None and owner is None:
+            owner = self._owner(path)  # a deleted version's answer may come without its marks
+        token = str(number) if number else _NOTHING
+        if values is not None and not isinstance(values, dict):
+            raise Rejected(f"{self.name}: the entry is no JSON object")
+        return (
+            observed(
+                target.keys,
+                values,
+                owner=owner,
+                token=token,
+                locator=token if values is not None else "",
+            ),
+            number,
+        )
+
+    def _get(self, path: str) -> dict[str, Any]:
+        """Read the newest version. A deleted one is a 404 that carries its metadata."""
+        answer = self._request("get", f"data/{path}", absent=True)
+        return answer if isinstance(answer, dict) else {}
+
+    def _owner(self, path: str) -> str | None:
+        answer = self._request("get", f"metadata/{path}", absent=True)
+        marks = ((answer or {}).get("data") or {}).get("custom_metadata") or {}
+        owner = marks.get(OWNER)
+        return owner if isinstance(owner, str) else None
+
+    def _mark(self, path: str) -> int:
+        with self._guard:
+            return self._written.get(path, 0)
+
+    # --- writing ----------------------------------------------------------------------------
+
+    def _activate(self, target: Target, entry: Entry, expected: str) -> str:
+        path = self.place(target)
+        values, owner, number = self._shown(path)
+        wanted = merged(target, values or {}, entry)
+        if values == wanted and owner == entry.owner:
+            return str(number)  # the same version again
+        if str(number) != expected:
+            raise Conflict
+        refuse_foreign(target, values or {}, owner=owner, store_id=self.store_id)
+        if owner != entry.owner:
+            marks = {OWNER: entry.owner, FENCE: str(entry.fence)}
+            self._request("post", f"metadata/{path}", {"custom_metadata": marks})
+        body = {"options": {"cas": int(expected)}, "data": wanted}
+        answer = self._request("post", f"data/{path}", body)
+        written = int((answer.get("data") or {}).get("version") or 0)
+        if written != int(expected) + 1:
+            raise DestinationUnavailable(f"{self.name}: the answer to a write makes no sense")
+        with self._guard:
+            self._written[path] = max(self._written.get(path, 0), written)
+        return str(written)
+
+    def _shown(self, path: str) -> tuple[dict[str, Any] | None, str | None, int]:
+        data = self._get(path).get("data") or {}
+        metadata = data.get("metadata") or {}
+        number = int(metadata.get("version") or 0)
+        owner = (metadata.get("custom_metadata") or {}).get(OWNER)
+        if owner is None:
+            owner = self._owner(path)
+        return data.get("data"), owner, number
+
+    def _retire(self, target: Target, version_id: str, locator: str, how: str) -> None:
+        """Soft-delete or destroy exactly one number, and never the newest."""
+        path, number = self.place(target), int(locator)
+        newest = int(((self._get(path).get("data") or {}).get("metadata") or {}).get("version", 0))
+        if number >= newest:
+            raise Rejected(f"{self.name}: that copy is the one shown")
+        verb = "destroy" if how == "destroy" else "delete"
+        self._request("post", f"{verb}/{path}", {"versions": [number]})
+
+    # --- requests ---------------------------------------------------------------------------
+
+    def _request(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, absent: bool = False
+    ) -> Any:
+        """Ask once; log in again and repeat where the token has run out, which did nothing."""
+        full = f"/v1/{self.options.mount.strip('/')}/{path}"
+        try:
+            return self._login.request(method, full, body)
+        except vendor.InvalidPath as error:
+            if absent:
+                return _body(error)
+            raise NotFound(f"{self.name}: no KV v2 mount {self.options.mount}") from None
+        except vendor.InvalidRequest as error:
+            if _is_mismatch(error):
+                raise Conflict from None
+            raise Rejected(f"{self.name}: the request was refused (400)") from None
+        except vendor.Forbidden:
+            need = {"get": "read", "post": "create, update"}[method]
+            raise Denied(f"{self.name}: the login lacks {need} on {full[4:]}") from None
+
+    def _translate(self, error: Exception) -> DestinationError:
+        return translate(self.name, error)
+
+
+def translate(name: str, error: Exception) -> DestinationError:
+    """Map what hvac and requests raise; a test holds this against hvac's own list."""
+    if isinstance(error, DestinationError):
+        return error
+    if isinstance(error, vendor.Forbidden | vendor.Unauthorized):
+        return Denied(f"{name}: the login is refused")
+    if isinstance(error, vendor.RateLimitExceeded):
+        return Throttled(f"{name}: too many requests")
+    if isinstance(error, vendor.InvalidPath):
+        return NotFound(f"{name}: nothing is mounted there")
+    if isinstance(
+        error, vendor.InvalidRequest | vendor.UnsupportedOperation | vendor.ParamValidationError
+    ):
+        return Rejected(f"{name}: the request was refused")
+    if isinstance(error, requests.exceptions.SSLError):
+        return DestinationUnavailable(
+            f"{name}: TLS failed", hint="check ca_file and the server's certificate", sent=False
+        )
+    if isinstance(error, requests.exceptions.ConnectTimeout):
+        return DestinationUnavailable(f"{name}: cannot be reached", sent=False)
+    # Sealed, standby without a leader, 5xx, broken answers, cut connections: perhaps it landed.
+    return DestinationUnavailable(f"{name}: {type(error).__name__}")
+
+
+def _body(error: vendor.VaultError) -> dict[str, Any]:
+    """Return the JSON of a 404: for a deleted version it carries the metadata."""
+    found = error.json
+    if isinstance(found, dict) and isinstance(found.get("data"), dict):
+        return found
+    return {}
+
+
+def _is_mismatch(error: vendor.VaultError) -> bool:
+    """Tell a failed compare-and-set from other refusals by the words of both projects."""
+    texts = error.errors if isinstance(error.errors, list) else []
+    return any("check-and-set parameter did not match" in str(text) for text in texts)
+
+
+def policy_text(
+    options: VaultOptions, targets: Iterable[Target], *, retire: str = "disable"
+) -> str:
+    """Return the least privileges for these entries, as a policy in HCL."""
+    prefix = f"{options.prefix}/" if options.prefix else ""
+    mount = options.mount.strip("/")
+    rules = []
+    for path in sorted({f"{prefix}{target.path}" for target in targets}):
+        rules.append(_rule(f"{mount}/data/{path}", "create", "read", "update"))
+        rules.append(_rule(f"{mount}/metadata/{path}", "create", "read", "update"))
+        if retire != "leave":
+            verb = "destroy" if retire == "destroy" else "delete"
+            rules.append(_rule(f"{mount}/{verb}/{path}", "create", "update"))
+    rules.append(_rule("auth/token/lookup-self", "read"))
+    rules.append(_rule("auth/token/renew-self", "update"))
+    rules.append(_rule("auth/token/revoke-self", "update"))
+    return "\n".join(rules)
+
+
+def _rule(path: str, *capabilities: str) -> str:
+    listed = ", ".join(f'"{capability}"' for capability in capabilities)
+    return f'path "{path}" {{ capabilities = [{listed}] }}'

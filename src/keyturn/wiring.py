@@ -1,0 +1,374 @@
+"""The one place that knows every adapter: from settings to parts that work together.
+
+Used by the daemon and, while it is down, by the commands that work straight on the store.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from keyturn import config
+from keyturn.administration import Administration
+from keyturn.config import AgentDefinition, Settings
+from keyturn.config.models import ID_FORM, is_id
+from keyturn.core import policy as due
+from keyturn.core.model import (
+    Agent,
+    AgentState,
+    Case,
+    Credential,
+    ManagedBy,
+    Policy,
+    Target,
+    Traits,
+)
+from keyturn.core.policy import CronCalculator
+from keyturn.core.secret import Secret
+from keyturn.core.steps import ACCEPTED_LIMIT, Plan
+from keyturn.destinations import registry
+from keyturn.destinations.base import DestinationBase
+from keyturn.errors import ConfigError, Refused
+from keyturn.ports import AuditEntry
+from keyturn.rotation import Watcher, World
+from keyturn.storage.ledger import Ledger
+from keyturn.storage.store import Store
+from keyturn.verifier.authority import BuiltinAuthority
+from keyturn.verifier.decision import Verifier
+from keyturn.verifier.spool import Spool
+
+SWEEP_EVERY = timedelta(minutes=5)
+MASS_CHANGE = 0.1
+
+
+class SystemClock:
+    """The host's clocks."""
+
+    def now(self) -> datetime:
+        """Wall time, aware, UTC."""
+        return datetime.now(UTC)
+
+    def boottime(self) -> timedelta:
+        """Time since boot, counting suspend."""
+        return timedelta(seconds=time.clock_gettime(time.CLOCK_BOOTTIME))
+
+
+@dataclass(slots=True, kw_only=True)
+class Parts:
+    """Everything of one running Keyturn. `settings` and `destinations` change with a reload."""
+
+    settings: Settings
+    open_store: Callable[[], Store]
+    spool: Spool
+    authority: BuiltinAuthority
+    administration: Administration
+    clock: SystemClock
+    destinations: dict[str, DestinationBase] = field(default_factory=dict)
+    on_revocation: Callable[[Mapping[str, Any], str], None] = lambda _result, _trigger: None
+    cron: CronCalculator
+    _store: Store | None = None
+
+    @property
+    def store(self) -> Store:
+        """The store, opened at its first use. Raises StoreUnavailable."""
+        if self._store is None:
+            self._store = self.open_store()
+        return self._store
+
+    def close(self) -> None:
+        """Give everything back."""
+        for destination in self.destinations.values():
+            destination.close()
+        if self._store is not None:
+            self._store.close()
+
+    # --- policies ---------------------------------------------------------------------------
+
+    def policy_of(self, case: Case) -> Policy:
+        """The agent's policy; the default one where the files no longer name it."""
+        policies = self.settings.policies
+        return policies.get(case.agent.policy) or policies.get("default") or Policy()
+
+    def plan(self, case: Case) -> Plan:
+        """What does not change during a run."""
+        traits = {
+            target.key: self.destinations[target.to].traits
+            for target in case.targets
+            if target.to in self.destinations
+        }
+        missing = {t.key: Traits() for t in case.targets if t.key not in traits}
+        limit = min(ACCEPTED_LIMIT, self.authority.abilities.max_accepted)
+        return Plan(policy=self.policy_of(case), traits={**missing, **traits}, max_accepted=limit)
+
+    def schedule(self, case: Case, now: datetime) -> datetime | None:
+        """When a credential that was promoted `now` rotates next."""
+        return due.next_rotation(
+            self.policy_of(case), last=now, now=now, key=case.credential.uid, cron=self.cron
+        )
+
+    def check_grace(self, case: Case, grace: timedelta) -> None:
+        """Refuse a grace below the floor of rule 19."""
+        staleness = max((d.traits.staleness for d in self._of(case)), default=timedelta(0))
+        floor = due.grace_floor(
+            self.policy_of(case), staleness=staleness, lease=self.settings.lease
+        )
+        if grace < floor:
+            raise Refused(
+                f"a grace of {grace} is below the floor of {floor}: agents may keep what they read"
+                " for longer",
+                hint="add --force to cut those agents off",
+            )
+
+    def _of(self, case: Case) -> Iterator[DestinationBase]:
+        return (self.destinations[t.to] for t in case.targets if t.to in self.destinations)
+
+    # --- agents -----------------------------------------------------------------------------
+
+    def identity(self, target: Target) -> str:
+        """The canonical remote key of an entry; two spellings, one identity."""
+        destination = self.destinations.get(target.to)
+        if destination is None:
+            raise ConfigError(
+                f"no connection is called {target.to}",
+                hint=f"the configuration has: {', '.join(sorted(self.destinations)) or 'none'}",
+            )
+        return destination.identity(target)
+
+    def add_agent(
+        self,
+        name: str,
+        *,
+        login: str,
+        owner: str | None,
+        policy: str,
+        targets: tuple[Target, ...],
+        actor: str,
+        managed_by: ManagedBy = ManagedBy.COMMAND,
+    ) -> Case:
+        """Add an agent; its first version is minted at once."""
+        if not is_id(name):
+            raise Refused(f"an agent's id is {ID_FORM}", hint="choose another id")
+        if policy not in self.settings.policies:
+            raise Refused(
+                f"no policy is called {policy}",
+                hint=f"the configuration has: {', '.join(sorted(self.settings.policies))}",
+            )
+        agent = Agent(
+            uid=uuid.uuid4().hex,
+            name=name,
+            login=login,
+            owner=owner,
+            policy=policy,
+            managed_by=managed_by,
+            targets=targets,
+        )
+        now = self.store.now()
+        credential = Credential(
+            uid=uuid.uuid4().hex, agent_uid=agent.uid, wake_at=now, sweep_at=now + SWEEP_EVERY
+        )
+        return self.store.add_agent(
+            agent,
+            credential,
+            identities={target.key: self.identity(target) for target in targets},
+            audit=[AuditEntry(action="agent.added", actor=actor, agent=name)],
+        )
+
+    def reconcile(self, *, actor: str, allow_mass_change: bool = False) -> dict[str, int]:
+        """Bring the store's agents in line with the files; nothing is ever revoked by a file.
+
+        An agent that disappeared becomes `unmanaged`: it stays accepted and is rotated no more.
+        """
+        known = {agent.name: agent for agent in self.store.agents()}
+        wanted = self.settings.agents
+        gone = [
+            a for a in known.values() if a.managed_by is ManagedBy.FILE and a.name not in wanted
+        ]
+        gone = [agent for agent in gone if agent.state is not AgentState.UNMANAGED]
+        if len(gone) > max(1, len(known) * MASS_CHANGE) and not allow_mass_change:
+            raise Refused(
+                f"{len(gone)} of {len(known)} agents would disappear",
+                hint="if that is meant: keyturn reload --allow-mass-change",
+            )
+        done = {"added": 0, "changed": 0, "unmanaged": 0, "unchanged": 0}
+        for definition in wanted.values():
+            done[self._adopt_definition(definition, known.get(definition.name), actor)] += 1
+        for agent in gone:
+            self._amend(agent, replace(agent, state=AgentState.UNMANAGED), "unmanaged", actor)
+            done["unmanaged"] += 1
+        return done
+
+    def _adopt_definition(
+        self, definition: AgentDefinition, known: Agent | None, actor: str
+    ) -> str:
+        if known is None:
+            self.add_agent(
+                definition.name,
+                login=definition.login,
+                owner=definition.owner,
+                policy=definition.policy,
+                targets=definition.targets,
+                actor=actor,
+                managed_by=ManagedBy.FILE,
+            )
+            return "added"
+        if known.managed_by is not ManagedBy.FILE:
+            raise Refused(
+                f"{definition.where}: {known.name} belongs to the command line",
+                hint=f"`keyturn agents remove {known.name}`, or take it out of the file",
+            )
+        back = AgentState.ENABLED if known.state is AgentState.UNMANAGED else known.state
+        wanted = replace(
+            known,
+            login=definition.login,
+            owner=definition.owner,
+            policy=definition.policy,
+            targets=definition.targets,
+            state=back,
+        )
+        if wanted == known:
+            return "unchanged"
+        self._amend(known, wanted, "changed", actor)
+        return "changed"
+
+    def _amend(self, before: Agent, after: Agent, what: str, actor: str) -> None:
+        self.store.amend_agent(
+            before.uid,
+            after,
+            identities={target.key: self.identity(target) for target in after.targets},
+            audit=[AuditEntry(action=f"agent.{what}", actor=actor, agent=after.name)],
+            before=before,
+        )
+
+    def note_revocation(self, result: Mapping[str, Any], *, trigger: str) -> None:
+        """Count a revocation and log it."""
+        self.on_revocation(result, trigger)
+
+    def world(self, watcher: Watcher, stopping: Callable[[], bool]) -> World:
+        """What a saga touches."""
+        return World(
+            journal=self.store,
+            authority=self.authority,
+            destinations=self.destinations,
+            plan=self.plan,
+            schedule=self.schedule,
+            backoff=lambda plan, tries: due.backoff(
+                plan.policy.retry, tries, unit=secrets.randbelow(1 << 30) / (1 << 30)
+            ),
+            sweep_every=SWEEP_EVERY,
+            clock=_StoreClock(self.store, self.clock),
+            random_bytes=secrets.token_bytes,
+            new_id=lambda: uuid.uuid4().hex,
+            watcher=watcher,
+            stopping=stopping,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _StoreClock:
+    """The store's time: on PostgreSQL the database's, which several hosts share."""
+
+    store: Store
+    clock: SystemClock
+
+    def now(self) -> datetime:
+        return self.store.now()
+
+    def boottime(self) -> timedelta:
+        return self.clock.boottime()
+
+
+# --- building -----------------------------------------------------------------------------
+
+
+def build(settings: Settings, *, cron: CronCalculator, create: bool) -> Parts:
+    """Put the parts together. The store is opened at its first use, destinations by `connect`."""
+    clock = SystemClock()
+    writer = f"{os.uname().nodename}:{os.getpid()}:{uuid.uuid4().hex[:12]}"
+    folder = settings.store.folder
+    if create:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    spool = Spool(folder / "revoked.d")
+    authority = BuiltinAuthority()
+    parts: Parts
+
+    def open_store() -> Store:
+        return Store.open(
+            settings.store.url,
+            state_dir=folder,
+            clock=clock,
+            random_bytes=secrets.token_bytes,
+            writer=writer,
+            password=_password(settings),
+            create=create,
+        )
+
+    administration = Administration(
+        open_store=lambda: parts.store,
+        ledger=Ledger(folder / "ledger"),
+        spool=spool,
+        authority=authority,
+        clock=clock,
+    )
+    parts = Parts(
+        settings=settings,
+        open_store=open_store,
+        spool=spool,
+        authority=authority,
+        administration=administration,
+        clock=clock,
+        cron=cron,
+    )
+    return parts
+
+
+def connect(settings: Settings, *, store_id: str, clock: SystemClock) -> dict[str, DestinationBase]:
+    """Make every destination that the settings name. None is contacted yet."""
+    return {
+        name: registry.load(connection.type)(
+            connection.options, name=name, store_id=store_id, clock=clock
+        )
+        for name, connection in settings.connections.items()
+    }
+
+
+def open_verifier(settings: Settings) -> Verifier:
+    """Open the verifier of these settings, as a library."""
+    return Verifier.open(
+        settings.store.url,
+        state_dir=settings.store.folder,
+        clock=SystemClock(),
+        password=_password(settings),
+    )
+
+
+def _password(settings: Settings) -> Secret | None:
+    path = settings.store.password_file
+    if path is None:
+        return None
+    try:
+        return Secret(path.read_text().removesuffix("\n"))
+    except OSError as error:
+        raise ConfigError(
+            f"store.password_file: {path} cannot be read",
+            hint="it must be readable by the daemon's user",
+        ) from error
+
+
+def check_settings(settings: Settings, *, cron: CronCalculator) -> None:
+    """Make the checks that need adapters: owners of entries, quotas, staleness. Offline.
+
+    Raises ConfigError.
+    """
+    destinations = connect(settings, store_id="", clock=SystemClock())
+    try:
+        config.check_owners(settings, lambda target: destinations[target.to].identity(target))
+        config.check_policies(settings, lambda name: destinations[name].traits, cron=cron)
+    finally:
+        for destination in destinations.values():
+            destination.close()
