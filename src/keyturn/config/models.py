@@ -13,10 +13,11 @@ from urllib.parse import parse_qs, urlsplit
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from keyturn.config.shape import Form, Section
+from keyturn.config.shape import Section
 from keyturn.core.duration import FORM as DURATION_FORM
 from keyturn.core.duration import parse_duration
 from keyturn.core.walltime import WINDOW_FORM, ZONE_FORM, parse_window, zone_of
+from keyturn.destinations.base import Form
 
 CRON_FORM = 'a crontab line of five fields such as "0 3 * * tue"'
 ID_FORM = "an id of a-z 0-9 . _ - (63 at most, a letter or digit first, no ..)"
