@@ -1,0 +1,278 @@
+"""`keyturn demo`: the main job, live, on this machine, in less than a minute.
+
+A real daemon runs beside agents that authenticate all the time with nothing but plain reads of their
+destination, while their secrets rotate every few seconds. At the end one agent is revoked. Exit 1 if
+one authentication was refused that should not have been.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from keyturn import wiring
+from keyturn.cli.client import AdminClient
+from keyturn.cli.render import table
+from keyturn.core.secret import Secret
+from keyturn.daemon.service import load
+from keyturn.errors import KeyturnError, Refused, StoreUnavailable, VerificationFailed
+from keyturn.verifier.decision import Verifier
+
+AGENTS = ("billing-bot", "support-bot", "search-bot", "mail-bot", "report-bot", "build-bot")
+SECONDS = 24.0
+CACHE = 2.0  # seconds that an agent keeps what it read
+PAUSE = 0.02  # seconds between two authentications of one agent
+START_LIMIT = 30.0
+
+Read = Callable[[str], dict[str, Any]]
+
+
+def demo(destination: str = "file", *, seconds: float = SECONDS) -> int:
+    """Show it. Returns 0 where nothing was refused that should not have been."""
+    with tempfile.TemporaryDirectory(prefix="keyturn-demo-") as name:
+        folder = Path(name)
+        with _place(destination, folder) as (connection, read):
+            config = _write_config(folder, connection)
+            with _daemon(config, folder):
+                return _show(config, read, destination, seconds)
+
+
+# --- the setting --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _place(destination: str, folder: Path) -> Iterator[tuple[dict[str, Any], Read]]:
+    """Give the connection, and how an agent reads there without any code of ours."""
+    if destination == "file":
+        root = folder / "agents"
+        yield (
+            {"type": "file", "root": str(root)},
+            lambda agent: json.loads((root / f"{agent}.json").read_text()),
+        )
+    elif destination == "vault":
+        from keyturn.testing import openbao
+
+        with openbao.dev_server(folder / "openbao") as server:
+            auth = {"method": "token", "token_file": str(server.token_file)}
+            yield (
+                {"type": "vault", "address": server.address, "auth": auth, "prefix": "agents"},
+                _vault_reader(server.address, server.token),
+            )
+    else:
+        raise Refused(f"there is no demo for {destination}", hint="use --dest file or vault")
+
+
+def _vault_reader(address: str, token: str) -> Read:
+    import hvac
+
+    client = hvac.Client(url=address, token=token)
+
+    def read(agent: str) -> dict[str, Any]:
+        found = client.secrets.kv.v2.read_secret_version(
+            f"agents/{agent}", mount_point="kv", raise_on_deleted_version=True
+        )
+        values: dict[str, Any] = found["data"]["data"]
+        return values
+
+    return read
+
+
+def _write_config(folder: Path, connection: dict[str, Any]) -> Path:
+    retry = {"first": "200ms", "call_deadline": "2s", "settle_after": "3s"}
+    content = {
+        "version": 1,
+        "store": {"url": f"sqlite:///{folder / 'state' / 'keyturn.db'}"},
+        "admin": {"socket": str(folder / "run" / "admin.sock")},
+        "connections": {"demo": {**connection, "call_deadline": "2s"}},
+        "policies": {
+            "default": {
+                "every": "3s",
+                "grace": "6s",
+                "consumer_cache": f"{CACHE:.0f}s",
+                "jitter": "10%",
+                "retry": retry,
+            }
+        },
+        "agents": {agent: {"destinations": [{"to": "demo", "path": agent}]} for agent in AGENTS},
+    }
+    path = folder / "keyturn.yaml"
+    path.touch(mode=0o600)
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@contextlib.contextmanager
+def _daemon(config: Path, folder: Path) -> Iterator[None]:
+    """Run the daemon as its own process, as an operator would."""
+    command = [sys.executable, "-m", "keyturn", "run", "-c", str(config)]
+    with (folder / "daemon.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(35)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+# --- the agents ---------------------------------------------------------------------------
+
+
+class _Agent(threading.Thread):
+    """A workload: reads its destination, keeps what it read for a while, authenticates."""
+
+    def __init__(self, name: str, read: Read, verifier: Verifier, seed: int) -> None:
+        super().__init__(name=name, daemon=True)
+        self.counts: Counter[str] = Counter()
+        self.versions: list[str] = []
+        self.revoked = threading.Event()
+        self._read, self._verifier = read, verifier
+        self._random = random.Random(seed)  # noqa: S311 - when to read, not what
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        """Authenticate until told to end."""
+        held, until = self._read(self.name), 0.0
+        while not self._ended.wait(PAUSE):
+            if time.monotonic() >= until:
+                held = self._fresh(held)
+                until = time.monotonic() + self._random.uniform(0, CACHE)
+            self._authenticate(held)
+
+    def end(self) -> None:
+        """Stop."""
+        self._ended.set()
+
+    def _fresh(self, held: dict[str, Any]) -> dict[str, Any]:
+        found = self._read(self.name)
+        if not self.versions or self.versions[-1] != found["version"]:
+            self.versions.append(found["version"])
+        return found or held
+
+    def _authenticate(self, held: dict[str, Any]) -> None:
+        revoked = self.revoked.is_set()
+        try:
+            self._verifier.verify(held["id"], Secret(held["secret"]))
+        except VerificationFailed:
+            self.counts["refused as it should be" if revoked else "REFUSED"] += 1
+        except StoreUnavailable:
+            self.counts["unavailable"] += 1
+        else:
+            self.counts["accepted after revoke" if revoked else "accepted"] += 1
+
+
+# --- the show -----------------------------------------------------------------------------
+
+
+def _show(config: Path, read: Read, destination: str, seconds: float) -> int:
+    settings = load(config)
+    client = AdminClient(settings.admin.socket)
+    _await_first_versions(client)
+    verifier = wiring.open_verifier(settings)
+    agents = [_Agent(name, read, verifier, seed) for seed, name in enumerate(AGENTS)]
+    for agent in agents:
+        agent.start()
+    try:
+        _say(
+            f"{len(agents)} agents read their secrets from {destination}, each rotates every 3 s\n"
+        )
+        _watch(agents, client, seconds)
+        before = agents[0].counts["REFUSED"]
+        revoked, delay = _revoke(agents[0], client)
+        time.sleep(1.0)
+    finally:
+        for agent in agents:
+            agent.end()
+        for agent in agents:
+            agent.join(5)
+        verifier.close()
+    # Between the start and the return of the revoke its agent may be refused: that is no fault.
+    early = agents[0].counts["REFUSED"] - before
+    return _sum_up(agents, revoked, delay, early=early)
+
+
+def _await_first_versions(client: AdminClient) -> None:
+    until = time.monotonic() + START_LIMIT
+    while True:
+        try:
+            rows = client.call("status", {})
+        except KeyturnError:
+            rows = []
+        if rows and all(row["current"] for row in rows):
+            return
+        if time.monotonic() > until:
+            raise Refused("the daemon did not get ready", hint="run `keyturn check -c FILE`")
+        time.sleep(0.1)
+
+
+def _watch(agents: list[_Agent], client: AdminClient, seconds: float) -> None:
+    live = sys.stdout.isatty()
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        time.sleep(1.0 if live else 4.0)
+        rows = {row["agent"]: row for row in client.call("status", {})}
+        text = table(
+            ("AGENT", "CURRENT", "PREVIOUS", "ROTATIONS", "AUTHENTICATIONS", "REFUSED"),
+            [_row(agent, rows[agent.name]) for agent in agents],
+        )
+        _say(("\x1b[H\x1b[2J" if live else "") + text + "\n")
+
+
+def _row(agent: _Agent, status: dict[str, Any]) -> tuple[str, ...]:
+    current = status["current"]["version"] if status["current"] else ""
+    previous = " ".join(version["version"] for version in status["previous"])
+    rotations = max(len(agent.versions) - 1, 0)
+    return (
+        agent.name,
+        current,
+        previous,
+        str(rotations),
+        str(agent.counts["accepted"]),
+        str(agent.counts["REFUSED"]),
+    )
+
+
+def _revoke(agent: _Agent, client: AdminClient) -> tuple[dict[str, Any], float]:
+    """Revoke one agent while it works; from the call's return on nothing of it is accepted."""
+    _say(f"keyturn revoke {agent.name} --reason demo")
+    began = time.monotonic()
+    result: dict[str, Any] = client.call("revoke", {"agent": agent.name, "reason": "demo"})
+    agent.revoked.set()
+    return result, time.monotonic() - began
+
+
+def _sum_up(agents: list[_Agent], revoked: dict[str, Any], delay: float, *, early: int) -> int:
+    totals: Counter[str] = sum((agent.counts for agent in agents), Counter())
+    wrongly = totals["REFUSED"] - early
+    rotations = sum(max(len(agent.versions) - 1, 0) for agent in agents)
+    _say(f"revoked {len(revoked['versions'])} versions; the call took {delay * 1000:.1f} ms")
+    _say(
+        f"authentications {totals['accepted']} · rotations {rotations} ·"
+        f" refused {wrongly} · unavailable {totals['unavailable']} ·"
+        f" after the revoke: {totals['refused as it should be']} refused,"
+        f" {totals['accepted after revoke']} accepted"
+    )
+    good = not wrongly and not totals["accepted after revoke"] and rotations > 0
+    good = good and totals["refused as it should be"] > 0
+    _say("OK: no agent was refused" if good else "FAILED")
+    return 0 if good else 1
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
