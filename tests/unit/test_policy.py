@@ -323,3 +323,28 @@ def test_a_call_on_its_way_never_counts_as_settled(deadline: int, settle: int, g
     """`settle_after` must be longer than the deadline of a call (rule 2)."""
     retry = Retry(call_deadline=timedelta(seconds=deadline), settle_after=timedelta(seconds=settle))
     assert (rules.check(Policy(retry=retry), {}, timedelta(0)) == []) is good
+
+
+def test_a_window_does_not_make_a_rotation_later_than_needed() -> None:
+    """Where the interval ends inside a window the spread ends there too; else it is the jitter's span."""
+    policy = Policy(every=7 * D, jitter=0.1, window="Mon 02:00-23:00")
+    last = datetime(2026, 3, 2, 3, tzinfo=UTC)
+    assert all(due(policy, last=last, key=str(n)) <= last + 7 * D for n in range(100))  # type: ignore[operator]
+    short = Policy(every=7 * D, jitter=0.001, window="Mon 02:00-23:00")
+    opening = datetime(2026, 3, 16, 2, tzinfo=UTC)
+    found = [due(short, last=last + 1 * D, key=str(n)) for n in range(100)]
+    assert all(opening <= at < opening + 7 * D * 0.001 for at in found if at)
+
+
+def test_a_window_over_midnight_holds_the_next_morning() -> None:
+    """At 03:00 on Sunday the window that opened on Saturday at 22:00 is still the one."""
+    sunday = datetime(2026, 3, 8, 3, tzinfo=UTC)
+    start, end = parse_window("Sat 22:00-04:00").at_or_after(sunday, ZoneInfo("UTC"))
+    assert (start, end) == (sunday - 5 * H, sunday + H)
+
+
+def test_a_window_that_the_change_of_the_clock_swallows_is_skipped() -> None:
+    """02:10 to 02:50 does not exist on the spring night: the next one is a week later."""
+    night = datetime(2026, 3, 28, 12, tzinfo=UTC)
+    start, _ = parse_window("Sun 02:10-02:50").at_or_after(night, ZoneInfo("Europe/Berlin"))
+    assert start == datetime(2026, 4, 5, 0, 10, tzinfo=UTC)
