@@ -189,7 +189,8 @@ def test_a_stopped_daemon_counts_as_down(folder: Path, monkeypatch: pytest.Monke
             AdminClient(folder / "s").call("who", {})
 
 
-def test_a_daemon_that_ends_in_between_is_no_success(folder: Path) -> None:
+@pytest.mark.parametrize("rest", [b"", b'{"ok":true,"resu', b'{"ok":true,"result":1}'])
+def test_a_daemon_that_ends_in_between_is_no_success(folder: Path, rest: bytes) -> None:
     """After `received` and no answer the outcome is unknown: exit 75, look and repeat."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(folder / "s"))
@@ -199,7 +200,7 @@ def test_a_daemon_that_ends_in_between_is_no_success(folder: Path) -> None:
             connection, _ = listener.accept()
             with connection:
                 connection.recv(65536)
-                connection.sendall(b'{"event":"received"}\n')
+                connection.sendall(b'{"event":"received"}\n' + rest)
 
         thread = threading.Thread(target=serve)
         thread.start()
@@ -395,11 +396,12 @@ def test_a_path_that_is_too_long_is_a_clear_error(folder: Path) -> None:
 
 def test_closing_waits_for_what_runs(path: Path) -> None:
     """A command that is in the middle still answers when the daemon ends."""
-    began = threading.Event()
+    began, finished = threading.Event(), threading.Event()
 
     def slow(*_: Any) -> str:
         began.set()
         time.sleep(0.3)
+        finished.set()
         return "done"
 
     server = AdminServer(path, {"slow": Command(role=Role.VIEW, function=slow)}, ROLES)
@@ -409,6 +411,7 @@ def test_closing_waits_for_what_runs(path: Path) -> None:
     thread.start()
     assert began.wait(10)
     server.close(wait_seconds=10)
+    assert finished.is_set()
     thread.join()
     assert results == ["done"]
 

@@ -144,7 +144,7 @@ def test_a_stop_that_fails_still_lets_the_second_one_quit(started: list[Program]
 
 def test_what_arrived_before_the_end_is_still_done(started: list[Program]) -> None:
     """A USR1 right before TERM, during the work, is not lost with the process."""
-    program = Program(revoke=0.3)
+    program = Program(revoke=0.9)
     started.append(program)
     program.send(signal.SIGUSR1)
     assert program.line() == "revoke begins"
