@@ -1,0 +1,128 @@
+"""A private PostgreSQL for tests: a unix socket only, fsync on, one database per test."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import itertools
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import psycopg
+import pytest
+
+_NUMBERS = itertools.count(1)
+
+
+class Cluster:
+    """One server process that we started, ended by its pid."""
+
+    def __init__(self, binaries: Path) -> None:
+        self._binaries = binaries
+        self.folder = Path(tempfile.mkdtemp(prefix="keyturn-pg-"))
+        self._data = self.folder / "data"
+        if os.geteuid() == 0:
+            user = pwd.getpwnam("postgres")
+            os.chown(self.folder, user.pw_uid, user.pw_gid)
+        self._run("initdb", "-A", "trust", "-U", "keyturn", "-N", "-D", str(self._data))
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Start the server and wait until it answers."""
+        settings = {
+            "listen_addresses": "",
+            "unix_socket_directories": str(self.folder),
+            "fsync": "on",
+            "max_connections": "60",
+            "shared_buffers": "32MB",
+        }
+        options = [f"-c{name}={value}" for name, value in settings.items()]
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [*self._user(), str(self._binaries / "postgres"), "-D", str(self._data), *options],
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+            )
+        self._wait()
+
+    def stop(self) -> None:
+        """End the server: connections are cut, nothing is lost."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGINT)
+            self._process.wait(timeout=30)
+            self._process = None
+
+    def remove(self) -> None:
+        """End the server and delete its files."""
+        self.stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def url(self, database: str) -> str:
+        """Return the URL of a database."""
+        return f"postgresql://keyturn@/{database}?host={self.folder}"
+
+    def new_database(self) -> str:
+        """Make an empty database and return its URL."""
+        name = f"test_{next(_NUMBERS)}"
+        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name}".encode())
+        return self.url(name)
+
+    def _wait(self) -> None:
+        end = time.monotonic() + 30
+        while True:
+            try:
+                psycopg.connect(self.url("postgres")).close()
+            except psycopg.OperationalError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.05)
+            else:
+                return
+
+    def _run(self, program: str, *arguments: str) -> None:
+        subprocess.run(
+            [*self._user(), str(self._binaries / program), *arguments],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            cwd=self.folder,
+        )
+
+    @staticmethod
+    def _user() -> list[str]:
+        """Return what runs a command as another user where we are root: PostgreSQL refuses root."""
+        if os.geteuid() != 0:
+            return []
+        return ["setpriv", "--reuid=postgres", "--regid=postgres", "--init-groups"]
+
+
+def binaries() -> Path | None:
+    """Return the folder of the newest installed PostgreSQL."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: int(p.parts[-3]))
+    return found[-1].parent if found else None
+
+
+@functools.cache
+def _shared(folder: Path) -> Cluster:
+    cluster = Cluster(folder)
+    atexit.register(cluster.remove)
+    return cluster
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Cluster:
+    """Give the one server of this test run; without PostgreSQL skip here, but fail in CI."""
+    folder = binaries()
+    if folder is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("PostgreSQL is not installed, and CI skips no contract")
+        pytest.skip("PostgreSQL is not installed")
+    return _shared(folder)
