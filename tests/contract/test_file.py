@@ -1,11 +1,12 @@
-"""Files keep the contract, and what only files can be attacked by."""
+"""Files keep every promise of a destination, also to those who read them as another user."""
 
 from __future__ import annotations
 
+import grp
 import json
 import os
-import random
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,131 +14,143 @@ import pytest
 
 from keyturn.core.model import Target
 from keyturn.destinations.file import FileDestination, FileOptions
-from keyturn.errors import ConfigError, KeyturnError, Rejected
-from keyturn.testing.contract import PLACE, STORE_ID, DestinationContract, new_entry
-from keyturn.testing.fakes import FakeClock
-
-
-def make(root: Path) -> FileDestination:
-    """Make a destination over a folder."""
-    return FileDestination(
-        FileOptions(root=str(root)), name="f", store_id=STORE_ID, clock=FakeClock()
-    )
-
-
-def path_of(destination: FileDestination, target: Target) -> Path:
-    """Return where an agent reads."""
-    return destination.options.root / destination.place(target)
+from keyturn.testing import FakeClock
+from keyturn.testing.contract import (
+    OTHER_STORE,
+    STORE,
+    DestinationContract,
+    entry_of,
+    parts,
+    publish,
+)
 
 
 class TestFile(DestinationContract):
-    """A folder of this host."""
+    """A folder under a prefix."""
 
     @pytest.fixture
-    def destination(self, tmp_path: Path) -> FileDestination:
-        return make(tmp_path / "agents")
+    def destination(self, tmp_path: Path) -> Iterator[FileDestination]:
+        """Give an empty one, whose root is not there yet."""
+        self.root = tmp_path / "agents"
+        self.made = self.make(STORE)
+        yield self.made
+        self.made.close()
 
-    def read_raw(self, destination: Any, target: Target) -> dict[str, Any] | None:
-        path = path_of(destination, target)
+    def make(self, store_id: str) -> FileDestination:
+        """Return a connection to the folder."""
+        options = FileOptions.model_validate({"root": str(self.root), "prefix": "p"})
+        return FileDestination(options, name="contract", store_id=store_id, clock=FakeClock())
+
+    def path(self, target: Target) -> Path:
+        """Return where an agent reads."""
+        return self.root / "p" / f"{target.path}.json"
+
+    def read_raw(self, target: Target) -> Mapping[str, Any] | None:
+        """Read as an agent does."""
+        path = self.path(target)
         return json.loads(path.read_text()) if path.exists() else None
 
-    def write_raw(self, destination: Any, target: Target, values: Mapping[str, str]) -> None:
-        path = path_of(destination, target)
-        path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-        path.write_text(json.dumps(values))
+    def write_raw(self, target: Target, values: Mapping[str, Any]) -> None:
+        """Write as an editor does: another file, renamed."""
+        path = self.path(target)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".new").write_text(json.dumps(values))
+        path.with_suffix(".new").rename(path)
 
-    def test_modes_are_tight(self, destination: FileDestination) -> None:
-        """Agents' group may read, nobody else, and what is ours alone nobody but us."""
-        self.publish(destination, PLACE, new_entry(1))
-        root = destination.options.root
+    def sibling(self) -> FileDestination:
+        """Return a connection of another Keyturn to the same folder."""
+        return self.make(OTHER_STORE)
+
+    def write_garbage(self, target: Target) -> bool:
+        """Write a file that is no object."""
+        self.path(target).parent.mkdir(parents=True, exist_ok=True)
+        self.path(target).write_text('["not", "an object"]')
+        return True
+
+    def test_modes_let_agents_read_and_nobody_else(self, destination: FileDestination) -> None:
+        """Files are 0640, folders 2750, and what is ours alone is 0700."""
+        target = Target(to="contract", path="team/bot")
+        publish(destination, target, entry_of(1))
         modes = {
-            name: f"{(root / name).stat().st_mode & 0o7777:o}"
-            for name in ("team", "team/agent-1.json", "team/.keyturn")
+            path.name: stat.S_IMODE(path.stat().st_mode)
+            for path in (self.root, *self.root.rglob("*"))
+        }
+        assert modes == {
+            "agents": 0o2750,
+            "p": 0o2750,
+            "team": 0o2750,
+            "bot.json": 0o640,
+            ".keyturn": 0o700,
+            "bot.json.side": 0o600,
+            "bot.json.lock": 0o600,
         }
 
-        assert modes == {"team": "2750", "team/agent-1.json": "640", "team/.keyturn": "700"}
-
-    def test_a_link_is_never_followed(self, destination: FileDestination, tmp_path: Path) -> None:
-        """A link in place of a folder or of the entry leads nowhere."""
-        victim = tmp_path / "victim"
-        victim.mkdir()
-        self.publish(destination, PLACE, new_entry(1))
-        root = destination.options.root
-        (root / "linked").symlink_to(victim)
-        with pytest.raises(KeyturnError):
-            self.publish(destination, Target(to="f", path="linked/x"), new_entry(2))
-        (root / "entry.json").symlink_to(victim / "target")
-        with pytest.raises(KeyturnError):
-            self.publish(destination, Target(to="f", path="entry"), new_entry(3))
-
-        assert list(victim.iterdir()) == []
-
-    def test_a_folder_that_others_can_write_is_refused(self, destination: FileDestination) -> None:
-        """Whoever can write the folder could swap what we put there."""
-        self.publish(destination, PLACE, new_entry(1))
-        (destination.options.root / "team").chmod(0o2770)
-
-        with pytest.raises(Rejected):
-            self.publish(destination, PLACE, new_entry(2))
-
-    @pytest.mark.parametrize("garbage", ["", "{", "[]", '"text"', "null", "\x00\xff"])
-    def test_garbage_counts_as_somebody_elses(
-        self, destination: FileDestination, garbage: str
-    ) -> None:
-        """What is no JSON object is never overwritten."""
-        path = path_of(destination, PLACE)
-        path.parent.mkdir(mode=0o750, parents=True)
-        path.write_text(garbage)
-
-        assert destination.observe(PLACE).other_keys
-        with pytest.raises(Rejected):
-            self.publish(destination, PLACE, new_entry(1))
-
-        assert garbage == path.read_text()
-
-    def test_an_endless_file_counts_as_somebody_elses(self, destination: FileDestination) -> None:
-        """No entry is read beyond 1 MiB, and none is replaced."""
-        path = path_of(destination, PLACE)
-        path.parent.mkdir(mode=0o750, parents=True)
-        path.write_bytes(b" " * (1024 * 1024 + 1))
-
-        assert destination.observe(PLACE).other_keys
-        with pytest.raises(Rejected):
-            self.publish(destination, PLACE, new_entry(1))
-
-    def test_two_connections_to_one_folder_share_identities(self, tmp_path: Path) -> None:
-        """The same file by another connection, a link or a suffix is the same entry."""
-        root = tmp_path / "agents"
-        root.mkdir(mode=0o750)
-        (tmp_path / "link").symlink_to(root)
-        one, other = make(root), make(tmp_path / "link")
-
-        assert one.identity(PLACE) == other.identity(PLACE)
-        assert one.identity(PLACE) == one.identity(Target(to="f", path="team/agent-1.json"))
+    def test_nothing_but_the_entry_holds_the_secret(self, destination: FileDestination) -> None:
+        """Neither the side file nor a temporary that is left holds the plaintext."""
+        target = Target(to="contract", path="bot")
+        for seed in (1, 2):
+            publish(destination, target, entry_of(seed))
+        secrets = [entry_of(seed).secret.reveal().encode() for seed in (1, 2)]
+        holders = [
+            path.name
+            for path in self.root.rglob("*")
+            if path.is_file() and any(secret in path.read_bytes() for secret in secrets)
+        ]
+        assert holders == ["bot.json"]
 
 
-def spellings(count: int, seed: int) -> list[str]:
-    """Make paths of dots, slashes, cases and segments, many of them nearly alike."""
-    draw = random.Random(seed)
-    parts = ["a", "b", "A", "x", "..", ".", "", "a.json", "b.json", ".keyturn", "%2e%2e", "a ", "~"]
-    return ["/".join(draw.choices(parts, k=draw.randint(1, 4))) for _ in range(count)]
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_an_agent_of_the_group_reads_and_cannot_write(tmp_path: Path) -> None:
+    """As another user of the group: the entry can be read, nothing beside it changed or listed."""
+    group = grp.getgrgid(65534) if 65534 in {g.gr_gid for g in grp.getgrall()} else grp.getgrgid(1)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    options = FileOptions.model_validate({"root": str(tmp_path / "agents"), "group": group.gr_name})
+    destination = FileDestination(options, name="f", store_id=STORE, clock=FakeClock())
+    target = Target(to="f", path="bot")
+    publish(destination, target, entry_of(1))
+    destination.close()
+    answers = _as_agent(tmp_path / "agents", group.gr_gid)
+    assert answers == {
+        "read": parts(target.keys, entry_of(1)),
+        "write": "PermissionError",
+        "create": "PermissionError",
+        "remove": "PermissionError",
+        "side": "PermissionError",
+    }
 
 
-@pytest.mark.parametrize(
-    "count", [1000, pytest.param(10_000, marks=pytest.mark.full)], ids=["tenth", "whole"]
-)
-def test_two_spellings_are_one_entry_or_two_files(tmp_path: Path, count: int) -> None:
-    """Of all spellings none leaves the root, and two share an identity only if they share a file."""
-    destination = make(tmp_path / "agents")
-    files: dict[str, str] = {}
-    for path in spellings(count, seed=7):
-        target = Target(to="f", path=path)
+def _as_agent(root: Path, gid: int) -> dict[str, Any]:
+    """Try all that an agent could try, in a child of another user."""
+    out, into = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(out)
+        os.setgroups([])
+        os.setresgid(gid, gid, gid)
+        os.setresuid(12345, 12345, 12345)
+        os.write(into, json.dumps(_attempts(root)).encode())
+        os._exit(0)
+    os.close(into)
+    with os.fdopen(out, "rb") as answers:
+        data = answers.read()
+    os.waitpid(child, 0)
+    return json.loads(data)
+
+
+def _attempts(root: Path) -> dict[str, Any]:
+    entry = root / "bot.json"
+    attempts = {
+        "read": lambda: json.loads(entry.read_text()),
+        "write": lambda: entry.write_text("x"),
+        "create": lambda: (root / "new.json").write_text("x"),
+        "remove": entry.unlink,
+        "side": lambda: [path.name for path in (root / ".keyturn").iterdir()],
+    }
+    answers: dict[str, Any] = {}
+    for name, attempt in attempts.items():
         try:
-            identity = destination.identity(target)
-        except ConfigError:
-            continue
-        real = os.path.realpath(path_of(destination, target))
-        assert real.startswith(f"{tmp_path}/agents/")
-        assert files.setdefault(identity, real) == real
-    assert len(set(files.values())) == len(files)
-    assert files
+            answers[name] = attempt()
+        except OSError as error:
+            answers[name] = type(error).__name__
+    return answers

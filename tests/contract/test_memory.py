@@ -1,35 +1,134 @@
-"""The memory destination keeps the contract, in every shape that it can take."""
+"""The memory destination keeps every promise, whatever kind of store it plays."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
 
 from keyturn.core.model import Target
 from keyturn.destinations.memory import MemoryDestination, MemoryOptions
-from keyturn.testing.contract import STORE_ID, DestinationContract
-from keyturn.testing.fakes import FakeClock
+from keyturn.errors import Conflict, DestinationUnavailable
+from keyturn.testing import FakeClock
+from keyturn.testing.contract import (
+    OTHER_STORE,
+    STORE,
+    DestinationContract,
+    entry_of,
+    parts,
+    publish,
+)
 
-SHAPES = {
-    "like AWS": {"can_stage": True, "has_cas": True, "keeps_versions": True},
-    "like Vault": {"can_stage": False, "has_cas": True, "keeps_versions": True},
-    "like a file": {"can_stage": False, "has_cas": True, "keeps_versions": False},
-    "like Azure": {"can_stage": False, "has_cas": False, "keeps_versions": True},
-}
+KINDS = [
+    MemoryOptions(can_stage=stage, has_cas=cas, keeps_versions=keeps)
+    for stage, cas, keeps in itertools.product((True, False), repeat=3)
+]
 
 
 class TestMemory(DestinationContract):
-    """Memory, four times."""
+    """All eight combinations of traits."""
 
-    @pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())
-    def destination(self, request: pytest.FixtureRequest) -> MemoryDestination:
-        options = MemoryOptions(**request.param)
-        return MemoryDestination(options, name="m", store_id=STORE_ID, clock=FakeClock())
+    @pytest.fixture(params=KINDS, ids=lambda o: f"{o.can_stage}-{o.has_cas}-{o.keeps_versions}")
+    def destination(self, request: pytest.FixtureRequest) -> Iterator[MemoryDestination]:
+        """Give an empty one."""
+        self.made = MemoryDestination(
+            request.param, name="contract", store_id=STORE, clock=FakeClock()
+        )
+        yield self.made
+        self.made.close()
 
-    def read_raw(self, destination: Any, target: Target) -> dict[str, Any] | None:
-        return destination.raw_get(target)
+    def read_raw(self, target: Target) -> Mapping[str, Any] | None:
+        """Read past the port."""
+        return self.made.raw_get(target)
 
-    def write_raw(self, destination: Any, target: Target, values: Mapping[str, str]) -> None:
-        destination.raw_put(target, values)
+    def write_raw(self, target: Target, values: Mapping[str, Any]) -> None:
+        """Write past the port."""
+        self.made.raw_put(target, values)
+
+    def sibling(self) -> MemoryDestination:
+        """Return a connection of another Keyturn to the same entries."""
+        return MemoryDestination(
+            self.made.options,
+            name="contract",
+            store_id=OTHER_STORE,
+            clock=FakeClock(),
+            store=self.made.store,
+        )
+
+
+@pytest.fixture
+def memory() -> Iterator[MemoryDestination]:
+    """Give one that can do everything."""
+    made = MemoryDestination(MemoryOptions(), name="m", store_id=STORE, clock=FakeClock())
+    yield made
+    made.close()
+
+
+TARGET = Target(to="m", path="bot")
+
+
+def test_a_lost_answer_has_landed(memory: MemoryDestination) -> None:
+    """A fault after the effect is an unknown end for the caller, though agents read the value."""
+
+    def lose(operation: str, moment: str) -> None:
+        if (operation, moment) == ("activate", "after"):
+            raise OSError("connection reset")
+
+    memory.fault = lose
+    with pytest.raises(DestinationUnavailable) as error:
+        publish(memory, TARGET, entry_of(1))
+    assert error.value.sent
+    assert memory.raw_get(TARGET) == parts(TARGET.keys, entry_of(1))
+
+
+def test_a_fault_before_leaves_nothing(memory: MemoryDestination) -> None:
+    """A fault before the effect prevents it."""
+
+    def fail(operation: str, moment: str) -> None:
+        if moment == "before" and operation == "stage":
+            raise Conflict
+
+    memory.fault = fail
+    with pytest.raises(Conflict):
+        publish(memory, TARGET, entry_of(1))
+    assert memory.raw_get(TARGET) is None
+
+
+def test_a_first_value_is_shown_when_it_is_staged(memory: MemoryDestination) -> None:
+    """Staging into an entry without a value is an activation (rule 8)."""
+    memory.stage(TARGET, entry_of(1), expected=memory.observe(TARGET).token)
+    assert memory.raw_get(TARGET) == parts(TARGET.keys, entry_of(1))
+
+
+def test_a_foreign_staged_copy_is_never_stolen(memory: MemoryDestination) -> None:
+    """What somebody else has staged is seen as foreign and blocks our staging."""
+    publish(memory, TARGET, entry_of(1))
+    memory.raw_stage(TARGET, {"secret": "theirs"})
+    assert memory.observe(TARGET).staged == ""
+    with pytest.raises(Conflict):
+        memory.stage(TARGET, entry_of(2), expected=memory.observe(TARGET).token)
+
+
+def test_an_outside_deletion_voids_the_token(memory: MemoryDestination) -> None:
+    """A removed entry is missing, keeps its owner, and is written anew with a fresh token only."""
+    publish(memory, TARGET, entry_of(1))
+    token = memory.observe(TARGET).token
+    memory.raw_delete(TARGET)
+    found = memory.observe(TARGET)
+    assert (found.exists, found.owner) == (False, STORE)
+    with pytest.raises(Conflict):
+        memory.activate(TARGET, entry_of(2), expected=token)
+    publish(memory, TARGET, entry_of(2))
+    assert memory.raw_get(TARGET) == parts(TARGET.keys, entry_of(2))
+
+
+def test_retiring_takes_the_staging_label_off(memory: MemoryDestination) -> None:
+    """Abandoning a staged version leaves no label that would block the next rotation."""
+    publish(memory, TARGET, entry_of(1))
+    new = entry_of(2)
+    locator = memory.stage(TARGET, new, expected=memory.observe(TARGET).token)
+    memory.retire(TARGET, version_id=new.version_id, locator=locator, how="disable")
+    assert memory.observe(TARGET).staged is None
+    assert memory.disabled(TARGET, locator)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 import threading
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from datetime import timedelta
-from queue import SimpleQueue
+from pathlib import PurePath
+from queue import Empty, SimpleQueue
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -37,7 +39,10 @@ T = TypeVar("T")
 PATH_FORM = "a relative path of segments of A-Z a-z 0-9 . _ - without . and .."
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", re.ASCII)
 _RATE = re.compile(r"([0-9]{1,5})/s", re.ASCII)
-LONGEST_PAUSE = 1.0  # seconds that a call waits for the write limit before it gives way
+LONGEST_PAUSE = timedelta(seconds=1)  # that a call waits for the write limit; then it gives way
+_NO_TIME = timedelta(0)
+# What a vendor's library raises to say something is none of these; they are bugs, ours or theirs.
+_BUGS = (TypeError, AttributeError, NameError, AssertionError, LookupError)
 
 
 class Form:
@@ -63,9 +68,17 @@ def _deadline(value: object) -> timedelta:
 
 
 def _prefix(value: object) -> object:
-    if not isinstance(value, str) or not all(map(_SEGMENT.fullmatch, value.split("/"))):
+    if not isinstance(value, str) or (value and not is_plain(value)):
         raise ValueError
     return value
+
+
+def is_plain(path: str) -> bool:
+    """Tell whether a path is relative, of plain segments, and can mean one place only.
+
+    SECURITY: `x/../y`, `./x`, `x//y` and `x/` all reach somebody else's entry at some store.
+    """
+    return ".." not in path and all(map(_SEGMENT.fullmatch, path.split("/")))
 
 
 class ConnectionOptions(BaseModel):
@@ -112,7 +125,7 @@ class DestinationBase(ABC):
         self.store_id = store_id
         self.clock = clock
         self._lane = _Lane(name, options.parallel)
-        self._limit = _WriteLimit(options.write_limit)
+        self._limit = _WriteLimit(options.write_limit, clock)
 
     @property
     def traits(self) -> Traits:
@@ -187,45 +200,63 @@ class DestinationBase(ABC):
     # --- shared -----------------------------------------------------------------------------
 
     def place(self, target: Target) -> str:
-        """Return the checked path of an entry, prefix included."""
-        if not all(map(_SEGMENT.fullmatch, target.path.split("/"))):
-            # SECURITY: `x/../y`, `./x` and `x//y` all reach somebody else's entry at some store.
+        """Return the checked path of an entry, prefix included. Raises ConfigError."""
+        if not is_plain(target.path):
             raise ConfigError(f"expected {PATH_FORM}", hint="name the entry by one plain path")
         return f"{self.options.prefix}/{target.path}" if self.options.prefix else target.path
 
     def _write(self, body: Callable[[], T]) -> T:
-        self._limit.take()
-        return self._call(body)
+        """Wait for the write limit, inside the deadline of the call. Raises Throttled."""
+        pause = self._limit.take(min(LONGEST_PAUSE, self.options.call_deadline / 2))
+        time.sleep(pause.total_seconds())
+        return self._call(body, used=pause)
 
-    def _call(self, body: Callable[[], T]) -> T:
+    def _call(self, body: Callable[[], T], *, used: timedelta = _NO_TIME) -> T:
         """Run on the connection's own threads and wait for the whole answer, at most so long."""
         future = self._lane.submit(lambda: self._guarded(body))
         try:
-            return future.result(self.options.call_deadline.total_seconds())
+            return future.result((self.options.call_deadline - used).total_seconds())
+        except CancelledError:
+            raise DestinationUnavailable(f"{self.name}: closed", sent=False) from None
         except TimeoutError:
-            if future.cancel():
-                raise DestinationUnavailable(
-                    f"{self.name}: every connection is busy", sent=False
-                ) from None
-            raise DestinationUnavailable(
-                f"{self.name}: no answer within {self.options.call_deadline}", late=future
-            ) from None
+            pass
+        if future.cancel():
+            raise DestinationUnavailable(f"{self.name}: every connection is busy", sent=False)
+        if future.done():
+            return future.result()  # it answered in this very moment: then its end is known
+        raise DestinationUnavailable(
+            f"{self.name}: no answer within {self.options.call_deadline}", late=future
+        )
 
     def _guarded(self, body: Callable[[], T]) -> T:
         try:
             return body()
-        except (KeyturnError, IllegalTransition):
+        except KeyturnError as error:
+            if error.__cause__ is None:
+                # SECURITY: `from None` only hides a vendor's error, which quotes what was sent.
+                error.__context__ = None
+            raise
+        except IllegalTransition:
             raise
         except Exception as error:  # noqa: BLE001 - the boundary: nothing of a vendor's gets through
-            translated = self._translate(error)
+            translated = self._fault(error) if isinstance(error, _BUGS) else self._translate(error)
         # Outside of the handler, or the vendor's error would hang on ours as its context.
         raise translated
+
+    def _fault(self, error: Exception) -> DestinationError:
+        """Name a bug by its place, never by its text; a broken answer can bring it about as well."""
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return DestinationUnavailable(
+            f"{self.name}: {type(error).__name__} at {PurePath(last.filename).name}:{last.lineno}",
+            hint="the answer made no sense, or this is a bug in the adapter: report it",
+        )
 
 
 class _Lane:
     """The threads of one connection: a slow destination fills its own lane and no other (I7).
 
-    Daemon threads, because a call that hangs must not keep the process from ending.
+    Daemon threads, because a call that hangs must not keep the process from ending; those of
+    `ThreadPoolExecutor` are waited for at exit.
     """
 
     def __init__(self, name: str, width: int) -> None:
@@ -233,30 +264,40 @@ class _Lane:
         self._width = width
         self._jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._threads = 0
-        self._idle = 0
+        self._idle = threading.Semaphore(
+            0
+        )  # threads that wait for a job and are not yet counted on
+        self._closed = False
         self._guard = threading.Lock()
 
     def submit(self, body: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
         with self._guard:
-            if self._idle <= self._jobs.qsize() and self._threads < self._width:
+            if self._closed:
+                future.cancel()
+                return future
+            self._jobs.put((future, body))
+            if not self._idle.acquire(blocking=False) and self._threads < self._width:
                 self._threads += 1
                 name = f"call-{self._name}-{self._threads}"
                 threading.Thread(target=self._run, name=name, daemon=True).start()
-        self._jobs.put((future, body))
         return future
 
     def close(self) -> None:
+        """Let idle threads go and cancel what has not started; what runs is not waited for."""
+        with self._guard:
+            self._closed = True
+        while (job := self._next()) is not None:
+            job[0].cancel()
         for _ in range(self._width):
             self._jobs.put(None)
 
     def _run(self) -> None:
         while True:
-            with self._guard:
-                self._idle += 1
-            job = self._jobs.get()
-            with self._guard:
-                self._idle -= 1
+            job = self._next()
+            if job is None and not self._closed:
+                self._idle.release()
+                job = self._jobs.get()
             if job is None:
                 return
             future, body = job
@@ -264,12 +305,19 @@ class _Lane:
                 _settle(future, body)
             del job, future, body  # or the last secret would live as long as this thread waits
 
+    def _next(self) -> tuple[Future[Any], Callable[[], Any]] | None:
+        try:
+            return self._jobs.get_nowait()
+        except Empty:
+            return None
+
 
 def _settle(future: Future[T], body: Callable[[], T]) -> None:
     try:
         result = body()
     except BaseException as error:  # noqa: BLE001 - it is raised where the result is asked for
         future.set_exception(error)
+        del future, body  # the error's traceback holds this frame, and with it a secret
     else:
         future.set_result(result)
 
@@ -277,20 +325,20 @@ def _settle(future: Future[T], body: Callable[[], T]) -> None:
 class _WriteLimit:
     """At most so many writes a second; short pauses are waited for, long ones give way."""
 
-    def __init__(self, rate: float | None) -> None:
-        self._rate = rate
-        self._next = 0.0
+    def __init__(self, rate: float | None, clock: Clock) -> None:
+        self._gap = timedelta(seconds=1 / rate) if rate else None
+        self._clock = clock
+        self._next = _NO_TIME
         self._guard = threading.Lock()
 
-    def take(self) -> None:
-        """Take a slot. Raises Throttled where the next one is too far away."""
-        if self._rate is None:
-            return
+    def take(self, longest: timedelta) -> timedelta:
+        """Take the next slot and return how far away it is. Raises Throttled if that is too far."""
+        if self._gap is None:
+            return _NO_TIME
         with self._guard:
-            now = time.monotonic()
+            now = self._clock.boottime()
             slot = max(now, self._next)
-            if slot - now > LONGEST_PAUSE:
-                wait = timedelta(seconds=slot - now)
-                raise Throttled("our own write limit is reached", retry_after=wait)
-            self._next = slot + 1 / self._rate
-        time.sleep(slot - now)
+            if slot - now > longest:
+                raise Throttled("our own write limit is reached", retry_after=slot - now)
+            self._next = slot + self._gap
+        return slot - now

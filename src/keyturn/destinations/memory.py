@@ -1,7 +1,8 @@
 """A destination in this process: it stages, compares and keeps versions, or whatever it is told to.
 
 It proves the saga's every path, and is held to the same contract as the real ones. `fault` is called
-before and after each effect, so a test can make it fail, lose an answer or stall.
+before and after each effect, outside of the lock, so a test can make it fail, lose an answer (raise
+after) or stall (wait on an event).
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from keyturn.destinations.entry import merged, observed, refuse_foreign
 from keyturn.errors import Conflict, Rejected
 from keyturn.ports import Clock, Entry, Observed
 
-Fault = Callable[[str, str], None]
-Values = dict[str, str]
+Fault = Callable[[str, str], None]  # (operation, "before" | "after")
+Values = dict[str, Any]
+FOREIGN = ""  # what `Observed.staged` says where somebody else has staged
 
 
 class MemoryOptions(ConnectionOptions):
@@ -34,10 +36,19 @@ class _Shelf:
     """One entry: its copies by number, which one is shown, what is staged, whose it is."""
 
     copies: dict[int, Values] = field(default_factory=dict)
+    last: int = 0
     shown: int = 0
     staged: tuple[str, int] | None = None
     owner: str | None = None
     disabled: set[int] = field(default_factory=set)
+
+
+class MemoryStore:
+    """What several connections to one place share."""
+
+    def __init__(self) -> None:
+        self.guard = threading.Lock()
+        self.shelves: dict[str, _Shelf] = {}
 
 
 class MemoryDestination(DestinationBase):
@@ -45,11 +56,18 @@ class MemoryDestination(DestinationBase):
 
     Options = MemoryOptions
 
-    def __init__(self, options: Any, *, name: str, store_id: str, clock: Clock) -> None:
+    def __init__(
+        self,
+        options: Any,
+        *,
+        name: str,
+        store_id: str,
+        clock: Clock,
+        store: MemoryStore | None = None,
+    ) -> None:
         super().__init__(options, name=name, store_id=store_id, clock=clock)
         self.fault: Fault = lambda _operation, _moment: None
-        self._shelves: dict[str, _Shelf] = {}
-        self._guard = threading.Lock()
+        self.store = store or MemoryStore()
 
     @property
     def traits(self) -> Traits:
@@ -64,19 +82,32 @@ class MemoryDestination(DestinationBase):
 
     def raw_get(self, target: Target) -> Values | None:
         """Return what an agent reads, bypassing the port."""
-        with self._guard:
+        with self.store.guard:
             shelf = self._shelf(target)
-            return dict(shelf.copies[shelf.shown]) if shelf.shown else None
+            return dict(shelf.copies[shelf.shown]) if shelf.shown in shelf.copies else None
 
-    def raw_put(self, target: Target, values: Mapping[str, str]) -> None:
+    def raw_put(self, target: Target, values: Mapping[str, Any]) -> None:
         """Edit from outside."""
-        with self._guard:
+        with self.store.guard:
             shelf = self._shelf(target)
             self._show(shelf, self._add(shelf, dict(values)))
 
+    def raw_delete(self, target: Target) -> None:
+        """Remove what agents read, from outside; the owner marker stays, as in most stores."""
+        with self.store.guard:
+            shelf = self._shelf(target)
+            shelf.last += 1
+            shelf.shown = shelf.last
+
+    def raw_stage(self, target: Target, values: Mapping[str, Any]) -> None:
+        """Stage as somebody else who uses the same label."""
+        with self.store.guard:
+            shelf = self._shelf(target)
+            shelf.staged = (FOREIGN, self._add(shelf, dict(values)))
+
     def disabled(self, target: Target, locator: str) -> bool:
         """Tell whether a copy was retired."""
-        with self._guard:
+        with self.store.guard:
             return int(locator) in self._shelf(target).disabled
 
     # --- the port ---------------------------------------------------------------------------
@@ -87,98 +118,112 @@ class MemoryDestination(DestinationBase):
 
     def _observe(self, target: Target) -> Observed:
         self.fault("observe", "before")
-        with self._guard:
+        with self.store.guard:
             shelf = self._shelf(target)
-            return _observed(target.keys, shelf, shelf.shown)
+            return self._seen(target.keys, shelf, shelf.shown)
 
     def _read(self, target: Target, version_id: str) -> Observed:
         self.fault("read", "before")
-        with self._guard:
+        with self.store.guard:
             shelf = self._shelf(target)
-            for number, values in shelf.copies.items():
-                if values.get(target.keys.version) == version_id and number not in shelf.disabled:
-                    return _observed(target.keys, shelf, number)
-            return Observed(exists=bool(shelf.shown), token=str(shelf.shown))
+            number = self._find(shelf, target.keys, version_id)
+            return self._seen(target.keys, shelf, number)
 
     def _stage(self, target: Target, entry: Entry, expected: str) -> str:
         if not self.options.can_stage:
             return super()._stage(target, entry, expected)
         self.fault("stage", "before")
-        with self._guard:
+        with self.store.guard:
             shelf = self._shelf(target)
+            if shelf.staged and shelf.staged[0] == FOREIGN:
+                raise Conflict  # never stolen
             number = self._place(target, shelf, entry, expected)
             shelf.staged = (entry.version_id, number)
-            if not shelf.shown:
+            if shelf.shown not in shelf.copies:
                 self._show(shelf, number)  # like AWS: a first value is shown at once (rule 8)
         self.fault("stage", "after")
-        return str(number)
+        return self._locator(number)
 
     def _activate(self, target: Target, entry: Entry, expected: str) -> str:
         self.fault("activate", "before")
-        with self._guard:
+        with self.store.guard:
             shelf = self._shelf(target)
-            shown = shelf.copies.get(shelf.shown, {})
-            if shown.get(target.keys.version) == entry.version_id:
-                number = shelf.shown
-            elif shelf.staged and shelf.staged[0] == entry.version_id:
+            number = self._place(target, shelf, entry, expected)
+            if number != shelf.shown:
                 self._compare(shelf, expected)
-                number = shelf.staged[1]
-            else:
-                number = self._place(target, shelf, entry, expected)
-            self._show(shelf, number)
+                self._show(shelf, number)
         self.fault("activate", "after")
-        return str(number)
+        return self._locator(number)
 
     def _retire(self, target: Target, version_id: str, locator: str, how: str) -> None:
         if not self.options.keeps_versions:
             return super()._retire(target, version_id, locator, how)
         self.fault("retire", "before")
-        with self._guard:
-            shelf = self._shelf(target)
-            if int(locator) == shelf.shown:
-                raise Rejected("that copy is the one shown")
-            shelf.disabled.add(int(locator))
-            if how == "destroy":
-                shelf.copies.pop(int(locator), None)
+        with self.store.guard:
+            self._put_away(self._shelf(target), target.keys, version_id, int(locator), how)
         self.fault("retire", "after")
         return None
 
     # --- inside -----------------------------------------------------------------------------
 
     def _shelf(self, target: Target) -> _Shelf:
-        return self._shelves.setdefault(self.place(target), _Shelf())
+        return self.store.shelves.setdefault(self.place(target), _Shelf())
 
     def _place(self, target: Target, shelf: _Shelf, entry: Entry, expected: str) -> int:
-        """Add a copy, unless this version has one; only what may be replaced is replaced."""
-        for number, values in shelf.copies.items():
-            if values.get(target.keys.version) == entry.version_id:
-                return number
-        self._compare(shelf, expected)
+        """Add a copy, unless these very values are there; only what may be replaced is replaced."""
         shown = shelf.copies.get(shelf.shown, {})
+        wanted = merged(target, shown, entry)
+        number = self._find(shelf, target.keys, entry.version_id)
+        if number and shelf.copies[number] == wanted and shelf.owner == entry.owner:
+            return number
+        self._compare(shelf, expected)
         refuse_foreign(target, shown, owner=shelf.owner, store_id=self.store_id)
         shelf.owner = entry.owner
-        return self._add(shelf, merged(target, shown, entry))
+        return self._add(shelf, wanted)
+
+    def _find(self, shelf: _Shelf, keys: Keys, version_id: str) -> int:
+        """Return the newest readable copy that says it is this version; 0 if there is none."""
+        found = (
+            number
+            for number, values in shelf.copies.items()
+            if values.get(keys.version) == version_id and number not in shelf.disabled
+        )
+        return max(found, default=0)
 
     def _compare(self, shelf: _Shelf, expected: str) -> None:
         if self.options.has_cas and expected != str(shelf.shown):
             raise Conflict
 
     def _add(self, shelf: _Shelf, values: Values) -> int:
-        number = max(shelf.copies, default=0) + 1
-        shelf.copies[number] = values
-        return number
+        shelf.last += 1  # a number is never used again, or an old token would come true
+        shelf.copies[shelf.last] = values
+        return shelf.last
 
     def _show(self, shelf: _Shelf, number: int) -> None:
         if shelf.staged and shelf.staged[1] == number:
             shelf.staged = None
+        if not self.options.keeps_versions:
+            shelf.copies.pop(shelf.shown, None)
         shelf.shown = number
 
+    def _put_away(self, shelf: _Shelf, keys: Keys, version_id: str, number: int, how: str) -> None:
+        if number == shelf.shown:
+            raise Rejected("that copy is the one shown")
+        values = shelf.copies.get(number)
+        if values is not None and values.get(keys.version) != version_id:
+            raise Rejected("that copy is another version")
+        if shelf.staged == (version_id, number):
+            shelf.staged = None
+        shelf.disabled.add(number)
+        if how == "destroy":
+            shelf.copies.pop(number, None)
 
-def _observed(keys: Keys, shelf: _Shelf, number: int) -> Observed:
-    values = shelf.copies.get(number, {})
-    staged = shelf.staged[0] if shelf.staged else None
-    locator = str(number) if number else ""
-    found = observed(
-        keys, values if number else None, owner=shelf.owner, token=str(shelf.shown), locator=locator
-    )
-    return replace(found, staged=staged)
+    def _locator(self, number: int) -> str:
+        return str(number) if self.options.keeps_versions else ""
+
+    def _seen(self, keys: Keys, shelf: _Shelf, number: int) -> Observed:
+        values = shelf.copies.get(number)
+        locator = self._locator(number) if values is not None else ""
+        staged = shelf.staged[0] if shelf.staged else None
+        found = observed(keys, values, owner=shelf.owner, token=str(shelf.shown), locator=locator)
+        return replace(found, staged=staged)

@@ -1,1 +1,12 @@
-"""Shipped for authors of adapters: the contract suite and the fakes that pass it."""
+"""Shipped for authors of adapters: the contract suite and the fakes that pass it.
+
+    from keyturn.testing.contract import DestinationContract   # needs pytest
+    from keyturn.testing import FakeClock, canary, leaks
+
+The fake of a destination is `keyturn.destinations.memory`.
+"""
+
+from keyturn.testing.canary import canary, leaks
+from keyturn.testing.clock import FakeClock
+
+__all__ = ["FakeClock", "canary", "leaks"]

@@ -1,302 +1,488 @@
-"""The contract of `ports.Destination`, as a test class that every adapter runs unchanged.
+"""What every destination promises, as tests: subclass `DestinationContract` and give three things.
 
-A subclass gives the fixture `destination` and two hooks that bypass the adapter: what an agent reads
-(`read_raw`), and somebody else's edit (`write_raw`). What is expected follows from the declared
-traits, never from an adapter's name. Needs pytest.
+    class TestMine(DestinationContract):
+        @pytest.fixture
+        def destination(self): ...                    # empty, with store id STORE
+        def read_raw(self, target): ...               # what an agent reads, without the adapter
+        def write_raw(self, target, values): ...      # what somebody else writes there
+
+What is expected follows from the declared traits alone; no test is ever skipped. The other hooks
+give more to prove where a destination can be brought to it. `keys_as_text` is for those that hold
+text values only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from keyturn.core.model import Keys, Target
-from keyturn.core.secret import Secret, mint
-from keyturn.destinations.base import DestinationBase
-from keyturn.errors import ConfigError, Conflict, KeyturnError, Rejected
-from keyturn.ports import Entry
-from keyturn.testing.fakes import seeded
+from keyturn.errors import (
+    ConfigError,
+    Conflict,
+    Denied,
+    DestinationError,
+    KeyturnError,
+    Rejected,
+)
+from keyturn.ports import Destination, Entry, Observed
+from keyturn.testing.canary import canary, leaks
 
-STORE_ID = "store-under-test"
-PLACE = Target(to="contract", path="team/agent-1")
-HARD_KEYS = Keys(id="client id", secret="ключ/секрет", version='v"1')
+STORE = "store-of-the-contract"
+OTHER_STORE = "store-of-somebody-else"
+ESCAPES = (
+    "../x", "x/../y", "..", ".", "./x", "x/./y", "x/", "/x", "x//y", "", " ", "x y", "x\\y", "x\0",
+    "x\n", "é", ".x", "x/.y", "%2e%2e/x", "x?y", "x#y", "x:y", "a..b", "~", "$HOME", "C:x", "x*",
+    "\uff0e\uff0e/x", "x\u2215y", "data/../metadata",
+)  # fmt: skip
+FOREIGN: dict[str, str] = {
+    "port": "5432",
+    "empty": "",
+    'quote " and \\ and {}': "line\nfeed\ttab\u2028separator",
+    "ключ": "значение 🔑 ' ; -- $(id) %s",
+    " spaced ": "  kept  ",
+}
+FOREIGN_VALUES: dict[str, Any] = {"n": 7, "yes": True, "none": None, "list": [1, {"deep": "x"}]}
 
 
-def new_entry(seed: int, *, login: str = "agent-1") -> Entry:
-    """Make an entry whose secret is a canary of its own."""
-    version_id, secret = mint(random_bytes=seeded(seed))
-    return Entry(login=login, secret=secret, version_id=version_id, owner=STORE_ID, fence=seed)
+def entry_of(seed: int, *, owner: str = STORE, login: str = "bot@acme", fence: int = 7) -> Entry:
+    """Return an entry whose secret is a canary; the same one for the same seed."""
+    version_id, secret = canary(seed)
+    return Entry(login=login, secret=secret, version_id=version_id, owner=owner, fence=fence)
+
+
+def publish(destination: Destination, target: Target, entry: Entry) -> str:
+    """Do what the saga does: read the token, stage where there is staging, activate."""
+    if destination.traits.can_stage:
+        destination.stage(target, entry, expected=destination.observe(target).token)
+    return destination.activate(target, entry, expected=destination.observe(target).token)
+
+
+def parts(keys: Keys, entry: Entry) -> dict[str, str]:
+    """Return our three keys as an agent reads them."""
+    return {
+        keys.id: entry.login,
+        keys.secret: entry.secret.reveal(),
+        keys.version: entry.version_id,
+    }
 
 
 class DestinationContract:
-    """What every destination promises."""
+    """The promises of `ports.Destination`. See the module for what a subclass gives."""
 
-    # --- hooks ------------------------------------------------------------------------------
+    TO = "contract"
+    keys_as_text = False
 
-    def read_raw(self, destination: DestinationBase, target: Target) -> dict[str, Any] | None:
-        """Return what an agent reads there, by other means than the adapter."""
+    # --- what a subclass gives --------------------------------------------------------------
+
+    @pytest.fixture
+    def destination(self) -> Any:
+        """Give an empty destination whose store id is STORE."""
         raise NotImplementedError
 
-    def write_raw(
-        self, destination: DestinationBase, target: Target, values: Mapping[str, str]
-    ) -> None:
-        """Edit the entry as somebody else."""
+    def read_raw(self, target: Target) -> Mapping[str, Any] | None:
+        """Return what an agent reads, without the adapter; None where there is nothing."""
         raise NotImplementedError
 
-    # --- helpers ----------------------------------------------------------------------------
+    def write_raw(self, target: Target, values: Mapping[str, Any]) -> None:
+        """Write as somebody else, without the adapter and without an owner marker."""
+        raise NotImplementedError
 
-    def publish(self, destination: DestinationBase, target: Target, entry: Entry) -> str:
-        """Bring an entry to where agents read it, by the steps that the traits ask for."""
-        if destination.traits.can_stage:
-            token = destination.observe(target).token
-            destination.stage(target, entry, expected=token)
-        token = destination.observe(target).token
-        return destination.activate(target, entry, expected=token)
+    def sibling(self) -> Destination | None:
+        """Return another connection to the same place for the store OTHER_STORE, if it can be."""
+        return None
 
-    # --- reading ----------------------------------------------------------------------------
+    def write_garbage(self, target: Target) -> bool:
+        """Put something there that is no entry; False where the destination takes none."""
+        return False
 
-    def test_a_missing_entry_is_an_answer(self, destination: DestinationBase) -> None:
-        """Where nothing is, the read says so and raises nothing."""
-        found = destination.observe(PLACE)
+    def denied(self) -> contextlib.AbstractContextManager[bool]:
+        """Take the login's permissions away for a while; gives False where that cannot be done."""
+        return contextlib.nullcontext(False)
 
-        assert (found.exists, found.has_value, found.secret) == (False, False, None)
+    # --- looking ----------------------------------------------------------------------------
 
-    def test_what_is_published_is_what_an_agent_reads(self, destination: DestinationBase) -> None:
-        """Id, secret and version arrive together where an agent reads."""
-        entry = new_entry(1)
-        self.publish(destination, PLACE, entry)
+    def test_probe_says_what_it_reached_and_changes_nothing(self, destination: Any) -> None:
+        """A probe answers in one line and leaves no entry."""
+        target = self._target("probe")
+        with contextlib.suppress(DestinationError):  # the place may be made by the first write
+            line = destination.probe()
+            assert line
+            assert "\n" not in line
+        assert self.read_raw(target) is None
 
-        raw = self.read_raw(destination, PLACE)
+    def test_a_missing_entry_is_an_answer(self, destination: Any) -> None:
+        """Nothing there is no error, and says nothing about any part."""
+        found = destination.observe(self._target("missing"))
+        assert (found.exists, found.has_value, found.other_keys) == (False, False, False)
+        assert (found.login, found.secret, found.version_id, found.owner) == (None,) * 4
+        assert found.staged is None
+        assert found.locator == ""
 
-        assert raw is not None
-        assert (entry.login, entry.secret.reveal(), entry.version_id) == (
-            raw["id"],
-            raw["secret"],
-            raw["version"],
-        )
+    def test_reading_twice_gives_the_same_token(self, destination: Any) -> None:
+        """A token is a function of what is there, so it can be journalled and compared later."""
+        target = self._target("token")
+        assert destination.observe(target) == destination.observe(target)
+        publish(destination, target, entry_of(1))
+        assert destination.observe(target) == destination.observe(target)
 
-    def test_what_is_published_is_observed(self, destination: DestinationBase) -> None:
-        """The adapter's own read gives the same parts, the owner and a fresh answer."""
-        entry = new_entry(2)
-        self.publish(destination, PLACE, entry)
-
-        found = destination.observe(PLACE)
-
-        assert (entry.login, entry.secret, entry.version_id) == (
-            found.login,
-            found.secret,
-            found.version_id,
-        )
-        assert (found.owner, found.fresh, found.other_keys) == (STORE_ID, True, False)
-
-    def test_the_key_names_of_the_configuration_are_used(
-        self, destination: DestinationBase
-    ) -> None:
-        """Names with spaces, quotes and other scripts survive."""
-        target = replace(PLACE, keys=HARD_KEYS)
-        entry = new_entry(3)
-        self.publish(destination, target, entry)
-
-        raw = self.read_raw(destination, target)
-
-        assert raw is not None
-        assert entry.version_id == raw[HARD_KEYS.version]
-        assert entry.secret == destination.observe(target).secret
+    def test_a_version_that_is_nowhere_has_no_value(self, destination: Any) -> None:
+        """Reading by an unknown version id is an answer too, before and after a first write."""
+        target = self._target("nowhere")
+        assert not destination.read(target, entry_of(2).version_id).has_value
+        publish(destination, target, entry_of(1))
+        assert not destination.read(target, entry_of(2).version_id).has_value
 
     # --- writing ----------------------------------------------------------------------------
 
-    def test_the_same_version_twice_is_one(self, destination: DestinationBase) -> None:
-        """A retry after a lost answer changes nothing and succeeds."""
-        entry = new_entry(4)
-        first = self.publish(destination, PLACE, entry)
-        before = destination.observe(PLACE)
+    def test_create_is_what_an_agent_reads(self, destination: Any) -> None:
+        """A first entry holds exactly our three keys, and our own reads agree with an agent's."""
+        target, entry = self._target("create"), entry_of(1)
+        locator = publish(destination, target, entry)
+        assert self.read_raw(target) == parts(target.keys, entry)
+        found = destination.observe(target)
+        self._shows(found, entry)
+        assert found.owner == STORE
+        assert not found.other_keys
+        assert found.locator == locator
+        assert bool(locator) is destination.traits.keeps_versions
+        self._shows(destination.read(target, entry.version_id), entry)
 
-        again = destination.activate(PLACE, entry, expected=before.token)
+    def test_the_same_version_again_changes_nothing(self, destination: Any) -> None:
+        """A retry after a lost answer succeeds, with any token, and moves nothing."""
+        target, entry = self._target("again"), entry_of(1)
+        before = destination.observe(target).token
+        locator = publish(destination, target, entry)
+        shown = destination.observe(target)
+        assert destination.activate(target, entry, expected=before) == locator
+        assert destination.activate(target, entry, expected=shown.token) == locator
+        assert destination.observe(target) == shown
 
-        assert first == again
-        assert before.token == destination.observe(PLACE).token
+    def test_replacing_moves_the_token(self, destination: Any) -> None:
+        """A later version takes the entry over whole, and an old token is void."""
+        target, old, new = self._target("replace"), entry_of(1), entry_of(2)
+        publish(destination, target, old)
+        token = destination.observe(target).token
+        publish(destination, target, new)
+        assert self.read_raw(target) == parts(target.keys, new)
+        self._shows(destination.observe(target), new)
+        if destination.traits.has_cas:
+            assert destination.observe(target).token != token
 
-    def test_a_later_version_replaces_an_earlier_one(self, destination: DestinationBase) -> None:
-        """Publishing moves forward and leaves nothing of the old one to be read."""
-        self.publish(destination, PLACE, new_entry(5))
-        later = new_entry(6)
-        self.publish(destination, PLACE, later)
-
-        raw = self.read_raw(destination, PLACE)
-
-        assert raw is not None
-        assert later.version_id == raw["version"]
-
-    def test_an_old_token_writes_nothing(self, destination: DestinationBase) -> None:
-        """Where writes are compared, one that compares with an older read does not land."""
+    def test_a_wrong_token_changes_nothing(self, destination: Any) -> None:
+        """With compare-and-set a void token is a Conflict; without it the write lands."""
+        target, old, new, late = self._target("cas"), entry_of(1), entry_of(2), entry_of(3)
+        void = destination.observe(target).token
+        publish(destination, target, old)
+        stale = destination.observe(target).token
+        publish(destination, target, new)
         if not destination.traits.has_cas:
+            destination.activate(target, late, expected=stale)
+            assert self.read_raw(target) == parts(target.keys, late)
             return
-        self.publish(destination, PLACE, new_entry(7))
-        old = destination.observe(PLACE).token
-        shown = new_entry(8)
-        self.publish(destination, PLACE, shown)
+        shown = destination.observe(target)
+        for token in (void, stale):
+            with pytest.raises(Conflict):
+                destination.activate(target, late, expected=token)
+            with pytest.raises(Conflict):
+                destination.activate(target, old, expected=token)
+        assert self.read_raw(target) == parts(target.keys, new)
+        assert destination.observe(target) == shown
 
-        with pytest.raises(Conflict):
-            destination.activate(PLACE, new_entry(9), expected=old)
+    def test_an_outside_edit_voids_the_token(self, destination: Any) -> None:
+        """Whoever edits between our read and our write is not overwritten unseen."""
+        target, old, new = self._target("edit", merge=True), entry_of(1), entry_of(2)
+        publish(destination, target, old)
+        token = destination.observe(target).token
+        edited = {**parts(target.keys, old), "note": "by hand"}
+        self.write_raw(target, edited)
+        if destination.traits.has_cas:
+            with pytest.raises(Conflict):
+                destination.activate(target, new, expected=token)
+            assert self.read_raw(target) == edited
+        publish(destination, target, new)
+        assert self.read_raw(target) == {**edited, **parts(target.keys, new)}
 
-        assert shown.version_id == destination.observe(PLACE).version_id
-
-    def test_an_outside_edit_voids_the_token(self, destination: DestinationBase) -> None:
-        """Somebody else's write between read and write is met with a conflict."""
-        if not destination.traits.has_cas:
-            return
-        self.publish(destination, PLACE, new_entry(10))
-        token = destination.observe(PLACE).token
-        self.write_raw(destination, PLACE, {"id": "x", "secret": "edited", "version": "y"})
-
-        with pytest.raises(Conflict):
-            destination.activate(PLACE, new_entry(11), expected=token)
-
-        raw = self.read_raw(destination, PLACE)
-        assert raw is not None
-        assert raw["secret"] == "edited"
-
-    def test_of_two_writers_with_one_token_one_wins(self, destination: DestinationBase) -> None:
-        """Two writes that compare with the same read: exactly one lands."""
-        if not destination.traits.has_cas:
-            return
-        self.publish(destination, PLACE, new_entry(12))
-        token = destination.observe(PLACE).token
-        entries = [new_entry(13), new_entry(14)]
+    def test_one_of_many_writers_wins(self, destination: Any) -> None:
+        """With one token, exactly one of eight writes at once lands, and that one is shown."""
+        target, entries = self._target("race"), [entry_of(seed) for seed in range(2, 10)]
+        publish(destination, target, entry_of(1))
         if destination.traits.can_stage:
             for entry in entries:
-                destination.stage(PLACE, entry, expected=token)
+                destination.stage(target, entry, expected=destination.observe(target).token)
+        token = destination.observe(target).token
+        together = threading.Barrier(len(entries))
 
-        def attempt(entry: Entry) -> str:
+        def write(entry: Entry) -> bool:
+            together.wait()
             try:
-                destination.activate(PLACE, entry, expected=token)
+                destination.activate(target, entry, expected=token)
             except Conflict:
-                return ""
-            return entry.version_id
+                return False
+            return True
 
-        with ThreadPoolExecutor(2) as pool:
-            winners = [version for version in pool.map(attempt, entries) if version]
+        with ThreadPoolExecutor(len(entries)) as pool:
+            landed = [e for e, won in zip(entries, pool.map(write, entries), strict=True) if won]
+        assert len(landed) == (1 if destination.traits.has_cas else len(entries))
+        assert self.read_raw(target) in [parts(target.keys, entry) for entry in landed]
 
-        assert [destination.observe(PLACE).version_id] == winners
+    def test_the_same_entry_has_the_same_bytes(self, destination: Any) -> None:
+        """A re-write after a takeover must not look like another value (rule 9)."""
+        first, second = self._target("bytes-1"), self._target("bytes-2")
+        publish(destination, first, entry_of(1))
+        publish(destination, second, entry_of(1))
+        one, two = self.read_raw(first), self.read_raw(second)
+        assert one == two
+        assert list(one or {}) == list(two or {})
 
-    # --- other people's entries -------------------------------------------------------------
+    # --- what is not ours -------------------------------------------------------------------
 
-    def test_a_foreign_entry_is_not_replaced(self, destination: DestinationBase) -> None:
-        """Create-only is the default: what exists and is not ours stays."""
-        theirs = {"id": "them", "secret": "theirs", "version": "1"}
-        self.write_raw(destination, PLACE, theirs)
+    def test_an_entry_that_is_not_ours_is_never_replaced(self, destination: Any) -> None:
+        """Entries are create-only: neither foreign keys nor keys named like ours are touched."""
+        for name, values in (("their-keys", {"port": "5432"}), ("our-keys", {"secret": "theirs"})):
+            target = self._target(name)
+            self.write_raw(target, values)
+            self._refuses(destination, target, values)
 
-        with pytest.raises(Rejected):
-            self.publish(destination, PLACE, new_entry(15))
+    def test_merge_keeps_the_keys_of_others(self, destination: Any) -> None:
+        """Whatever others hold in the entry is still there, to the last character."""
+        target = self._target("merge", merge=True)
+        theirs = FOREIGN if self.keys_as_text else {**FOREIGN, **FOREIGN_VALUES}
+        self.write_raw(target, theirs)
+        assert destination.observe(target).other_keys
+        for seed in (1, 2):
+            publish(destination, target, entry_of(seed))
+            assert self.read_raw(target) == {**theirs, **parts(target.keys, entry_of(seed))}
+        assert destination.observe(target).other_keys
 
-        assert theirs == self.read_raw(destination, PLACE)
+    def test_merge_alone_does_not_take_our_keys_over(self, destination: Any) -> None:
+        """A value under our key that we did not write is somebody's password."""
+        target = self._target("merge-ours", merge=True)
+        self._refuses_written(destination, target, {"secret": "theirs", "port": "5432"})
 
-    def test_adopt_takes_our_keys_over(self, destination: DestinationBase) -> None:
-        """With `adopt` an entry that has our keys becomes ours."""
-        self.write_raw(destination, PLACE, {"id": "them", "secret": "theirs", "version": "1"})
-        entry = new_entry(16)
-        self.publish(destination, replace(PLACE, adopt=True), entry)
+    def test_adopt_takes_our_keys_over(self, destination: Any) -> None:
+        """With `adopt` the value becomes ours, and the marker says so."""
+        target = self._target("adopt", adopt=True)
+        self.write_raw(target, {"id": "old", "secret": "old secret of some length"})
+        assert destination.observe(target).owner is None
+        publish(destination, target, entry_of(1))
+        assert self.read_raw(target) == parts(target.keys, entry_of(1))
+        assert destination.observe(target).owner == STORE
 
-        assert entry.secret == destination.observe(PLACE).secret
+    def test_adopt_alone_does_not_drop_the_keys_of_others(self, destination: Any) -> None:
+        """Adopting covers our keys; keys of others need `merge` as well, and are then kept."""
+        values = {"secret": "old secret", "port": "5432"}
+        self._refuses_written(destination, self._target("adopt-other", adopt=True), values)
+        both = self._target("adopt-merge", adopt=True, merge=True)
+        self.write_raw(both, values)
+        publish(destination, both, entry_of(1))
+        assert self.read_raw(both) == {"port": "5432", **parts(both.keys, entry_of(1))}
 
-    def test_merge_keeps_the_keys_of_others(self, destination: DestinationBase) -> None:
-        """With `merge` foreign keys stay as they were, hard characters and all."""
-        self.write_raw(destination, PLACE, {"url": 'https://x/"?ü=1\n'})
-        entry = new_entry(17)
-        self.publish(destination, replace(PLACE, merge=True), entry)
+    def test_another_stores_entry_is_refused(self, destination: Any) -> None:
+        """What carries the marker of another Keyturn is not taken, not even with `adopt`."""
+        sibling = self.sibling()
+        if sibling is None:
+            return
+        target, theirs = self._target("theirs"), entry_of(1, owner=OTHER_STORE)
+        publish(sibling, target, theirs)
+        assert destination.observe(target).owner == OTHER_STORE
+        taking = self._target("theirs", adopt=True, merge=True)
+        self._refuses(destination, taking, parts(target.keys, theirs))
 
-        raw = self.read_raw(destination, PLACE)
+    def test_key_names_can_hold_any_text(self, destination: Any) -> None:
+        """The agent's own names of the keys are used as they are."""
+        keys = Keys(id='client "id"', secret="пароль 🔑", version="v/1 \\ %s")
+        target = self._target("keys", keys=keys)
+        publish(destination, target, entry_of(1))
+        assert self.read_raw(target) == parts(keys, entry_of(1))
+        self._shows(destination.observe(target), entry_of(1))
 
-        assert raw is not None
-        assert ('https://x/"?ü=1\n', entry.version_id) == (raw["url"], raw["version"])
-        assert destination.observe(PLACE).other_keys
+    def test_parts_that_are_no_text_are_no_parts(self, destination: Any) -> None:
+        """A number under our key is a value, but none that can be presented."""
+        if self.keys_as_text:
+            return
+        target = self._target("types")
+        self.write_raw(target, {"id": 7, "secret": ["x"], "version": None})
+        found = destination.observe(target)
+        assert found.exists
+        assert found.has_value
+        assert (found.login, found.secret, found.version_id) == (None, None, None)
 
-    def test_foreign_keys_are_not_dropped(self, destination: DestinationBase) -> None:
-        """Without `merge` an entry with keys of others is left alone."""
-        self.write_raw(destination, PLACE, {"url": "https://x"})
-
-        with pytest.raises(Rejected):
-            self.publish(destination, PLACE, new_entry(18))
-
-        assert self.read_raw(destination, PLACE) == {"url": "https://x"}
+    def test_garbage_is_never_replaced(self, destination: Any) -> None:
+        """What cannot be read as an entry exists, has no value of ours, and stays."""
+        for name, more in (("garbage", {}), ("garbage-both", {"merge": True, "adopt": True})):
+            target = self._target(name, **more)
+            if not self.write_garbage(target):
+                return
+            found = destination.observe(target)
+            assert found.exists
+            assert not found.has_value
+            assert found.other_keys
+            with pytest.raises(Rejected):
+                publish(destination, target, entry_of(1))
+            assert destination.observe(target) == found
 
     # --- staging and old copies -------------------------------------------------------------
 
-    def test_what_is_staged_is_not_shown(self, destination: DestinationBase) -> None:
-        """A staged version is read by its id and by nothing else."""
+    def test_staged_is_readable_and_not_shown(self, destination: Any) -> None:
+        """Stage, read by version id, activate; agents see the old one until the last step."""
+        target, old, new = self._target("stage"), entry_of(1), entry_of(2)
+        publish(destination, target, old)
+        token = destination.observe(target).token
         if not destination.traits.can_stage:
+            with pytest.raises(Rejected):
+                destination.stage(target, new, expected=token)
+            assert self.read_raw(target) == parts(target.keys, old)
             return
-        shown, staged = new_entry(19), new_entry(20)
-        self.publish(destination, PLACE, shown)
-        destination.stage(PLACE, staged, expected=destination.observe(PLACE).token)
+        locator = destination.stage(target, new, expected=token)
+        assert destination.stage(target, new, expected=token) == locator
+        assert self.read_raw(target) == parts(target.keys, old)
+        found = destination.observe(target)
+        self._shows(found, old)
+        assert found.staged == new.version_id
+        self._shows(destination.read(target, new.version_id), new)
+        assert destination.activate(target, new, expected=found.token) == locator
+        assert self.read_raw(target) == parts(target.keys, new)
+        assert destination.observe(target).staged is None
 
-        found = destination.observe(PLACE)
+    def test_staging_with_a_wrong_token_changes_nothing(self, destination: Any) -> None:
+        """A staged copy is conditional on what it will replace as well."""
+        if not (destination.traits.can_stage and destination.traits.has_cas):
+            return
+        target = self._target("stage-cas")
+        void = destination.observe(target).token
+        publish(destination, target, entry_of(1))
+        shown = destination.observe(target)
+        with pytest.raises(Conflict):
+            destination.stage(target, entry_of(2), expected=void)
+        assert destination.observe(target) == shown
 
-        assert (shown.version_id, staged.version_id) == (found.version_id, found.staged)
-        assert staged.secret == destination.read(PLACE, staged.version_id).secret
+    def test_old_copies_are_put_away_and_the_shown_one_never(self, destination: Any) -> None:
+        """Retiring hits one immutable copy, can be repeated, and refuses the one shown."""
+        for how in ("disable", "destroy"):
+            target, old, new = self._target(how), entry_of(1), entry_of(2)
+            first = publish(destination, target, old)
+            if not destination.traits.keeps_versions:
+                with pytest.raises(Rejected):
+                    destination.retire(target, version_id=old.version_id, locator="1", how=how)
+                assert self.read_raw(target) == parts(target.keys, old)
+                continue
+            second = publish(destination, target, new)
+            assert first != second
+            for _ in range(2):
+                destination.retire(target, version_id=old.version_id, locator=first, how=how)
+            with pytest.raises(Rejected):
+                destination.retire(target, version_id=new.version_id, locator=second, how=how)
+            assert self.read_raw(target) == parts(target.keys, new)
+            assert not destination.read(target, old.version_id).has_value
 
-    def test_the_shown_version_is_read_by_its_id(self, destination: DestinationBase) -> None:
-        """Recovery finds the copy that agents read; another id finds nothing."""
-        entry = new_entry(21)
-        self.publish(destination, PLACE, entry)
+    # --- what must not get out, and where nothing may go --------------------------------------
 
-        assert entry.secret == destination.read(PLACE, entry.version_id).secret
-        assert not destination.read(PLACE, new_entry(22).version_id).has_value
+    def test_paths_out_of_bounds_are_refused(self, destination: Any) -> None:
+        """No path leaves its place: refused offline, and again wherever it would be used."""
+        for path in ESCAPES:
+            target = Target(to=self.TO, path=path, merge=True, adopt=True)
+            calls: list[Callable[[], object]] = [
+                lambda: destination.identity(target),  # noqa: B023 - called in this round
+                lambda: destination.observe(target),  # noqa: B023
+                lambda: destination.read(target, "x"),  # noqa: B023
+                lambda: destination.stage(target, entry_of(1), expected=""),  # noqa: B023
+                lambda: destination.activate(target, entry_of(1), expected=""),  # noqa: B023
+                lambda: destination.retire(target, version_id="x", locator="1", how="disable"),  # noqa: B023
+            ]
+            for number, call in enumerate(calls):
+                with pytest.raises((ConfigError, Rejected) if number > 2 else ConfigError):
+                    call()
 
-    def test_an_old_copy_is_retired_and_the_shown_one_never(
-        self, destination: DestinationBase
+    def test_identity_is_constant_and_tells_entries_apart(self, destination: Any) -> None:
+        """One entry, one identity, before and after it exists; another entry has another."""
+        target, other = self._target("same"), self._target("other")
+        before = destination.identity(target)
+        publish(destination, target, entry_of(1))
+        assert destination.identity(target) == before
+        assert destination.identity(other) != before
+
+    def test_a_denied_login_is_named_as_such(self, destination: Any) -> None:
+        """No permission is Denied with a hint, never a missing entry and never retried for ever."""
+        target = self._target("denied")
+        publish(destination, target, entry_of(1))
+        token = destination.observe(target).token
+        with self.denied() as possible:
+            if not possible:
+                return
+            with pytest.raises(Denied) as reading:
+                destination.observe(target)
+            with pytest.raises(Denied) as writing:
+                destination.activate(target, entry_of(2), expected=token)
+        assert reading.value.hint
+        assert writing.value.hint
+        assert self.read_raw(target) == parts(target.keys, entry_of(1))
+
+    def test_no_secret_gets_out(
+        self, destination: Any, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
     ) -> None:
-        """Retirement reaches exactly one immutable copy, and may be repeated."""
-        if not destination.traits.keeps_versions:
-            return
-        old, new = new_entry(23), new_entry(24)
-        first = self.publish(destination, PLACE, old)
-        second = self.publish(destination, PLACE, new)
-        for _ in range(2):
-            destination.retire(PLACE, version_id=old.version_id, locator=first, how="disable")
+        """Logs at DEBUG, texts of values, errors and their tracebacks hold no piece of a secret."""
+        target, old, new, late = self._target("canary"), entry_of(1), entry_of(2), entry_of(3)
+        said: list[str] = []
+        with caplog.at_level(logging.DEBUG):
+            void = destination.observe(target).token
+            publish(destination, target, old)
+            publish(destination, target, new)
+            for call in (
+                lambda: destination.activate(target, late, expected=void),
+                lambda: destination.stage(target, late, expected=void),
+                lambda: destination.activate(Target(to=self.TO, path="../x"), late, expected=void),
+                lambda: destination.retire(
+                    target, version_id=new.version_id, locator="1", how="disable"
+                ),
+            ):
+                said += self._said_by(call)
+            found = destination.observe(target)
+            said += [repr(value) + str(value) for value in (found, old, destination, target)]
+            said.append(f"{destination.probe()} {destination.identity(target)}")
+        captured = capfd.readouterr()
+        text = "\n".join((*said, caplog.text, captured.out, captured.err))
+        text += "".join(repr(record.__dict__) for record in caplog.records)
+        for entry in (old, new, late):
+            assert leaks(text, entry.secret) == []
 
+    # --- inside -----------------------------------------------------------------------------
+
+    def _target(self, name: str, **more: Any) -> Target:
+        return Target(to=self.TO, path=name, **more)
+
+    def _shows(self, found: Observed, entry: Entry) -> None:
+        assert found.exists
+        assert found.has_value
+        assert (found.login, found.version_id) == (entry.login, entry.version_id)
+        assert found.secret == entry.secret
+
+    def _refuses(self, destination: Any, target: Target, values: Mapping[str, Any]) -> None:
         with pytest.raises(Rejected):
-            destination.retire(PLACE, version_id=new.version_id, locator=second, how="disable")
+            publish(destination, target, entry_of(9))
+        token = destination.observe(target).token
+        with pytest.raises(Rejected):
+            destination.activate(target, entry_of(9), expected=token)
+        assert self.read_raw(target) == values
 
-        assert not destination.read(PLACE, old.version_id).has_value
-        assert new.secret == destination.observe(PLACE).secret
+    def _refuses_written(self, destination: Any, target: Target, values: Mapping[str, Any]) -> None:
+        self.write_raw(target, values)
+        self._refuses(destination, target, values)
 
-    # --- paths and leaks --------------------------------------------------------------------
-
-    @pytest.mark.parametrize(
-        "path", ["../x", "a/../b", "./a", "a//b", "/a", "a/", "", ".", "a/.", "a\x00b", "a b", "ä"]
-    )
-    def test_paths_out_of_bounds_are_refused(self, destination: DestinationBase, path: str) -> None:
-        """No spelling reaches an entry outside the prefix, for reads either."""
-        with pytest.raises(ConfigError):
-            destination.identity(Target(to="contract", path=path))
-        with pytest.raises(KeyturnError):
-            destination.observe(Target(to="contract", path=path))
-
-    def test_a_secret_stays_out_of_logs_and_errors(
-        self, destination: DestinationBase, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        """Nothing that is logged, raised or printed holds the secret."""
-        caplog.set_level(logging.DEBUG)
-        entry = new_entry(25)
-        self.write_raw(destination, PLACE, {"id": "them", "secret": "theirs", "version": "1"})
+    def _said_by(self, call: Callable[[], object]) -> Iterator[str]:
+        """Yield every text of an error, and of those that hang on it, hidden or not."""
         try:
-            self.publish(destination, PLACE, entry)
+            call()
         except KeyturnError as error:
-            text = "".join(traceback.format_exception(error))
-        else:
-            text = ""
-        text += caplog.text + repr(entry) + repr(destination) + repr(destination.observe(PLACE))
-
-        assert entry.secret.reveal() not in text
-        assert "theirs" not in text
-
-    def test_a_secret_prints_as_a_marker(self) -> None:
-        """The value type itself gives nothing away."""
-        assert repr(Secret("canary")) == "Secret(***)"
+            yield "".join(traceback.format_exception(error))
+            seen: BaseException | None = error
+            while seen is not None:
+                yield f"{seen!r} {seen} {vars(seen)!r}"
+                seen = seen.__cause__ or seen.__context__
