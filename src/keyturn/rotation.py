@@ -33,14 +33,13 @@ What a crash leaves, and what the next run does about it:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from typing import Any, Protocol
+from typing import Any
 
 from keyturn.core import lifecycle, secret, steps
-from keyturn.core.decision import decide
+from keyturn.core.decision import decide, nowhere
 from keyturn.core.model import (
     Case,
     Effect,
@@ -59,49 +58,20 @@ from keyturn.errors import (
     DestinationUnavailable,
     IllegalTransition,
     StaleRevision,
-    StorageError,
 )
 from keyturn.ports import (
     AuditEntry,
-    Authority,
     Claim,
-    Clock,
     Destination,
     Entry,
-    Journal,
     Observed,
     Saved,
 )
 from keyturn.sight import look
+from keyturn.world import World
 
 CLAIM_TTL = timedelta(seconds=60)
 CONFLICTS_PER_RUN = 3
-
-
-class Watcher(Protocol):
-    """Told about each step as it ends: for progress, logs and metrics. Must not raise."""
-
-    def step(self, *, step: str, case: Case, where: str, seconds: float, code: str) -> None:
-        """One step has ended; `code` is the error's code or ""."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class World:
-    """Everything a saga touches. Time, randomness and ids come in here."""
-
-    journal: Journal
-    authority: Authority
-    destinations: Mapping[str, Destination]  # by connection name
-    plan: Callable[[Case], Plan]
-    schedule: Callable[[Case, datetime], datetime | None]  # the next rotation after a promotion
-    backoff: Callable[[Plan, int], timedelta]
-    sweep_every: timedelta
-    clock: Clock
-    random_bytes: Callable[[int], bytes]
-    new_id: Callable[[], str]
-    watcher: Watcher
-    stopping: Callable[[], bool] = lambda: False
-    prefix: str = secret.DEFAULT_PREFIX
 
 
 def run(world: World, credential_uid: str, *, holder: str) -> datetime | None:
@@ -134,7 +104,6 @@ class _Saga:
     plain: Secret | None = None
     audit: list[AuditEntry] = field(default_factory=list)
     outcomes: dict[str, bool] = field(default_factory=dict)
-    late: dict[str, Future[Any]] = field(default_factory=dict)
     conflicts: int = 0
 
     def __post_init__(self) -> None:
@@ -144,6 +113,14 @@ class _Saga:
 
     def run(self) -> datetime | None:
         """Decide and act until there is nothing to do; everything durable is saved by then."""
+        try:
+            return self._loop()
+        except ClaimLost:
+            self._report()
+            self.world.carried.drop(self.claim.credential_uid)
+            raise
+
+    def _loop(self) -> datetime | None:
         while True:
             if self.world.stopping():
                 self._save()
@@ -184,20 +161,26 @@ class _Saga:
             writer=self.world.journal.writer,
             died={writer: at for writer, at in died.items() if at is not None},
         )
+        # A rotation that waited keeps its version: without its plaintext each try would mint one.
+        own = self.case.rotation.version_id if self.case.rotation else None
+        self.plain = self.world.carried.held(self.claim.credential_uid, own)
+        if self.plain is not None:
+            self.seen = replace(self.seen, holding=own)
 
     def _start_over(self) -> None:
         """Somebody changed the case: what was seen is void (rule 6), outcomes are reported."""
+        self._report()
+        self.audit.clear()
+        self._load()
+
+    def _report(self) -> None:
+        """A writer may always report its own intents, claim or not (rule 2)."""
         for intent_uid, landed in self.outcomes.items():
             self.world.journal.report(intent_uid, landed=landed)
         self.outcomes.clear()
-        self.audit.clear()
-        self.plain = None
-        self._load()
 
     def _refresh(self) -> None:
-        if self.late:
-            flying = frozenset(uid for uid, call in self.late.items() if not call.done())
-            self.seen = replace(self.seen, in_flight=flying)
+        self.seen = replace(self.seen, in_flight=self.world.carried.flying())
         if self.claim.until - self._now() < CLAIM_TTL / 2:
             self.claim = self.world.journal.renew(self.claim, ttl=CLAIM_TTL)
 
@@ -300,27 +283,26 @@ class _Saga:
         )
         self._note("version.accepted", version_id=version_id)
         self._commit()
-        self.plain = accepted.secret
-        self.seen = replace(self.seen, holding=version_id, settled=False)
+        self._hold(version_id, accepted.secret)
+        self.seen = replace(self.seen, settled=False)
 
     def recover(self, action: steps.Recover) -> None:
         """Take the secret from a copy, if the full check says that it is this very version."""
         own = self._own_id()
         found = self._destination(action.target).read(action.target, own)
         version = self.case.version(own)
-        right = (
-            version is not None
-            and found.secret is not None
-            and found.login == self.case.agent.login
-            and self.world.authority.matches(version, found.secret)
-        )
-        if not right:
+        if (
+            version is None
+            or found.secret is None
+            or found.login != self.case.agent.login
+            or not self.world.authority.matches(version, found.secret)
+        ):
             searched = self.seen.no_copy | {action.target.key}
             self.seen = replace(self.seen, no_copy=searched)
             return
-        self.plain = found.secret
+        self._hold(own, found.secret)
         # What is shown elsewhere is compared with the plaintext now: read it again.
-        self.seen = replace(self.seen, holding=own, sights={})
+        self.seen = replace(self.seen, sights={})
         self.case = self._running_again()
 
     def drop_attempt(self, action: steps.DropAttempt) -> None:
@@ -330,10 +312,7 @@ class _Saga:
         self.case = lifecycle.drop_attempt(self.case, now=self._now())
         version = self.case.version(own)
         self._note("attempt.dropped", version_id=own, state=str(version.state) if version else "")
-        self.plain = None
-        self.seen = replace(
-            self.seen, holding=None, settled=False, read_back=frozenset(), no_copy=frozenset()
-        )
+        self._wipe()
 
     def await_verifiers(self, action: steps.AwaitVerifiers) -> None:
         """5. No destination shows it before every verifier accepts it."""
@@ -353,6 +332,7 @@ class _Saga:
             exposes=action.exposes,
             call=lambda d, e: d.stage(action.target, e, expected=action.expected),
         )
+        self._wrote(key, Effect.STAGE)
         if action.exposes:
             self._unsee(key)
         else:
@@ -375,6 +355,7 @@ class _Saga:
             exposes=True,
             call=lambda d, e: d.activate(action.target, e, expected=action.expected),
         )
+        self._wrote(action.target.key, Effect.ACTIVATE)
         self._unsee(action.target.key)
 
     def promote(self, action: steps.Promote) -> None:
@@ -386,16 +367,17 @@ class _Saga:
                 self.case = lifecycle.place(self.case, own, key, sight.locator)
         rotation = self.case.rotation
         grace = rotation.grace if rotation and rotation.grace is not None else None
+        held = {v.id for v in self.case.versions if not nowhere(self.case, v, self.seen)}
         self.case = lifecycle.promote(
             self.case,
             grace=self.plan.policy.grace if grace is None else grace,
+            held=frozenset(held),
             next_rotation_at=self.world.schedule(self.case, now),
             now=now,
         )
         self._note("version.promoted", version_id=own)
         self._commit()
-        self.plain = None
-        self.seen = replace(self.seen, holding=None)
+        self._wipe()
 
     def settle(self, action: steps.Settle) -> None:
         """An unreported write can no longer land; what was read there before counts no more."""
@@ -522,7 +504,7 @@ class _Saga:
             if not error.sent:
                 self._outcome(intent, Outcome.FAILED)
             elif error.late is not None:
-                self._await_late(intent, error.late)
+                self.world.carried.follow(intent.uid, error.late, self.world.journal)
             raise
         except DestinationError:
             self._outcome(intent, Outcome.FAILED)
@@ -535,23 +517,6 @@ class _Saga:
         )
         self.outcomes[intent.uid] = outcome is Outcome.DONE
 
-    def _await_late(self, intent: Intent, call: Future[Any]) -> None:
-        """A writer may always report its own intent, claim or not (rule 2)."""
-        journal = self.world.journal
-        self.late[intent.uid] = call
-        self.seen = replace(self.seen, in_flight=self.seen.in_flight | {intent.uid})
-
-        def report(ended: Future[Any]) -> None:
-            error = None if ended.cancelled() else ended.exception()
-            if isinstance(error, DestinationUnavailable):
-                return  # still unknown: it settles by time
-            try:
-                journal.report(intent.uid, landed=error is None and not ended.cancelled())
-            except StorageError:
-                return  # the intent stays unresolved and settles by time
-
-        call.add_done_callback(report)
-
     # --- small things -----------------------------------------------------------------------
 
     def _destination(self, target: Target) -> Destination:
@@ -563,6 +528,27 @@ class _Saga:
                 sent=False,
             )
         return destination
+
+    def _hold(self, version_id: str, plain: Secret) -> None:
+        self.plain = plain
+        self.seen = replace(self.seen, holding=version_id)
+        self.world.carried.hold(self.claim.credential_uid, version_id, plain)
+
+    def _wipe(self) -> None:
+        """Forget the plaintext, and what was seen of its version."""
+        self.plain = None
+        self.world.carried.drop(self.claim.credential_uid)
+        self.seen = replace(
+            self.seen,
+            holding=None,
+            settled=False,
+            read_back=frozenset(),
+            no_copy=frozenset(),
+            written=frozenset(),
+        )
+
+    def _wrote(self, where: str, effect: Effect) -> None:
+        self.seen = replace(self.seen, written=self.seen.written | {(where, effect)})
 
     def _own_id(self) -> str:
         rotation = self.case.rotation

@@ -36,12 +36,12 @@ from keyturn.destinations import registry
 from keyturn.destinations.base import DestinationBase
 from keyturn.errors import ConfigError, Refused
 from keyturn.ports import AuditEntry
-from keyturn.rotation import Watcher, World
 from keyturn.storage.ledger import Ledger
 from keyturn.storage.store import Store
 from keyturn.verifier.authority import BuiltinAuthority
 from keyturn.verifier.decision import Verifier
 from keyturn.verifier.spool import Spool
+from keyturn.world import Carried, Watcher, World
 
 SWEEP_EVERY = timedelta(minutes=5)
 MASS_CHANGE = 0.1
@@ -72,6 +72,7 @@ class Parts:
     destinations: dict[str, DestinationBase] = field(default_factory=dict)
     on_revocation: Callable[[Mapping[str, Any], str], None] = lambda _result, _trigger: None
     cron: CronCalculator
+    _carried: Carried = field(default_factory=Carried)
     _store: Store | None = None
 
     @property
@@ -266,6 +267,7 @@ class Parts:
             new_id=lambda: uuid.uuid4().hex,
             watcher=watcher,
             stopping=stopping,
+            carried=self._carried,
         )
 
 

@@ -50,7 +50,6 @@ from keyturn.core.steps import (
     Run,
     SetDeadline,
     Settle,
-    Sight,
     Stage,
     Stall,
     Trouble,
@@ -97,7 +96,7 @@ def _rotation(case: Case, run: Run, plan: Plan, now: datetime) -> Action | None:
     own = case.version(rotation.version_id)
     if own is not None and own.state is not VersionState.PENDING:
         return DropAttempt()  # revoked meanwhile: never rolled forward (rule 15)
-    seen = _observe_all(case.targets, run)
+    seen = _observe_all(rotation.targets, run)
     if seen is not None:
         return seen
     hindered = _hindrance(case, run)
@@ -109,7 +108,12 @@ def _rotation(case: Case, run: Run, plan: Plan, now: datetime) -> Action | None:
         return _recover(own, rotation.targets, run)
     if not run.settled:
         return AwaitVerifiers()
-    return _stage(own, rotation.targets, run, plan) or _show(case, own, run) or Promote()
+    return (
+        _stage(own, rotation.targets, run, plan)
+        or _show(case, own, run)
+        or _observe_others(case, run)
+        or Promote()
+    )
 
 
 def _observe_all(targets: Iterable[Target], run: Run) -> Action | None:
@@ -119,6 +123,17 @@ def _observe_all(targets: Iterable[Target], run: Run) -> Action | None:
         if trouble is not None:
             return _give_way(target, trouble)
         if target.key not in run.sights:
+            return Observe(target=target)
+    return None
+
+
+def _observe_others(case: Case, run: Run) -> Action | None:
+    """Look at the destinations outside of the rotation: what they show gets no deadline yet.
+
+    One that cannot be read hinders nothing: it may be leaving because it is gone.
+    """
+    for target in case.targets:
+        if target.key not in run.sights and target.key not in run.troubles:
             return Observe(target=target)
     return None
 
@@ -168,6 +183,8 @@ def _stage(own: Version, targets: Iterable[Target], run: Run, plan: Plan) -> Act
         if not plan.traits[target.key].can_stage or sight.shown == own.id:
             continue
         if sight.staged != own.id:
+            if (target.key, Effect.STAGE) in run.written:
+                return _unseen(target)
             return Stage(target=target, expected=sight.token, exposes=sight.empty)
         if target.key not in run.read_back:
             return ReadBack(target=target)
@@ -185,8 +202,15 @@ def _show(case: Case, own: Version, run: Run) -> Action | None:
         shown = case.version(sight.shown)
         if shown is not None and shown.seq > own.seq:  # forward only (rule 4)
             return Stall(code="later-version", where=target.key)
+        if (target.key, Effect.ACTIVATE) in run.written:
+            return _unseen(target)
         return Activate(target=target, expected=sight.token)
     return None
+
+
+def _unseen(target: Target) -> Action:
+    """A write was confirmed and a read does not show it yet: writing on and on shows nothing more."""
+    return Wait(reason=WaitReason.DESTINATION, where=target.key, code="not-shown")
 
 
 # --- what opens a rotation ----------------------------------------------------------------
@@ -207,19 +231,27 @@ def _cause(case: Case, run: Run, now: datetime) -> Cause | None:
         return credential.request.cause
     if case.current is None:
         return Cause.DRIFT if case.versions else Cause.FIRST
-    if any(_owes(case, run.sights.get(target.key), now) for target in case.agent.targets):
-        return Cause.DRIFT
     if _has_new_destination(case, run):
         return Cause.NEW_DESTINATION
+    if any(_owes(case, target, run, now) for target in case.agent.targets):
+        return Cause.DRIFT
     if credential.next_rotation_at is not None and credential.next_rotation_at <= now:
         return Cause.SCHEDULE
     return None
 
 
-def _owes(case: Case, sight: Sight | None, now: datetime) -> bool:
-    """Whether a destination shows a version that is refused (rule 14)."""
+def _owes(case: Case, target: Target, run: Run, now: datetime) -> bool:
+    """Whether a destination shows a version that is refused or will be, or no version (rule 14).
+
+    Nothing is ever moved back, so an entry that lost our value or got an older one back is repaired
+    by a rotation. A version with a deadline was seen nowhere: shown again, it came from outside.
+    """
+    sight = run.sights.get(target.key)
     shown = case.version(sight.shown) if sight is not None else None
-    return shown is not None and _refused(shown, now)
+    if sight is None or (shown is not None and _refused(shown, now)):
+        return sight is not None
+    ending = shown is not None and shown.deadline is not None
+    return sight.fresh and (ending or drift_kind(case, target, run, now) in ("older", "missing"))
 
 
 def _refused(version: Version, now: datetime) -> bool:
@@ -280,11 +312,9 @@ def _housekeeping(case: Case, run: Run, plan: Plan, now: datetime) -> Action | N
     """Deadlines, retirement, clean-up and the sweep: whatever needs a fresh look reads first."""
     if not _needs_look(case, now):
         return None
-    for target in case.targets:
-        if target.key not in run.sights and target.key not in run.troubles:
-            return Observe(target=target)
     return (
-        _deadline(case, run)
+        _observe_others(case, run)
+        or _deadline(case, run)
         or _retirement(case, run, now)
         or _cleaning(case, run, plan)
         or _leaving(case, run)
@@ -318,7 +348,7 @@ def _wants_cleaning(case: Case, placement: Placement) -> bool:
     return not placement.gone and version is not None and version.state in DONE_FOR
 
 
-def _nowhere(case: Case, version: Version, run: Run) -> bool:
+def nowhere(case: Case, version: Version, run: Run) -> bool:
     """Whether a fresh read of every destination shows this version nowhere (rule 5)."""
     return all(
         target.key in run.sights
@@ -330,14 +360,14 @@ def _nowhere(case: Case, version: Version, run: Run) -> bool:
 
 def _deadline(case: Case, run: Run) -> Action | None:
     for version in case.versions:
-        if _wants_deadline(case, version) and _nowhere(case, version, run):
+        if _wants_deadline(case, version) and nowhere(case, version, run):
             return SetDeadline(version_id=version.id)
     return None
 
 
 def _retirement(case: Case, run: Run, now: datetime) -> Action | None:
     for version in case.versions:
-        if _is_over(case, version, now) and _nowhere(case, version, run):
+        if _is_over(case, version, now) and nowhere(case, version, run):
             return Retire(version_id=version.id)
     return None
 

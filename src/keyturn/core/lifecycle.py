@@ -167,12 +167,17 @@ def drop_attempt(case: Case, *, now: datetime) -> Case:
 
 
 def promote(
-    case: Case, *, grace: timedelta, next_rotation_at: datetime | None, now: datetime
+    case: Case,
+    *,
+    grace: timedelta,
+    next_rotation_at: datetime | None,
+    now: datetime,
+    held: frozenset[str] = frozenset(),
 ) -> Case:
     """Make pending current; what was current or kept becomes previous, with a deadline.
 
-    Only called when every destination was read back in this run, so nothing shows the older ones;
-    a version that an unresolved intent names gets its deadline later, when that is settled.
+    A version that an unresolved intent names gets its deadline later, when that is settled; so does
+    one of `held`: some destination outside of this rotation may show it still (rules 5 and 12).
     """
     rotation = _running(case)
     own = case.version(rotation.version_id)
@@ -180,7 +185,8 @@ def promote(
         raise IllegalTransition("there is nothing to promote")
     for version in case.versions:
         if version.state in (S.CURRENT, S.KEPT):
-            ends = None if pinned(case, version.id) else now + grace
+            later = version.id in held or pinned(case, version.id)
+            ends = None if later else now + grace
             # A kept version may have its deadline already: it never moves earlier or later.
             case = _move(case, version.id, S.PREVIOUS, deadline=version.deadline or ends)
     case = _move(case, own.id, S.CURRENT, promoted_at=now)
@@ -325,6 +331,10 @@ def revoke_version(case: Case, version_id: str, *, reissue: bool, now: datetime)
     rotation = case.rotation
     if rotation is not None and rotation.open and rotation.version_id == version_id:
         case = _close(case, RotationState.CLOSED, now=now)
+    elif rotation is not None and rotation.state is RotationState.WAITING:
+        # It may have waited for the limit, and it may be the successor now: nothing to wait for.
+        running = replace(rotation, state=RotationState.RUNNING, waiting=None)
+        case = replace(case, rotation=running)
     if reissue:
         case = replace(case, credential=replace(case.credential, successor_owed=True))
     return _wake(case, now)

@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from keyturn.core.model import Cause, Drift, Intent, Placement, Policy, Target, Traits, WaitReason
+from keyturn.core.model import (
+    Cause,
+    Drift,
+    Effect,
+    Intent,
+    Placement,
+    Policy,
+    Target,
+    Traits,
+    WaitReason,
+)
 
 ACCEPTED_LIMIT = 4
 
@@ -54,6 +64,7 @@ class Run:
     troubles: Mapping[str, Trouble] = field(default_factory=dict)
     read_back: frozenset[str] = frozenset()  # targets whose staged copy was verified
     no_copy: frozenset[str] = frozenset()  # targets that were searched for a copy in vain
+    written: frozenset[tuple[str, Effect]] = frozenset()  # where which write of it was confirmed
     holding: str | None = None  # the version whose plaintext is in memory
     settled: bool = False  # every verifier has applied the epoch of the accept
     in_flight: frozenset[str] = frozenset()  # intents whose call has not returned

@@ -1,0 +1,101 @@
+"""What a saga is given: everything outside of it, and what its process carries from run to run."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any, Protocol
+
+from keyturn.core import secret
+from keyturn.core.model import Case
+from keyturn.core.secret import Secret
+from keyturn.core.steps import Plan
+from keyturn.errors import DestinationUnavailable, StorageError
+from keyturn.ports import Authority, Clock, Destination, Journal
+
+
+class Watcher(Protocol):
+    """Told about each step as it ends: for progress, logs and metrics. Must not raise."""
+
+    def step(self, *, step: str, case: Case, where: str, seconds: float, code: str) -> None:
+        """One step has ended; `code` is the error's code or ""."""
+
+
+class Carried:
+    """What outlives a run but not its process. Thread-safe.
+
+    The plaintext of an open attempt, so that a rotation that waits keeps its version instead of
+    minting one per try until the accepted versions are used up. And the calls that have not returned:
+    whatever run looks at their intents, they are unresolved until then (rule 2). A crash loses both;
+    recovery goes by what destinations hold.
+    """
+
+    def __init__(self) -> None:
+        self._plain: dict[str, tuple[str, Secret]] = {}
+        self._calls: dict[str, Future[Any]] = {}
+        self._guard = threading.Lock()
+
+    def hold(self, credential_uid: str, version_id: str, plain: Secret) -> None:
+        """Keep the plaintext of a credential's open attempt."""
+        with self._guard:
+            self._plain[credential_uid] = version_id, plain
+
+    def held(self, credential_uid: str, version_id: str | None) -> Secret | None:
+        """Return the plaintext of this attempt; that of any other attempt is dropped."""
+        with self._guard:
+            known, plain = self._plain.get(credential_uid, (None, None))
+            if known == version_id:
+                return plain
+            self._plain.pop(credential_uid, None)
+            return None
+
+    def drop(self, credential_uid: str) -> None:
+        """Forget the plaintext."""
+        with self._guard:
+            self._plain.pop(credential_uid, None)
+
+    def follow(self, intent_uid: str, call: Future[Any], journal: Journal) -> None:
+        """Report a call's end when it comes: a writer may always report its own intent (rule 2)."""
+        with self._guard:
+            self._calls[intent_uid] = call
+
+        def report(ended: Future[Any]) -> None:
+            with self._guard:
+                self._calls.pop(intent_uid, None)
+            error = None if ended.cancelled() else ended.exception()
+            if isinstance(error, DestinationUnavailable):
+                return  # still unknown: it settles by time
+            try:
+                journal.report(intent_uid, landed=error is None and not ended.cancelled())
+            except StorageError:
+                return  # the intent stays unresolved and settles by time
+
+        call.add_done_callback(report)
+
+    def flying(self) -> frozenset[str]:
+        """Return the intents whose call has not returned."""
+        with self._guard:
+            return frozenset(self._calls)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """Everything a saga touches. Time, randomness and ids come in here."""
+
+    journal: Journal
+    authority: Authority
+    destinations: Mapping[str, Destination]  # by connection name
+    plan: Callable[[Case], Plan]
+    schedule: Callable[[Case, datetime], datetime | None]  # the next rotation after a promotion
+    backoff: Callable[[Plan, int], timedelta]
+    sweep_every: timedelta
+    clock: Clock
+    random_bytes: Callable[[int], bytes]
+    new_id: Callable[[], str]
+    watcher: Watcher
+    stopping: Callable[[], bool] = lambda: False
+    prefix: str = secret.DEFAULT_PREFIX
+    carried: Carried = field(default_factory=Carried)
