@@ -16,64 +16,66 @@ from keyturn.core.model import Target
 from keyturn.destinations.file import FileDestination, FileOptions
 from keyturn.testing import FakeClock
 from keyturn.testing.contract import (
-    OTHER_STORE,
-    STORE,
+    OTHER_STORE_ID,
+    STORE_ID,
     DestinationContract,
-    entry_of,
+    new_entry,
     parts,
     publish,
 )
 
 
+def make(root: Path, *, store_id: str = STORE_ID, **options: Any) -> FileDestination:
+    """Make a connection to a folder."""
+    read = FileOptions.model_validate({"root": str(root), **options})
+    return FileDestination(read, name="f", store_id=store_id, clock=FakeClock())
+
+
+def path_of(destination: FileDestination, target: Target) -> Path:
+    """Return where an agent reads."""
+    return destination.options.root / destination.place(target)
+
+
 class TestFile(DestinationContract):
-    """A folder under a prefix."""
+    """A folder of this host, under a prefix."""
 
     @pytest.fixture
     def destination(self, tmp_path: Path) -> Iterator[FileDestination]:
         """Give an empty one, whose root is not there yet."""
-        self.root = tmp_path / "agents"
-        self.made = self.make(STORE)
-        yield self.made
-        self.made.close()
+        made = make(tmp_path / "agents", prefix="p")
+        yield made
+        made.close()
 
-    def make(self, store_id: str) -> FileDestination:
-        """Return a connection to the folder."""
-        options = FileOptions.model_validate({"root": str(self.root), "prefix": "p"})
-        return FileDestination(options, name="contract", store_id=store_id, clock=FakeClock())
-
-    def path(self, target: Target) -> Path:
-        """Return where an agent reads."""
-        return self.root / "p" / f"{target.path}.json"
-
-    def read_raw(self, target: Target) -> Mapping[str, Any] | None:
+    def read_raw(self, destination: Any, target: Target) -> Mapping[str, Any] | None:
         """Read as an agent does."""
-        path = self.path(target)
+        path = path_of(destination, target)
         return json.loads(path.read_text()) if path.exists() else None
 
-    def write_raw(self, target: Target, values: Mapping[str, Any]) -> None:
+    def write_raw(self, destination: Any, target: Target, values: Mapping[str, Any]) -> None:
         """Write as an editor does: another file, renamed."""
-        path = self.path(target)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = path_of(destination, target)
+        path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
         path.with_suffix(".new").write_text(json.dumps(values))
         path.with_suffix(".new").rename(path)
 
-    def sibling(self) -> FileDestination:
+    def sibling(self, destination: Any) -> FileDestination:
         """Return a connection of another Keyturn to the same folder."""
-        return self.make(OTHER_STORE)
+        return make(destination.options.root, store_id=OTHER_STORE_ID, prefix="p")
 
-    def write_garbage(self, target: Target) -> bool:
+    def write_garbage(self, destination: Any, target: Target) -> bool:
         """Write a file that is no object."""
-        self.path(target).parent.mkdir(parents=True, exist_ok=True)
-        self.path(target).write_text('["not", "an object"]')
+        path = path_of(destination, target)
+        path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+        path.write_text('["not", "an object"]')
         return True
 
     def test_modes_let_agents_read_and_nobody_else(self, destination: FileDestination) -> None:
         """Files are 0640, folders 2750, and what is ours alone is 0700."""
         target = Target(to="contract", path="team/bot")
-        publish(destination, target, entry_of(1))
+        publish(destination, target, new_entry(1))
         modes = {
             path.name: stat.S_IMODE(path.stat().st_mode)
-            for path in (self.root, *self.root.rglob("*"))
+            for path in (destination.options.root, *destination.options.root.rglob("*"))
         }
         assert modes == {
             "agents": 0o2750,
@@ -89,11 +91,11 @@ class TestFile(DestinationContract):
         """Neither the side file nor a temporary that is left holds the plaintext."""
         target = Target(to="contract", path="bot")
         for seed in (1, 2):
-            publish(destination, target, entry_of(seed))
-        secrets = [entry_of(seed).secret.reveal().encode() for seed in (1, 2)]
+            publish(destination, target, new_entry(seed))
+        secrets = [new_entry(seed).secret.reveal().encode() for seed in (1, 2)]
         holders = [
             path.name
-            for path in self.root.rglob("*")
+            for path in destination.options.root.rglob("*")
             if path.is_file() and any(secret in path.read_bytes() for secret in secrets)
         ]
         assert holders == ["bot.json"]
@@ -105,14 +107,13 @@ def test_an_agent_of_the_group_reads_and_cannot_write(tmp_path: Path) -> None:
     group = grp.getgrgid(65534) if 65534 in {g.gr_gid for g in grp.getgrall()} else grp.getgrgid(1)
     for folder in (tmp_path, *tmp_path.parents[:2]):
         folder.chmod(0o755)
-    options = FileOptions.model_validate({"root": str(tmp_path / "agents"), "group": group.gr_name})
-    destination = FileDestination(options, name="f", store_id=STORE, clock=FakeClock())
+    destination = make(tmp_path / "agents", group=group.gr_name)
     target = Target(to="f", path="bot")
-    publish(destination, target, entry_of(1))
+    publish(destination, target, new_entry(1))
     destination.close()
     answers = _as_agent(tmp_path / "agents", group.gr_gid)
     assert answers == {
-        "read": parts(target.keys, entry_of(1)),
+        "read": parts(target.keys, new_entry(1)),
         "write": "PermissionError",
         "create": "PermissionError",
         "remove": "PermissionError",

@@ -13,10 +13,10 @@ from keyturn.destinations.memory import MemoryDestination, MemoryOptions
 from keyturn.errors import Conflict, DestinationUnavailable
 from keyturn.testing import FakeClock
 from keyturn.testing.contract import (
-    OTHER_STORE,
-    STORE,
+    OTHER_STORE_ID,
+    STORE_ID,
     DestinationContract,
-    entry_of,
+    new_entry,
     parts,
     publish,
 )
@@ -33,35 +33,35 @@ class TestMemory(DestinationContract):
     @pytest.fixture(params=KINDS, ids=lambda o: f"{o.can_stage}-{o.has_cas}-{o.keeps_versions}")
     def destination(self, request: pytest.FixtureRequest) -> Iterator[MemoryDestination]:
         """Give an empty one."""
-        self.made = MemoryDestination(
-            request.param, name="contract", store_id=STORE, clock=FakeClock()
+        made = MemoryDestination(
+            request.param, name="contract", store_id=STORE_ID, clock=FakeClock()
         )
-        yield self.made
-        self.made.close()
+        yield made
+        made.close()
 
-    def read_raw(self, target: Target) -> Mapping[str, Any] | None:
+    def read_raw(self, destination: Any, target: Target) -> Mapping[str, Any] | None:
         """Read past the port."""
-        return self.made.raw_get(target)
+        return destination.raw_get(target)
 
-    def write_raw(self, target: Target, values: Mapping[str, Any]) -> None:
+    def write_raw(self, destination: Any, target: Target, values: Mapping[str, Any]) -> None:
         """Write past the port."""
-        self.made.raw_put(target, values)
+        destination.raw_put(target, values)
 
-    def sibling(self) -> MemoryDestination:
+    def sibling(self, destination: Any) -> MemoryDestination:
         """Return a connection of another Keyturn to the same entries."""
         return MemoryDestination(
-            self.made.options,
+            destination.options,
             name="contract",
-            store_id=OTHER_STORE,
+            store_id=OTHER_STORE_ID,
             clock=FakeClock(),
-            store=self.made.store,
+            store=destination.store,
         )
 
 
 @pytest.fixture
 def memory() -> Iterator[MemoryDestination]:
     """Give one that can do everything."""
-    made = MemoryDestination(MemoryOptions(), name="m", store_id=STORE, clock=FakeClock())
+    made = MemoryDestination(MemoryOptions(), name="m", store_id=STORE_ID, clock=FakeClock())
     yield made
     made.close()
 
@@ -78,9 +78,9 @@ def test_a_lost_answer_has_landed(memory: MemoryDestination) -> None:
 
     memory.fault = lose
     with pytest.raises(DestinationUnavailable) as error:
-        publish(memory, TARGET, entry_of(1))
+        publish(memory, TARGET, new_entry(1))
     assert error.value.sent
-    assert memory.raw_get(TARGET) == parts(TARGET.keys, entry_of(1))
+    assert memory.raw_get(TARGET) == parts(TARGET.keys, new_entry(1))
 
 
 def test_a_fault_before_leaves_nothing(memory: MemoryDestination) -> None:
@@ -92,42 +92,42 @@ def test_a_fault_before_leaves_nothing(memory: MemoryDestination) -> None:
 
     memory.fault = fail
     with pytest.raises(Conflict):
-        publish(memory, TARGET, entry_of(1))
+        publish(memory, TARGET, new_entry(1))
     assert memory.raw_get(TARGET) is None
 
 
 def test_a_first_value_is_shown_when_it_is_staged(memory: MemoryDestination) -> None:
     """Staging into an entry without a value is an activation (rule 8)."""
-    memory.stage(TARGET, entry_of(1), expected=memory.observe(TARGET).token)
-    assert memory.raw_get(TARGET) == parts(TARGET.keys, entry_of(1))
+    memory.stage(TARGET, new_entry(1), expected=memory.observe(TARGET).token)
+    assert memory.raw_get(TARGET) == parts(TARGET.keys, new_entry(1))
 
 
 def test_a_foreign_staged_copy_is_never_stolen(memory: MemoryDestination) -> None:
     """What somebody else has staged is seen as foreign and blocks our staging."""
-    publish(memory, TARGET, entry_of(1))
+    publish(memory, TARGET, new_entry(1))
     memory.raw_stage(TARGET, {"secret": "theirs"})
     assert memory.observe(TARGET).staged == ""
     with pytest.raises(Conflict):
-        memory.stage(TARGET, entry_of(2), expected=memory.observe(TARGET).token)
+        memory.stage(TARGET, new_entry(2), expected=memory.observe(TARGET).token)
 
 
 def test_an_outside_deletion_voids_the_token(memory: MemoryDestination) -> None:
     """A removed entry is missing, keeps its owner, and is written anew with a fresh token only."""
-    publish(memory, TARGET, entry_of(1))
+    publish(memory, TARGET, new_entry(1))
     token = memory.observe(TARGET).token
     memory.raw_delete(TARGET)
     found = memory.observe(TARGET)
-    assert (found.exists, found.owner) == (False, STORE)
+    assert (found.exists, found.owner) == (False, STORE_ID)
     with pytest.raises(Conflict):
-        memory.activate(TARGET, entry_of(2), expected=token)
-    publish(memory, TARGET, entry_of(2))
-    assert memory.raw_get(TARGET) == parts(TARGET.keys, entry_of(2))
+        memory.activate(TARGET, new_entry(2), expected=token)
+    publish(memory, TARGET, new_entry(2))
+    assert memory.raw_get(TARGET) == parts(TARGET.keys, new_entry(2))
 
 
 def test_retiring_takes_the_staging_label_off(memory: MemoryDestination) -> None:
     """Abandoning a staged version leaves no label that would block the next rotation."""
-    publish(memory, TARGET, entry_of(1))
-    new = entry_of(2)
+    publish(memory, TARGET, new_entry(1))
+    new = new_entry(2)
     locator = memory.stage(TARGET, new, expected=memory.observe(TARGET).token)
     memory.retire(TARGET, version_id=new.version_id, locator=locator, how="disable")
     assert memory.observe(TARGET).staged is None

@@ -7,6 +7,6 @@ The fake of a destination is `keyturn.destinations.memory`.
 """
 
 from keyturn.testing.canary import canary, leaks
-from keyturn.testing.clock import FakeClock
+from keyturn.testing.fakes import FakeClock, seeded
 
-__all__ = ["FakeClock", "canary", "leaks"]
+__all__ = ["FakeClock", "canary", "leaks", "seeded"]

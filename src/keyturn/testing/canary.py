@@ -9,12 +9,12 @@ from __future__ import annotations
 import base64
 import contextlib
 import gzip
-import random
 import urllib.parse
 import zlib
 from collections.abc import Iterator
 
 from keyturn.core.secret import Secret, mint
+from keyturn.testing.fakes import seeded
 
 PIECE = 8  # characters of the random part that count as a leak
 _PUBLIC = len("kt_") + 14 + 1  # prefix and version id are public: they stand in logs
@@ -22,7 +22,7 @@ _PUBLIC = len("kt_") + 14 + 1  # prefix and version id are public: they stand in
 
 def canary(seed: int = 0) -> tuple[str, Secret]:
     """Return a version id and a secret of our form, the same ones for the same seed."""
-    return mint(random_bytes=random.Random(f"canary {seed}").randbytes)
+    return mint(random_bytes=seeded(seed))
 
 
 def leaks(found: bytes | str, secret: Secret) -> list[str]:

@@ -2,9 +2,9 @@
 
     class TestMine(DestinationContract):
         @pytest.fixture
-        def destination(self): ...                    # empty, with store id STORE
-        def read_raw(self, target): ...               # what an agent reads, without the adapter
-        def write_raw(self, target, values): ...      # what somebody else writes there
+        def destination(self): ...                           # empty, its store id is STORE_ID
+        def read_raw(self, destination, target): ...         # what an agent reads, by other means
+        def write_raw(self, destination, target, values): ...   # somebody else's edit, unmarked
 
 What is expected follows from the declared traits alone; no test is ever skipped. The other hooks
 give more to prove where a destination can be brought to it. `keys_as_text` is for those that hold
@@ -35,8 +35,9 @@ from keyturn.errors import (
 from keyturn.ports import Destination, Entry, Observed
 from keyturn.testing.canary import canary, leaks
 
-STORE = "store-of-the-contract"
-OTHER_STORE = "store-of-somebody-else"
+STORE_ID = "store-under-test"
+OTHER_STORE_ID = "store-of-somebody-else"
+PLACE = Target(to="contract", path="team/agent-1")
 ESCAPES = (
     "../x", "x/../y", "..", ".", "./x", "x/./y", "x/", "/x", "x//y", "", " ", "x y", "x\\y", "x\0",
     "x\n", "é", ".x", "x/.y", "%2e%2e/x", "x?y", "x#y", "x:y", "a..b", "~", "$HOME", "C:x", "x*",
@@ -52,7 +53,9 @@ FOREIGN: dict[str, str] = {
 FOREIGN_VALUES: dict[str, Any] = {"n": 7, "yes": True, "none": None, "list": [1, {"deep": "x"}]}
 
 
-def entry_of(seed: int, *, owner: str = STORE, login: str = "bot@acme", fence: int = 7) -> Entry:
+def new_entry(
+    seed: int, *, owner: str = STORE_ID, login: str = "agent-1@acme", fence: int = 7
+) -> Entry:
     """Return an entry whose secret is a canary; the same one for the same seed."""
     version_id, secret = canary(seed)
     return Entry(login=login, secret=secret, version_id=version_id, owner=owner, fence=fence)
@@ -84,28 +87,32 @@ class DestinationContract:
 
     @pytest.fixture
     def destination(self) -> Any:
-        """Give an empty destination whose store id is STORE."""
+        """Give an empty destination whose store id is STORE_ID."""
         raise NotImplementedError
 
-    def read_raw(self, target: Target) -> Mapping[str, Any] | None:
+    def read_raw(self, destination: Any, target: Target) -> Mapping[str, Any] | None:
         """Return what an agent reads, without the adapter; None where there is nothing."""
         raise NotImplementedError
 
-    def write_raw(self, target: Target, values: Mapping[str, Any]) -> None:
+    def write_raw(self, destination: Any, target: Target, values: Mapping[str, Any]) -> None:
         """Write as somebody else, without the adapter and without an owner marker."""
         raise NotImplementedError
 
-    def sibling(self) -> Destination | None:
-        """Return another connection to the same place for the store OTHER_STORE, if it can be."""
+    def sibling(self, destination: Any) -> Destination | None:
+        """Return another connection to the same place for the store OTHER_STORE_ID, if it can be."""
         return None
 
-    def write_garbage(self, target: Target) -> bool:
+    def write_garbage(self, destination: Any, target: Target) -> bool:
         """Put something there that is no entry; False where the destination takes none."""
         return False
 
-    def denied(self) -> contextlib.AbstractContextManager[bool]:
+    def denied(self, destination: Any) -> contextlib.AbstractContextManager[bool]:
         """Take the login's permissions away for a while; gives False where that cannot be done."""
         return contextlib.nullcontext(False)
+
+    def publish(self, destination: Any, target: Target, entry: Entry) -> str:
+        """Do what the saga does: read the token, stage where there is staging, activate."""
+        return publish(destination, target, entry)
 
     # --- looking ----------------------------------------------------------------------------
 
@@ -116,7 +123,7 @@ class DestinationContract:
             line = destination.probe()
             assert line
             assert "\n" not in line
-        assert self.read_raw(target) is None
+        assert self.read_raw(destination, target) is None
 
     def test_a_missing_entry_is_an_answer(self, destination: Any) -> None:
         """Nothing there is no error, and says nothing about any part."""
@@ -130,26 +137,26 @@ class DestinationContract:
         """A token is a function of what is there, so it can be journalled and compared later."""
         target = self._target("token")
         assert destination.observe(target) == destination.observe(target)
-        publish(destination, target, entry_of(1))
+        publish(destination, target, new_entry(1))
         assert destination.observe(target) == destination.observe(target)
 
     def test_a_version_that_is_nowhere_has_no_value(self, destination: Any) -> None:
         """Reading by an unknown version id is an answer too, before and after a first write."""
         target = self._target("nowhere")
-        assert not destination.read(target, entry_of(2).version_id).has_value
-        publish(destination, target, entry_of(1))
-        assert not destination.read(target, entry_of(2).version_id).has_value
+        assert not destination.read(target, new_entry(2).version_id).has_value
+        publish(destination, target, new_entry(1))
+        assert not destination.read(target, new_entry(2).version_id).has_value
 
     # --- writing ----------------------------------------------------------------------------
 
     def test_create_is_what_an_agent_reads(self, destination: Any) -> None:
         """A first entry holds exactly our three keys, and our own reads agree with an agent's."""
-        target, entry = self._target("create"), entry_of(1)
+        target, entry = self._target("create"), new_entry(1)
         locator = publish(destination, target, entry)
-        assert self.read_raw(target) == parts(target.keys, entry)
+        assert self.read_raw(destination, target) == parts(target.keys, entry)
         found = destination.observe(target)
         self._shows(found, entry)
-        assert found.owner == STORE
+        assert found.owner == STORE_ID
         assert not found.other_keys
         assert found.locator == locator
         assert bool(locator) is destination.traits.keeps_versions
@@ -157,7 +164,7 @@ class DestinationContract:
 
     def test_the_same_version_again_changes_nothing(self, destination: Any) -> None:
         """A retry after a lost answer succeeds, with any token, and moves nothing."""
-        target, entry = self._target("again"), entry_of(1)
+        target, entry = self._target("again"), new_entry(1)
         before = destination.observe(target).token
         locator = publish(destination, target, entry)
         shown = destination.observe(target)
@@ -167,25 +174,25 @@ class DestinationContract:
 
     def test_replacing_moves_the_token(self, destination: Any) -> None:
         """A later version takes the entry over whole, and an old token is void."""
-        target, old, new = self._target("replace"), entry_of(1), entry_of(2)
+        target, old, new = self._target("replace"), new_entry(1), new_entry(2)
         publish(destination, target, old)
         token = destination.observe(target).token
         publish(destination, target, new)
-        assert self.read_raw(target) == parts(target.keys, new)
+        assert self.read_raw(destination, target) == parts(target.keys, new)
         self._shows(destination.observe(target), new)
         if destination.traits.has_cas:
             assert destination.observe(target).token != token
 
     def test_a_wrong_token_changes_nothing(self, destination: Any) -> None:
         """With compare-and-set a void token is a Conflict; without it the write lands."""
-        target, old, new, late = self._target("cas"), entry_of(1), entry_of(2), entry_of(3)
+        target, old, new, late = self._target("cas"), new_entry(1), new_entry(2), new_entry(3)
         void = destination.observe(target).token
         publish(destination, target, old)
         stale = destination.observe(target).token
         publish(destination, target, new)
         if not destination.traits.has_cas:
             destination.activate(target, late, expected=stale)
-            assert self.read_raw(target) == parts(target.keys, late)
+            assert self.read_raw(destination, target) == parts(target.keys, late)
             return
         shown = destination.observe(target)
         for token in (void, stale):
@@ -193,27 +200,27 @@ class DestinationContract:
                 destination.activate(target, late, expected=token)
             with pytest.raises(Conflict):
                 destination.activate(target, old, expected=token)
-        assert self.read_raw(target) == parts(target.keys, new)
+        assert self.read_raw(destination, target) == parts(target.keys, new)
         assert destination.observe(target) == shown
 
     def test_an_outside_edit_voids_the_token(self, destination: Any) -> None:
         """Whoever edits between our read and our write is not overwritten unseen."""
-        target, old, new = self._target("edit", merge=True), entry_of(1), entry_of(2)
+        target, old, new = self._target("edit", merge=True), new_entry(1), new_entry(2)
         publish(destination, target, old)
         token = destination.observe(target).token
         edited = {**parts(target.keys, old), "note": "by hand"}
-        self.write_raw(target, edited)
+        self.write_raw(destination, target, edited)
         if destination.traits.has_cas:
             with pytest.raises(Conflict):
                 destination.activate(target, new, expected=token)
-            assert self.read_raw(target) == edited
+            assert self.read_raw(destination, target) == edited
         publish(destination, target, new)
-        assert self.read_raw(target) == {**edited, **parts(target.keys, new)}
+        assert self.read_raw(destination, target) == {**edited, **parts(target.keys, new)}
 
     def test_one_of_many_writers_wins(self, destination: Any) -> None:
         """With one token, exactly one of eight writes at once lands, and that one is shown."""
-        target, entries = self._target("race"), [entry_of(seed) for seed in range(2, 10)]
-        publish(destination, target, entry_of(1))
+        target, entries = self._target("race"), [new_entry(seed) for seed in range(2, 10)]
+        publish(destination, target, new_entry(1))
         if destination.traits.can_stage:
             for entry in entries:
                 destination.stage(target, entry, expected=destination.observe(target).token)
@@ -231,14 +238,14 @@ class DestinationContract:
         with ThreadPoolExecutor(len(entries)) as pool:
             landed = [e for e, won in zip(entries, pool.map(write, entries), strict=True) if won]
         assert len(landed) == (1 if destination.traits.has_cas else len(entries))
-        assert self.read_raw(target) in [parts(target.keys, entry) for entry in landed]
+        assert self.read_raw(destination, target) in [parts(target.keys, entry) for entry in landed]
 
     def test_the_same_entry_has_the_same_bytes(self, destination: Any) -> None:
         """A re-write after a takeover must not look like another value (rule 9)."""
         first, second = self._target("bytes-1"), self._target("bytes-2")
-        publish(destination, first, entry_of(1))
-        publish(destination, second, entry_of(1))
-        one, two = self.read_raw(first), self.read_raw(second)
+        publish(destination, first, new_entry(1))
+        publish(destination, second, new_entry(1))
+        one, two = self.read_raw(destination, first), self.read_raw(destination, second)
         assert one == two
         assert list(one or {}) == list(two or {})
 
@@ -248,18 +255,21 @@ class DestinationContract:
         """Entries are create-only: neither foreign keys nor keys named like ours are touched."""
         for name, values in (("their-keys", {"port": "5432"}), ("our-keys", {"secret": "theirs"})):
             target = self._target(name)
-            self.write_raw(target, values)
+            self.write_raw(destination, target, values)
             self._refuses(destination, target, values)
 
     def test_merge_keeps_the_keys_of_others(self, destination: Any) -> None:
         """Whatever others hold in the entry is still there, to the last character."""
         target = self._target("merge", merge=True)
         theirs = FOREIGN if self.keys_as_text else {**FOREIGN, **FOREIGN_VALUES}
-        self.write_raw(target, theirs)
+        self.write_raw(destination, target, theirs)
         assert destination.observe(target).other_keys
         for seed in (1, 2):
-            publish(destination, target, entry_of(seed))
-            assert self.read_raw(target) == {**theirs, **parts(target.keys, entry_of(seed))}
+            publish(destination, target, new_entry(seed))
+            assert self.read_raw(destination, target) == {
+                **theirs,
+                **parts(target.keys, new_entry(seed)),
+            }
         assert destination.observe(target).other_keys
 
     def test_merge_alone_does_not_take_our_keys_over(self, destination: Any) -> None:
@@ -270,29 +280,32 @@ class DestinationContract:
     def test_adopt_takes_our_keys_over(self, destination: Any) -> None:
         """With `adopt` the value becomes ours, and the marker says so."""
         target = self._target("adopt", adopt=True)
-        self.write_raw(target, {"id": "old", "secret": "old secret of some length"})
+        self.write_raw(destination, target, {"id": "old", "secret": "old secret of some length"})
         assert destination.observe(target).owner is None
-        publish(destination, target, entry_of(1))
-        assert self.read_raw(target) == parts(target.keys, entry_of(1))
-        assert destination.observe(target).owner == STORE
+        publish(destination, target, new_entry(1))
+        assert self.read_raw(destination, target) == parts(target.keys, new_entry(1))
+        assert destination.observe(target).owner == STORE_ID
 
     def test_adopt_alone_does_not_drop_the_keys_of_others(self, destination: Any) -> None:
         """Adopting covers our keys; keys of others need `merge` as well, and are then kept."""
         values = {"secret": "old secret", "port": "5432"}
         self._refuses_written(destination, self._target("adopt-other", adopt=True), values)
         both = self._target("adopt-merge", adopt=True, merge=True)
-        self.write_raw(both, values)
-        publish(destination, both, entry_of(1))
-        assert self.read_raw(both) == {"port": "5432", **parts(both.keys, entry_of(1))}
+        self.write_raw(destination, both, values)
+        publish(destination, both, new_entry(1))
+        assert self.read_raw(destination, both) == {
+            "port": "5432",
+            **parts(both.keys, new_entry(1)),
+        }
 
     def test_another_stores_entry_is_refused(self, destination: Any) -> None:
         """What carries the marker of another Keyturn is not taken, not even with `adopt`."""
-        sibling = self.sibling()
+        sibling = self.sibling(destination)
         if sibling is None:
             return
-        target, theirs = self._target("theirs"), entry_of(1, owner=OTHER_STORE)
+        target, theirs = self._target("theirs"), new_entry(1, owner=OTHER_STORE_ID)
         publish(sibling, target, theirs)
-        assert destination.observe(target).owner == OTHER_STORE
+        assert destination.observe(target).owner == OTHER_STORE_ID
         taking = self._target("theirs", adopt=True, merge=True)
         self._refuses(destination, taking, parts(target.keys, theirs))
 
@@ -300,16 +313,16 @@ class DestinationContract:
         """The agent's own names of the keys are used as they are."""
         keys = Keys(id='client "id"', secret="пароль 🔑", version="v/1 \\ %s")
         target = self._target("keys", keys=keys)
-        publish(destination, target, entry_of(1))
-        assert self.read_raw(target) == parts(keys, entry_of(1))
-        self._shows(destination.observe(target), entry_of(1))
+        publish(destination, target, new_entry(1))
+        assert self.read_raw(destination, target) == parts(keys, new_entry(1))
+        self._shows(destination.observe(target), new_entry(1))
 
     def test_parts_that_are_no_text_are_no_parts(self, destination: Any) -> None:
         """A number under our key is a value, but none that can be presented."""
         if self.keys_as_text:
             return
         target = self._target("types")
-        self.write_raw(target, {"id": 7, "secret": ["x"], "version": None})
+        self.write_raw(destination, target, {"id": 7, "secret": ["x"], "version": None})
         found = destination.observe(target)
         assert found.exists
         assert found.has_value
@@ -319,37 +332,37 @@ class DestinationContract:
         """What cannot be read as an entry exists, has no value of ours, and stays."""
         for name, more in (("garbage", {}), ("garbage-both", {"merge": True, "adopt": True})):
             target = self._target(name, **more)
-            if not self.write_garbage(target):
+            if not self.write_garbage(destination, target):
                 return
             found = destination.observe(target)
             assert found.exists
             assert not found.has_value
             assert found.other_keys
             with pytest.raises(Rejected):
-                publish(destination, target, entry_of(1))
+                publish(destination, target, new_entry(1))
             assert destination.observe(target) == found
 
     # --- staging and old copies -------------------------------------------------------------
 
     def test_staged_is_readable_and_not_shown(self, destination: Any) -> None:
         """Stage, read by version id, activate; agents see the old one until the last step."""
-        target, old, new = self._target("stage"), entry_of(1), entry_of(2)
+        target, old, new = self._target("stage"), new_entry(1), new_entry(2)
         publish(destination, target, old)
         token = destination.observe(target).token
         if not destination.traits.can_stage:
             with pytest.raises(Rejected):
                 destination.stage(target, new, expected=token)
-            assert self.read_raw(target) == parts(target.keys, old)
+            assert self.read_raw(destination, target) == parts(target.keys, old)
             return
         locator = destination.stage(target, new, expected=token)
         assert destination.stage(target, new, expected=token) == locator
-        assert self.read_raw(target) == parts(target.keys, old)
+        assert self.read_raw(destination, target) == parts(target.keys, old)
         found = destination.observe(target)
         self._shows(found, old)
         assert found.staged == new.version_id
         self._shows(destination.read(target, new.version_id), new)
         assert destination.activate(target, new, expected=found.token) == locator
-        assert self.read_raw(target) == parts(target.keys, new)
+        assert self.read_raw(destination, target) == parts(target.keys, new)
         assert destination.observe(target).staged is None
 
     def test_staging_with_a_wrong_token_changes_nothing(self, destination: Any) -> None:
@@ -358,21 +371,21 @@ class DestinationContract:
             return
         target = self._target("stage-cas")
         void = destination.observe(target).token
-        publish(destination, target, entry_of(1))
+        publish(destination, target, new_entry(1))
         shown = destination.observe(target)
         with pytest.raises(Conflict):
-            destination.stage(target, entry_of(2), expected=void)
+            destination.stage(target, new_entry(2), expected=void)
         assert destination.observe(target) == shown
 
     def test_old_copies_are_put_away_and_the_shown_one_never(self, destination: Any) -> None:
         """Retiring hits one immutable copy, can be repeated, and refuses the one shown."""
         for how in ("disable", "destroy"):
-            target, old, new = self._target(how), entry_of(1), entry_of(2)
+            target, old, new = self._target(how), new_entry(1), new_entry(2)
             first = publish(destination, target, old)
             if not destination.traits.keeps_versions:
                 with pytest.raises(Rejected):
                     destination.retire(target, version_id=old.version_id, locator="1", how=how)
-                assert self.read_raw(target) == parts(target.keys, old)
+                assert self.read_raw(destination, target) == parts(target.keys, old)
                 continue
             second = publish(destination, target, new)
             assert first != second
@@ -380,7 +393,7 @@ class DestinationContract:
                 destination.retire(target, version_id=old.version_id, locator=first, how=how)
             with pytest.raises(Rejected):
                 destination.retire(target, version_id=new.version_id, locator=second, how=how)
-            assert self.read_raw(target) == parts(target.keys, new)
+            assert self.read_raw(destination, target) == parts(target.keys, new)
             assert not destination.read(target, old.version_id).has_value
 
     # --- what must not get out, and where nothing may go --------------------------------------
@@ -393,8 +406,8 @@ class DestinationContract:
                 lambda: destination.identity(target),  # noqa: B023 - called in this round
                 lambda: destination.observe(target),  # noqa: B023
                 lambda: destination.read(target, "x"),  # noqa: B023
-                lambda: destination.stage(target, entry_of(1), expected=""),  # noqa: B023
-                lambda: destination.activate(target, entry_of(1), expected=""),  # noqa: B023
+                lambda: destination.stage(target, new_entry(1), expected=""),  # noqa: B023
+                lambda: destination.activate(target, new_entry(1), expected=""),  # noqa: B023
                 lambda: destination.retire(target, version_id="x", locator="1", how="disable"),  # noqa: B023
             ]
             for number, call in enumerate(calls):
@@ -405,31 +418,31 @@ class DestinationContract:
         """One entry, one identity, before and after it exists; another entry has another."""
         target, other = self._target("same"), self._target("other")
         before = destination.identity(target)
-        publish(destination, target, entry_of(1))
+        publish(destination, target, new_entry(1))
         assert destination.identity(target) == before
         assert destination.identity(other) != before
 
     def test_a_denied_login_is_named_as_such(self, destination: Any) -> None:
         """No permission is Denied with a hint, never a missing entry and never retried for ever."""
         target = self._target("denied")
-        publish(destination, target, entry_of(1))
+        publish(destination, target, new_entry(1))
         token = destination.observe(target).token
-        with self.denied() as possible:
+        with self.denied(destination) as possible:
             if not possible:
                 return
             with pytest.raises(Denied) as reading:
                 destination.observe(target)
             with pytest.raises(Denied) as writing:
-                destination.activate(target, entry_of(2), expected=token)
+                destination.activate(target, new_entry(2), expected=token)
         assert reading.value.hint
         assert writing.value.hint
-        assert self.read_raw(target) == parts(target.keys, entry_of(1))
+        assert self.read_raw(destination, target) == parts(target.keys, new_entry(1))
 
     def test_no_secret_gets_out(
         self, destination: Any, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
     ) -> None:
         """Logs at DEBUG, texts of values, errors and their tracebacks hold no piece of a secret."""
-        target, old, new, late = self._target("canary"), entry_of(1), entry_of(2), entry_of(3)
+        target, old, new, late = self._target("canary"), new_entry(1), new_entry(2), new_entry(3)
         said: list[str] = []
         with caplog.at_level(logging.DEBUG):
             void = destination.observe(target).token
@@ -466,14 +479,14 @@ class DestinationContract:
 
     def _refuses(self, destination: Any, target: Target, values: Mapping[str, Any]) -> None:
         with pytest.raises(Rejected):
-            publish(destination, target, entry_of(9))
+            publish(destination, target, new_entry(9))
         token = destination.observe(target).token
         with pytest.raises(Rejected):
-            destination.activate(target, entry_of(9), expected=token)
-        assert self.read_raw(target) == values
+            destination.activate(target, new_entry(9), expected=token)
+        assert self.read_raw(destination, target) == values
 
     def _refuses_written(self, destination: Any, target: Target, values: Mapping[str, Any]) -> None:
-        self.write_raw(target, values)
+        self.write_raw(destination, target, values)
         self._refuses(destination, target, values)
 
     def _said_by(self, call: Callable[[], object]) -> Iterator[str]:
