@@ -133,11 +133,14 @@ def read(outer: int, name: str) -> tuple[bytes | None, str]:
         if error.errno in (errno.ELOOP, errno.ENXIO):
             raise Rejected(f"{name} is a link or no plain file") from None
         raise
-    with open(number, "rb") as file:  # noqa: PTH123 - a descriptor, not a path
+    try:
         found = os.fstat(number)
         if not stat.S_ISREG(found.st_mode):
             raise Rejected(f"{name} is no plain file")
-        data = file.read(LIMIT + 1)
+        with open(number, "rb", closefd=False) as file:
+            data = file.read(LIMIT + 1)
+    finally:
+        os.close(number)
     # ctime, because mtime can be set back by whoever may write the file.
     identity = f"{found.st_ino}:{found.st_ctime_ns}:{found.st_size}"
     return (data if len(data) <= LIMIT else None), identity
@@ -162,6 +165,7 @@ def replace(outer: int, name: str, data: bytes, *, mode: int, gid: int) -> None:
         os.rename(temporary, name, src_dir_fd=outer, dst_dir_fd=outer)
         sync(outer)
     except OSError as error:
+        remove_stale(outer, name)
         raise DestinationUnavailable(
             f"{name} was written, but not confirmed by the disk (errno {error.errno})"
         ) from None
