@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from keyturn.core import lifecycle
 from keyturn.core.model import Case, Request, Version, VersionState
-from keyturn.core.secret import is_version_id
+from keyturn.core.secret import is_version_id, mask
 from keyturn.errors import StoreUnavailable, UnknownVersion
 from keyturn.ports import AuditEntry, Authority, Clock
 from keyturn.storage.ledger import Ledger
@@ -49,6 +49,10 @@ class Leak:
     reissue: bool = False
     reason: str = ""
     at: datetime | None = None
+
+    def __post_init__(self) -> None:
+        """Mask a secret that was pasted into the reason: never a cause to refuse a revoke."""
+        object.__setattr__(self, "reason", mask(self.reason))
 
     @property
     def target(self) -> str:
@@ -222,7 +226,7 @@ class Administration:
 
     def suspend(self, agent: str, caller: Caller, *, reason: str = "") -> dict[str, Any]:
         """Refuse everything of an agent until it is resumed; returns once verifiers know (I3)."""
-        return self._change(agent, caller, "suspend", lifecycle.suspend, reason=reason)
+        return self._change(agent, caller, "suspend", lifecycle.suspend, reason=mask(reason))
 
     def resume(self, agent: str, caller: Caller) -> dict[str, Any]:
         """Accept again what is still accepted."""

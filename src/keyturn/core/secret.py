@@ -26,10 +26,15 @@ MIN_IMPORTED_BYTES = 16
 RandomBytes = Callable[[int], bytes]
 
 _FORM = re.compile(
-    rb"([A-Za-z0-9]{1,16})_([0-9A-Za-z]{%d})_([0-9A-Za-z]{%d})([0-9A-Za-z]{%d})"
-    % (VERSION_ID_LENGTH, RANDOM_LENGTH, CHECKSUM_LENGTH),
+    (
+        rf"([A-Za-z0-9]{{1,16}})_([0-9A-Za-z]{{{VERSION_ID_LENGTH}}})"
+        rf"_([0-9A-Za-z]{{{RANDOM_LENGTH}}})([0-9A-Za-z]{{{CHECKSUM_LENGTH}}})"
+    ).encode()
 )
-VERSION_ID = re.compile(r"[0-9A-Za-z]{%d}" % VERSION_ID_LENGTH)
+VERSION_ID = re.compile(rf"[0-9A-Za-z]{{{VERSION_ID_LENGTH}}}")
+# The version id is public and stays; the random part goes, also where a text was cut in the middle
+# of it, and whatever stands in front of it.
+_SECRET_PART = re.compile(rf"(_[0-9A-Za-z]{{{VERSION_ID_LENGTH}}}_)[0-9A-Za-z]{{4,}}")
 
 
 class Secret:
@@ -102,6 +107,11 @@ def parse(value: bytes) -> ParsedSecret | None:
 def looks_like_ours(value: bytes) -> bool:
     """Tell whether a text has our form, whatever its checksum (imports refuse those)."""
     return _FORM.fullmatch(value) is not None
+
+
+def mask(text: str) -> str:
+    """Replace the secret part of everything that has the form of a secret of ours."""
+    return _SECRET_PART.sub(r"\1***", text)
 
 
 def is_version_id(text: str) -> bool:

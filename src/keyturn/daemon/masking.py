@@ -11,19 +11,13 @@ import re
 from collections.abc import Iterator
 from types import TracebackType
 
-from keyturn.core.secret import VERSION_ID_LENGTH
+from keyturn.core.secret import mask
 
-# The version id is public and stays; the random part goes, also where a message was cut in the
-# middle of it, and whatever stands in front of it.
-_SECRET = re.compile(rf"(_[0-9A-Za-z]{{{VERSION_ID_LENGTH}}}_)[0-9A-Za-z]{{4,}}")
+__all__ = ["mask", "printable", "render_exception", "summary"]
+
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _CODE_ATTRIBUTES = ("code", "status_code", "errno", "pgcode", "sqlstate")
 _LONGEST_CHAIN = 10
-
-
-def mask(text: str) -> str:
-    """Replace the secret part of everything that has the form of a secret of ours."""
-    return _SECRET.sub(r"\1***", text)
 
 
 def printable(text: str) -> str:

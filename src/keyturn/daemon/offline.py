@@ -47,7 +47,7 @@ class Offline:
 @contextmanager
 def offline(path: Path) -> Iterator[Offline]:
     """Open the store that a configuration names, as its owner."""
-    settings = config.load(path, environ=os.environ)
+    settings = config.load_store(path, environ=os.environ)
     become_owner(settings.store.folder)
     parts = wiring.build(settings, cron=Crontab(), create=False)
     try:

@@ -55,6 +55,7 @@ def run(path: Path, *, socket: Path | None = None, standby: bool = True) -> int:
     settings = load(path)
     logs.configure(level=settings.log.level, form=settings.log.format)
     service = Service(settings, socket=socket or settings.admin.socket)
+    # Before anything can start a thread: a signal goes to any thread that lets it.
     signals = Signals(
         revoke=service.apply_revocations, reload=service.reload_by_signal, stop=service.stop
     )

@@ -114,7 +114,12 @@ class Signals:
         while True:
             # The last look takes what is pending: a USR1 just before the end is still done.
             closing = self._closed
-            arrived = signal.sigtimedwait(WAITED_FOR, 0 if closing else _LOOK_UP)
+            try:
+                arrived = signal.sigtimedwait(WAITED_FOR, 0 if closing else _LOOK_UP)
+            except ValueError:
+                # After SIGSTOP and SIGCONT CPython goes on with what is left of the time-out, which
+                # is negative then, and raises. Without this thread no signal would be heard.
+                continue
             if arrived is not None:
                 self._dispatch(signal.Signals(arrived.si_signo))
             elif closing:

@@ -1,0 +1,217 @@
+"""An administrator cuts an agent off, in each of the four ways, as a person would do it."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from support.running import Keyturn, accepts
+
+
+@pytest.fixture
+def keyturn(tmp_path: Path) -> Iterator[Keyturn]:
+    """Give a running Keyturn whose agents have their first versions."""
+    one = Keyturn(tmp_path)
+    one.start()
+    one.wait_first()
+    yield one
+    one.stop()
+
+
+def test_revoke_on_the_running_daemon_refuses_when_it_returns(keyturn: Keyturn) -> None:
+    """`keyturn revoke` returns only when nothing of the agent is accepted any more."""
+    held, other = keyturn.held("agent-0"), keyturn.held("agent-1")
+    verifier = keyturn.verifier()
+    assert accepts(verifier, held) is True
+
+    code, result = keyturn.ask("revoke", "agent-0", "--reason", "INC-1")
+
+    assert (code, result["versions"], result["incomplete"]) == (0, [held["version"]], False)
+    assert accepts(verifier, held) is False
+    assert accepts(verifier, other) is True
+    assert keyturn.ask("status", "agent-0")[1]["state"] == "suspended"
+    verifier.close()
+
+
+def test_revoke_with_reissue_gives_a_successor(keyturn: Keyturn) -> None:
+    """`--reissue --wait` cuts first and returns with the version that agents read then."""
+    held = keyturn.held("agent-0")
+    verifier = keyturn.verifier()
+
+    code, result = keyturn.ask("revoke", "agent-0", "--reissue", "--wait")
+
+    fresh = keyturn.held("agent-0")
+    assert (code, fresh["version"]) == (0, result["successor"])
+    assert (accepts(verifier, held), accepts(verifier, fresh)) == (False, True)
+    verifier.close()
+
+
+def test_revoke_with_the_daemon_down_works_on_the_store(keyturn: Keyturn) -> None:
+    """Without a daemon the same command refuses at once, and the daemon keeps to it."""
+    held = keyturn.held("agent-0")
+    keyturn.stop()
+
+    code, result = keyturn.ask("revoke", "agent-0")
+
+    verifier = keyturn.verifier()
+    assert (code, result["incomplete"]) == (0, False)
+    assert accepts(verifier, held) is False
+    keyturn.start()
+    assert keyturn.ask("status", "agent-0")[1]["state"] == "suspended"
+    assert accepts(verifier, held) is False
+    verifier.close()
+
+
+def test_revoke_works_while_the_store_is_locked(keyturn: Keyturn) -> None:
+    """A lock on the store can delay the store's row, never the refusal; the daemon completes it."""
+    held = keyturn.held("agent-0")
+    keyturn.stop()
+    verifier = keyturn.verifier()
+    lock = sqlite3.connect(keyturn.store, isolation_level=None)
+    lock.execute("BEGIN EXCLUSIVE")
+
+    code, result = keyturn.ask("revoke", "agent-0", "--reason", "locked")
+
+    assert (code, result["incomplete"]) == (75, True)
+    assert accepts(verifier, held) in (False, None)
+    lock.execute("ROLLBACK")
+    lock.close()
+    assert accepts(verifier, held) is False
+    keyturn.start()
+    keyturn.wait_for(lambda: keyturn.ask("status", "agent-0")[1]["state"] == "suspended")
+    verifier.close()
+
+
+def test_a_broken_configuration_does_not_stand_in_the_way(keyturn: Keyturn) -> None:
+    """With the daemon down and a wrong line in the file a revoke still works."""
+    held = keyturn.held("agent-0")
+    keyturn.stop()
+    keyturn.content["policies"]["default"]["every"] = "sometimes"
+    keyturn.write()
+
+    assert keyturn.ask("revoke", "agent-0")[0] == 0
+
+    verifier = keyturn.verifier()
+    assert accepts(verifier, held) is False
+    verifier.close()
+
+
+def test_the_revocations_file_with_a_signal_refuses(keyturn: Keyturn) -> None:
+    """A line in the file and SIGUSR1 refuse within a moment; the line never kills the successor."""
+    held = keyturn.held("agent-0")
+    verifier = keyturn.verifier()
+    now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+    keyturn.revocations.write_text(f"agent:agent-0 at={now} reissue INC-2\n")
+    began = time.monotonic()
+    keyturn.signal(signal.SIGUSR1)
+
+    keyturn.wait_for(lambda: accepts(verifier, held) is False)
+
+    assert time.monotonic() - began < 2.0
+    keyturn.wait_for(lambda: keyturn.held("agent-0")["version"] != held["version"])
+    keyturn.signal(signal.SIGUSR1)
+    time.sleep(0.5)
+    fresh = keyturn.held("agent-0")
+    assert accepts(verifier, fresh) is True
+    keyturn.stop()
+    keyturn.start()
+    assert accepts(verifier, keyturn.held("agent-0")) is True
+    verifier.close()
+
+
+def test_the_revocations_file_is_polled(keyturn: Keyturn) -> None:
+    """Without any signal the file is looked at every two seconds."""
+    held = keyturn.held("agent-1")
+    verifier = keyturn.verifier()
+    keyturn.revocations.write_text(
+        f"version:{held['version']} at={datetime.now(UTC).isoformat().replace('+00:00', 'Z')}\n"
+    )
+
+    keyturn.wait_for(lambda: accepts(verifier, held) is False, seconds=6)
+    verifier.close()
+
+
+def test_sighup_with_entries_in_the_main_file_refuses(keyturn: Keyturn) -> None:
+    """The same lines under `revocations:` work by SIGHUP."""
+    held = keyturn.held("agent-0")
+    verifier = keyturn.verifier()
+    now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+    keyturn.content["revocations"] = [f"agent:agent-0 at={now}"]
+    keyturn.write()
+    keyturn.signal(signal.SIGHUP)
+
+    keyturn.wait_for(lambda: accepts(verifier, held) is False)
+    verifier.close()
+
+
+def test_a_stopped_daemon_cannot_keep_a_revoke_from_working(keyturn: Keyturn) -> None:
+    """A daemon that hangs is passed by: the command goes straight to spool and store."""
+    held = keyturn.held("agent-0")
+    verifier = keyturn.verifier()
+    keyturn.signal(signal.SIGSTOP)
+
+    code, _result = keyturn.ask("revoke", "agent-0")
+
+    keyturn.signal(signal.SIGCONT)
+    assert code in (0, 75)
+    assert accepts(verifier, held) is False
+    verifier.close()
+
+
+def test_a_touched_tombstone_refuses(keyturn: Keyturn) -> None:
+    """A person with nothing but a shell revokes by touching a file, and the store follows."""
+    held = keyturn.held("agent-0")
+    verifier = keyturn.verifier()
+    spool = keyturn.store.parent / "revoked.d"
+    spool.mkdir(mode=0o700, exist_ok=True)
+
+    (spool / held["version"]).touch()
+
+    assert accepts(verifier, held) is False
+    keyturn.wait_for(lambda: keyturn.held("agent-0")["version"] != held["version"])
+    verifier.close()
+
+
+def test_suspend_and_resume(keyturn: Keyturn) -> None:
+    """A suspended agent is refused at once and accepted again after resume."""
+    held = keyturn.held("agent-0")
+    verifier = keyturn.verifier()
+
+    assert keyturn.ask("suspend", "agent-0", "--reason", "holiday")[0] == 0
+    assert accepts(verifier, held) is False
+    assert keyturn.ask("resume", "agent-0")[0] == 0
+    assert accepts(verifier, held) is True
+    verifier.close()
+
+
+def test_verify_and_identify_read_standard_input(keyturn: Keyturn) -> None:
+    """`verify` answers by exit code; `identify` names the agent; neither prints the secret."""
+    held = keyturn.held("agent-0")
+
+    good = keyturn.run("verify", "agent-0", stdin=held["secret"] + "\n")
+    bad = keyturn.run("verify", "agent-1", stdin=held["secret"])
+    found = keyturn.run("identify", stdin=f"curl -u x:{held['secret']} https://x")
+
+    assert (good.returncode, bad.returncode, found.returncode) == (0, 4, 0)
+    assert "agent-0" in found.stdout
+    for done in (good, bad, found):
+        assert held["secret"] not in done.stdout + done.stderr
+
+
+def test_everything_is_in_the_audit(keyturn: Keyturn) -> None:
+    """Who revoked whom and why stands in a chain that is whole, and no secret with it."""
+    held = keyturn.held("agent-0")
+    keyturn.ask("revoke", "agent-0", "--reason", f"leaked {held['secret']}")
+
+    code, result = keyturn.ask("audit", "agent-0", "--verify")
+
+    revoked = [entry for entry in result["entries"] if entry["action"] == "revoke"]
+    assert (code, result["chain"]["ok"], len(revoked)) == (0, True, 1)
+    assert held["secret"] not in str(result)
+    assert held["secret"].encode() not in keyturn.store.read_bytes()
