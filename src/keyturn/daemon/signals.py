@@ -114,13 +114,10 @@ class Signals:
         while True:
             # The last look takes what is pending: a USR1 just before the end is still done.
             closing = self._closed
-            try:
-                arrived = signal.sigtimedwait(WAITED_FOR, 0 if closing else _LOOK_UP)
-            except ValueError:
-                # After SIGSTOP and SIGCONT CPython goes on with what is left of the time-out, which
-                # is negative then, and raises. Without this thread no signal would be heard.
-                continue
-            if arrived is not None:
+            arrived = signal.sigtimedwait(WAITED_FOR, 0 if closing else _LOOK_UP)
+            # After SIGSTOP and SIGCONT CPython can return a record without a signal in it: taken for
+            # one, it would end this thread, and no signal would be heard any more.
+            if arrived is not None and arrived.si_signo in WAITED_FOR:
                 self._dispatch(signal.Signals(arrived.si_signo))
             elif closing:
                 return
