@@ -436,7 +436,8 @@ def drift_kind(case: Case, target: Target, run: Run, now: datetime) -> str:
 
 
 def _next_look(case: Case, run: Run, plan: Plan, now: datetime) -> datetime | None:
-    soon = now + plan.policy.retry.first
+    # Whoever ends such a call wakes the credential; this is only for a writer that died meanwhile.
+    soon = now + plan.policy.retry.settle_after
     moments = [case.credential.sweep_at]
     if case.agent.state is AgentState.ENABLED:
         moments.append(_rotation_moment(case))
