@@ -45,6 +45,7 @@ from keyturn.world import Carried, Watcher, World
 
 SWEEP_EVERY = timedelta(minutes=5)
 MASS_CHANGE = 0.1
+LEARN_EVERY = timedelta(seconds=2)
 
 
 class SystemClock:
@@ -72,6 +73,7 @@ class Parts:
     destinations: dict[str, DestinationBase] = field(default_factory=dict)
     on_revocation: Callable[[Mapping[str, Any], str], None] = lambda _result, _trigger: None
     cron: CronCalculator
+    _store_clock: StoreClock | None = None
     _carried: Carried = field(default_factory=Carried)
     _store: Store | None = None
 
@@ -81,6 +83,13 @@ class Parts:
         if self._store is None:
             self._store = self.open_store()
         return self._store
+
+    @property
+    def store_clock(self) -> StoreClock:
+        """The store's time."""
+        if self._store_clock is None:
+            self._store_clock = StoreClock(self.store, self.clock)
+        return self._store_clock
 
     def close(self) -> None:
         """Give everything back."""
@@ -262,7 +271,7 @@ class Parts:
                 plan.policy.retry, tries, unit=secrets.randbelow(1 << 30) / (1 << 30)
             ),
             sweep_every=SWEEP_EVERY,
-            clock=_StoreClock(self.store, self.clock),
+            clock=self.store_clock,
             random_bytes=secrets.token_bytes,
             new_id=lambda: uuid.uuid4().hex,
             watcher=watcher,
@@ -271,18 +280,31 @@ class Parts:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _StoreClock:
-    """The store's time: on PostgreSQL the database's, which several hosts share."""
+class StoreClock:
+    """The store's time: on PostgreSQL the database's, which several hosts share.
 
-    store: Store
-    clock: SystemClock
+    Asked for at most every `LEARN_EVERY`; between two answers it goes on by CLOCK_BOOTTIME, so a jump
+    of this host's wall clock changes nothing. Thread-safe: a stale pair is as good as a fresh one.
+    """
+
+    def __init__(self, store: Store, clock: SystemClock) -> None:
+        self._store = store
+        self._clock = clock
+        self._learned: tuple[timedelta, datetime] | None = None
 
     def now(self) -> datetime:
-        return self.store.now()
+        """The store's time, aware, UTC. Raises StoreUnavailable."""
+        if self._store.database.is_sqlite:
+            return self._clock.now()
+        boottime, learned = self._clock.boottime(), self._learned
+        if learned is None or boottime - learned[0] > LEARN_EVERY:
+            # Counted from before the question: never ahead of the store.
+            learned = self._learned = (boottime, self._store.now())
+        return learned[1] + (boottime - learned[0])
 
     def boottime(self) -> timedelta:
-        return self.clock.boottime()
+        """Time since boot, counting suspend."""
+        return self._clock.boottime()
 
 
 # --- building -----------------------------------------------------------------------------

@@ -438,7 +438,9 @@ class Store:
         """Return the store's time inside a transaction."""
         if self.database.is_sqlite:
             return self._clock.now()
-        found: datetime = connection.execute(sa.select(self._now_sql())).scalar_one()
+        found: datetime = connection.execute(
+            sa.select(sa.type_coerce(self._now_sql(), Instant))
+        ).scalar_one()
         return found
 
     def _now_sql(self) -> ColumnElement[Any]:
