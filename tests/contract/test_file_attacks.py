@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import grp
 import itertools
 import json
 import os
 import random
+import shutil
 import stat
 import threading
 import time
@@ -312,6 +314,19 @@ def test_a_missing_root_fails_the_probe(tmp_path: Path) -> None:
 
 
 @as_root
+def test_a_folder_that_was_there_gets_entries_for_the_group(root: Path) -> None:
+    """Where an operator made the folder, without setgid, agents can read what we put there."""
+    group = next(group for group in grp.getgrall() if group.gr_gid)
+    for option in (group.gr_name, str(group.gr_gid)):
+        files = make(root, group=option, mode="0440")
+        target = Target(to="f", path=f"bot-{option}")
+        publish(files, target, new_entry(1))
+        found = (root / f"bot-{option}.json").stat()
+        assert (found.st_gid, stat.S_IMODE(found.st_mode)) == (group.gr_gid, 0o440)
+        files.close()
+
+
+@as_root
 def test_an_unprivileged_daemon_is_denied_in_our_words(tmp_path: Path) -> None:
     """Without the right to write there the error is Denied, with what to do."""
     for folder in (tmp_path, *tmp_path.parents[:2]):
@@ -354,6 +369,7 @@ GARBAGE = {
     "infinite": b'{"other": 1e999}',
     "deep": b'{"other": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "digits": b'{"other": ' + b"1" * 5_000 + b"}",
+    "padded": b'{"other": "x"}' + b" " * (1024 * 1024),
     "endless": b'{"other": "' + b"x" * (1024 * 1024) + b'"}',
 }
 
@@ -487,6 +503,8 @@ def test_an_error_at_any_step_leaves_old_or_new_and_no_rest(
     assert (failed is None) is (left[0] > 0)
     found = files.observe(BOT)
     assert found.version_id in (new_entry(1).version_id, new_entry(2).version_id)
+    if failed is not None and call in ("open", "fchmod"):  # surely before the rename
+        assert not failed.sent
     if failed is not None and not failed.sent:
         assert found.version_id == new_entry(1).version_id
     assert [name for name in everything(root) if beneath.TEMPORARY in name] == []
@@ -525,6 +543,19 @@ def test_a_stopped_writer_makes_others_wait_not_overwrite(root: Path) -> None:
     assert not error.value.sent
     files.activate(BOT, new_entry(2), expected=token)
     files.close()
+
+
+def test_a_lost_side_folder_is_written_anew(files: FileDestination, root: Path) -> None:
+    """Without what we remember an entry is nobody's, and `adopt` marks it again."""
+    publish(files, BOT, new_entry(1))
+    shutil.rmtree(root / SIDE)
+    found = files.observe(BOT)
+    assert found.owner is None
+    with pytest.raises(Rejected):
+        files.activate(BOT, new_entry(1), expected=found.token)
+    adopting = Target(to="f", path="bot", adopt=True)
+    files.activate(adopting, new_entry(1), expected=files.observe(BOT).token)
+    assert files.observe(BOT).owner == STORE_ID
 
 
 def test_a_damaged_side_file_is_named(files: FileDestination, root: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from keyturn.core.model import Target
 from keyturn.destinations.memory import MemoryDestination, MemoryOptions
-from keyturn.errors import Conflict, DestinationUnavailable
+from keyturn.errors import Conflict, DestinationUnavailable, Rejected
 from keyturn.testing import FakeClock
 from keyturn.testing.contract import (
     OTHER_STORE_ID,
@@ -132,3 +132,12 @@ def test_retiring_takes_the_staging_label_off(memory: MemoryDestination) -> None
     memory.retire(TARGET, version_id=new.version_id, locator=locator, how="disable")
     assert memory.observe(TARGET).staged is None
     assert memory.disabled(TARGET, locator)
+
+
+def test_a_copy_is_retired_by_its_own_name_only(memory: MemoryDestination) -> None:
+    """A locator that holds another version than the caller believes is left alone."""
+    first = publish(memory, TARGET, new_entry(1))
+    publish(memory, TARGET, new_entry(2))
+    with pytest.raises(Rejected):
+        memory.retire(TARGET, version_id=new_entry(3).version_id, locator=first, how="destroy")
+    assert not memory.disabled(TARGET, first)

@@ -52,12 +52,11 @@ def refuse_foreign(
 
     The saga looks before it writes; this is the same rule where the effect lands.
     """
-    if owner == store_id:
-        return
-    if owner is not None:
+    if owner not in (None, store_id):
         raise Rejected("the entry belongs to another store", hint="choose another path")
     keys = target.keys
-    if not target.adopt and any(key in shown for key in (keys.id, keys.secret, keys.version)):
+    ours = owner == store_id or target.adopt
+    if not ours and any(key in shown for key in (keys.id, keys.secret, keys.version)):
         raise Rejected("the entry exists and is not ours", hint="set adopt: true to take it over")
     if not target.merge and any(key not in (keys.id, keys.secret, keys.version) for key in shown):
         raise Rejected("the entry holds other keys", hint="set merge: true to keep them")

@@ -298,6 +298,13 @@ class DestinationContract:
             **parts(both.keys, new_entry(1)),
         }
 
+    def test_keys_that_others_added_to_our_entry_are_not_dropped(self, destination: Any) -> None:
+        """Without `merge` an entry of ours that somebody else uses as well is left alone."""
+        target = self._target("shared")
+        publish(destination, target, new_entry(1))
+        shared = {**parts(target.keys, new_entry(1)), "port": "5432"}
+        self._refuses_written(destination, target, shared)
+
     def test_another_stores_entry_is_refused(self, destination: Any) -> None:
         """What carries the marker of another Keyturn is not taken, not even with `adopt`."""
         sibling = self.sibling(destination)
