@@ -77,9 +77,10 @@ def add(
 ) -> str:
     """Add an agent that is due now and return its credential's uid."""
     targets = (target(name),) if targets is None else tuple(targets)
-    agent = Agent(uid=f"agent-{name}", name=name, login=more.pop("login", name), targets=targets)
+    uid = more.pop("uid", name)
+    agent = Agent(uid=f"agent-{uid}", name=name, login=more.pop("login", name), targets=targets)
     credential = Credential(
-        uid=f"cred-{name}", agent_uid=agent.uid, wake_at=more.pop("wake_at", NOW)
+        uid=f"cred-{uid}", agent_uid=agent.uid, wake_at=more.pop("wake_at", NOW)
     )
     identities = {t.key: f"file:///{t.key}" for t in targets}
     store.add_agent(agent, credential, identities=identities, audit=[entry("agent.add")])
@@ -93,7 +94,7 @@ def version(
     if state in {VersionState.RETIRED, VersionState.REVOKED}:
         more.setdefault("ended_at", NOW)
     values: dict[str, Any] = {
-        "id": f"{uid.replace('-', '')}v{seq}".ljust(14, "0"),
+        "id": f"{uid.replace('-', '')}v{seq:03d}".ljust(14, "0"),
         "scheme": "argon2id",
         "digest": "$argon2id$…",
         "tag": b"12345678",

@@ -12,6 +12,7 @@ from sqlalchemy.sql.elements import ColumnElement
 from keyturn.core.model import Agent, AgentState, Case, Rotation, Version
 from keyturn.errors import UnknownAgent
 from keyturn.storage.cases import columns, from_row, is_open, load
+from keyturn.storage.codec import micros
 from keyturn.storage.results import Counts, Due, History
 from keyturn.storage.tables import agents as agents_table
 from keyturn.storage.tables import credentials, daemons, rotations, versions
@@ -91,7 +92,7 @@ def due(connection: Connection, now: datetime, limit: int) -> list[Due]:
         )
         .join_from(credentials, agents_table, credentials.c.agent_uid == agents_table.c.uid)
         .outerjoin(rotations, open_one)
-        .where(credentials.c.wake_at <= bound, claim_free(sa.type_coerce(bound, sa.BigInteger)))
+        .where(credentials.c.wake_at <= bound, claim_free(sa.literal(micros(now), sa.BigInteger)))
         .order_by(credentials.c.wake_at, credentials.c.uid)
         .limit(limit)
     )
