@@ -127,7 +127,7 @@ def demo(
     Agents authenticate all the time while their secrets rotate every few seconds. Exit 1 if one
     authentication was refused that should not have been.
     """
-    output.end_with(late("keyturn.daemon.demo", "demo")(dest))
+    output.end_with(late("keyturn.cli.demo", "demo")(dest))
 
 
 @app.command()
