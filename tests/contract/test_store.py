@@ -249,11 +249,11 @@ def test_one_of_two_racing_claims_wins(place: Place) -> None:
 def test_a_run_whose_claim_was_taken_writes_nothing(store: Store) -> None:
     """After its claim ran out and was taken, a run can neither load, renew, save nor release."""
     uid = add(store)
-    lost = store.claim(uid, holder="slow", ttl=timedelta(milliseconds=20))
+    lost = store.claim(uid, holder="slow", ttl=timedelta(milliseconds=1500))
     assert lost
     before = store.load(lost).case
     assert store.claim(uid, holder="quick", ttl=TTL) is None
-    time.sleep(0.03)
+    time.sleep(1.6)
     taken = store.claim(uid, holder="quick", ttl=TTL)
     assert taken
     assert taken.fence == lost.fence + 1

@@ -224,7 +224,10 @@ class Login:
             expected = f"auth/{self._auth.mount}/role/"
             if not (made_by.startswith(expected) and made_by.endswith(f"/{WRAPPED_BY}")):
                 raise Denied(f"{self._name}: the wrapping token was not made for a secret id")
-            found = self._client.adapter.post("/v1/sys/wrapping/unwrap", json={"token": wrapping})
+            # No login yet: the wrapping token itself is what lets it be unwrapped.
+            found = self._client.adapter.post(
+                "/v1/sys/wrapping/unwrap", json={}, headers={"X-Vault-Token": wrapping}
+            )
         except (vendor.InvalidRequest, vendor.Forbidden):
             raise Denied(
                 f"{self._name}: the wrapping token is used up or has run out",
