@@ -418,6 +418,12 @@ SENTENCES: dict[str, Row] = {
         plan(),
         steps.Rest(until=SOON),
     ),
+    "not under another name either: some know it by its version id (rule 11)": (
+        case(S.RETIRED, S.CURRENT, agent=AgentState.SUSPENDED),
+        run(sees(OLD, locator="9"), sees(OLD, locator="9")),
+        plan(),
+        steps.Rest(until=SOON),
+    ),
     "nothing is cleaned where no copies are kept": (
         case(S.RETIRED, S.CURRENT),
         run(sees(NEW), sees(NEW)),

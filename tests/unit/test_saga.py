@@ -499,6 +499,27 @@ def test_a_revoke_in_the_middle_of_a_run(
     assert not bench.case.credential.successor_owed
 
 
+def test_a_change_of_the_case_voids_what_was_confirmed(make: Make) -> None:
+    """A run that meets a change reads everything again before it promotes (rule 6)."""
+    bench = make("vault", "file")
+    inner, target = bench.played["d0"].inner, bench.targets["d0"]
+    old = inner.raw_get(target)
+
+    def meddle(name: str) -> None:
+        if name == "before activate d1":
+            bench.on_point = lambda _name: None
+            inner.raw_put(target, old or {})
+            bench.amend(lifecycle.suspend)
+            bench.amend(lifecycle.resume)
+
+    bench.on_point = meddle
+    bench.ask()
+    bench.run()
+
+    assert bench.case.rotation is None
+    assert bench.at_home()
+
+
 def test_a_reissue_does_not_wait_for_the_limit(make: Make) -> None:
     """A rotation that waited for deadlines goes on at once when a revoke makes room (rule 14)."""
     bench = make("vault")

@@ -1,0 +1,242 @@
+"""Each rule of the protocol can be missed: taken out of a copy of the source, a test must fail.
+
+A patch is a text that occurs exactly once, so it goes stale loudly. Rules 9, 10 and 16 to 21 live
+in adapters, verifiers and the store and are proven there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import keyturn
+
+SOURCE = Path(keyturn.__file__).parent
+TESTS = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patch:
+    """One text in one file, what stands there without the rule, and the test that must notice."""
+
+    file: str
+    text: str
+    instead: str
+    tests: str
+
+
+PATCHES: dict[str, Patch] = {
+    "1 exposed by intent": Patch(
+        file="core/lifecycle.py",
+        text="exposed=True) if exposes else changed",
+        instead="exposed=False) if exposes else changed",
+        tests="unit/test_saga.py -k test_the_crash_table",
+    ),
+    "2 an unresolved intent pins its version": Patch(
+        file="core/lifecycle.py",
+        text="        i.unresolved and i.version_id == version_id",
+        instead="        False and i.version_id == version_id",
+        tests="unit/test_lifecycle.py",
+    ),
+    "2 a call that has not returned is not settled": Patch(
+        file="core/decision.py",
+        text="    if intent.uid in run.in_flight:\n        return None\n",
+        instead="",
+        tests="unit/test_saga.py -k has_not_returned",
+    ),
+    "2 calls are known to later runs": Patch(
+        file="world.py",
+        text="            self._calls[intent_uid] = call\n",
+        instead="            pass\n",
+        tests="unit/test_saga.py -k has_not_returned",
+    ),
+    "2 settling takes its time": Patch(
+        file="core/decision.py",
+        text="max(intent.at, died) + plan.policy.retry.settle_after",
+        instead="max(intent.at, died)",
+        tests="unit/test_decision.py",
+    ),
+    "2 a writer reports its own intent": Patch(
+        file="rotation.py",
+        text="            self._report()\n            self.world.carried.drop",
+        instead="            self.world.carried.drop",
+        tests="unit/test_saga.py -k loser_of_the_claim",
+    ),
+    "3 what was read goes with the write": Patch(
+        file="core/decision.py",
+        text="return Activate(target=target, expected=sight.token)",
+        instead='return Activate(target=target, expected="")',
+        tests="unit/test_decision.py",
+    ),
+    "4 forward only": Patch(
+        file="core/decision.py",
+        text="shown.seq > own.seq:",
+        instead="shown.seq > own.seq + 99:",
+        tests="unit/test_decision.py",
+    ),
+    "5 letting go needs a fresh read": Patch(
+        file="core/decision.py",
+        text="        and run.sights[target.key].fresh\n",
+        instead="",
+        tests="unit/test_saga.py -k stale_read_lets_nothing_go",
+    ),
+    "5 letting go needs a read that shows it nowhere": Patch(
+        file="core/decision.py",
+        text="        and run.sights[target.key].shown != version.id\n",
+        instead="",
+        tests="unit/test_saga.py -k 'leaving_destination_keeps or comes_back'",
+    ),
+    "6 a start over voids what was seen": Patch(
+        file="rotation.py",
+        text="        self._report()\n        self.audit.clear()\n        self._load()\n",
+        instead=(
+            "        seen = self.seen\n        self._report()\n        self.audit.clear()\n"
+            "        self._load()\n        self.seen = seen\n"
+        ),
+        tests="unit/test_saga.py -k voids_what_was_confirmed",
+    ),
+    "7 kept becomes previous at promote": Patch(
+        file="core/lifecycle.py",
+        text="if version.state in (S.CURRENT, S.KEPT):",
+        instead="if version.state is S.CURRENT:",
+        tests="unit/test_lifecycle.py",
+    ),
+    "7 the limit is waited for": Patch(
+        file="core/decision.py",
+        text="    if len(alive) < plan.max_accepted:",
+        instead="    if len(alive) < 99:",
+        tests="unit/test_decision.py",
+    ),
+    "8 staging into an empty entry is an activation": Patch(
+        file="core/decision.py",
+        text="exposes=sight.empty)",
+        instead="exposes=False)",
+        tests="unit/test_decision.py",
+    ),
+    "11 never the copy that is shown": Patch(
+        file="core/decision.py",
+        text="sight.fresh and sight.shown != placement.version_id:",
+        instead="sight.fresh:",
+        tests="unit/test_decision.py",
+    ),
+    "12 accept needs its open rotation": Patch(
+        file="core/lifecycle.py",
+        text="    rotation = _running(case)\n    if case.pending is not None",
+        instead="    rotation = case.rotation\n    if case.pending is not None",
+        tests="unit/test_lifecycle.py",
+    ),
+    "12 what leaves is still read": Patch(
+        file="core/model.py",
+        text="(*of_rotation, *self.agent.targets, *self.credential.leaving)",
+        instead="(*of_rotation, *self.agent.targets)",
+        tests="unit/test_saga.py -k leaving_destination_keeps",
+    ),
+    "12 what cannot be read is no reason to mint": Patch(
+        file="core/decision.py",
+        text="            return _give_way(target, trouble)",
+        instead="            continue",
+        tests="unit/test_decision.py",
+    ),
+    "13 revoking an agent takes every accepted version": Patch(
+        file="core/lifecycle.py",
+        text="    for version in case.accepted:\n",
+        instead="    for version in [v for v in case.accepted if v.state is not S.KEPT]:\n",
+        tests="unit/test_lifecycle.py",
+    ),
+    "13 without reissue the agent is suspended": Patch(
+        file="core/lifecycle.py",
+        text="    if not reissue and case.agent.state",
+        instead="    if reissue and case.agent.state",
+        tests="unit/test_lifecycle.py",
+    ),
+    "14 a successor is owed": Patch(
+        file="core/decision.py",
+        text="    if credential.successor_owed:\n        return Cause.REISSUE\n",
+        instead="",
+        tests="unit/test_decision.py",
+    ),
+    "14 what owes a successor is not abandoned": Patch(
+        file="core/lifecycle.py",
+        text="    if case.credential.successor_owed:\n",
+        instead="    if case.credential.successor_owed and False:\n",
+        tests="unit/test_lifecycle.py",
+    ),
+    "15 a revoked version is never rolled forward": Patch(
+        file="core/decision.py",
+        text="    if own is not None and own.state is not VersionState.PENDING:\n",
+        instead="    if False:\n",
+        tests="unit/test_decision.py",
+    ),
+    "a rotation that waits keeps its version": Patch(
+        file="world.py",
+        text="            if known == version_id:\n                return plain\n",
+        instead="",
+        tests="unit/test_saga.py -k lost_answers",
+    ),
+    "a confirmed write is not repeated for ever": Patch(
+        file="rotation.py",
+        text="written=self.seen.written | {(where, effect)}",
+        instead="written=frozenset()",
+        tests="unit/test_saga.py -k no_read_shows",
+    ),
+}
+OFTEN = (
+    "1 exposed by intent",
+    "2 calls are known to later runs",
+    "5 letting go needs a read that shows it nowhere",
+    "12 what leaves is still read",
+    "15 a revoked version is never rolled forward",
+    "a rotation that waits keeps its version",
+)
+
+
+def _fails_without(rule: str, folder: Path) -> None:
+    patch = PATCHES[rule]
+    shutil.copytree(SOURCE, folder / "keyturn", ignore=shutil.ignore_patterns("__pycache__"))
+    file = folder / "keyturn" / patch.file
+    source = file.read_text()
+
+    assert source.count(patch.text) == 1, f"the patch of {rule} is stale"
+    file.write_text(source.replace(patch.text, patch.instead))
+    where, _, words = patch.tests.partition(" -k ")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"),
+            *("-m", "not full", str(TESTS / where)),
+            *(("-k", words.strip("'")) if words else ()),
+        ],
+        env={**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        cwd=TESTS.parent,
+        check=False,
+    )
+    assert done.returncode == 1, f"nothing misses rule {rule}:\n{done.stdout[-2000:]}"
+
+
+@pytest.mark.parametrize("rule", OFTEN)
+def test_a_rule_that_is_taken_out_is_missed(rule: str, tmp_path: Path) -> None:
+    """Without the rule a test of the sentence that states it fails."""
+    _fails_without(rule, tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("rule", [rule for rule in PATCHES if rule not in OFTEN])
+def test_every_rule_that_is_taken_out_is_missed(rule: str, tmp_path: Path) -> None:
+    """The same for every other rule."""
+    _fails_without(rule, tmp_path)
+
+
+@pytest.mark.parametrize("rule", PATCHES)
+def test_no_patch_is_stale(rule: str) -> None:
+    """Each patch still finds its text, exactly once, and its tests exist."""
+    patch = PATCHES[rule]
+
+    assert (SOURCE / patch.file).read_text().count(patch.text) == 1
+    assert (TESTS / patch.tests.split(" ")[0]).exists()
