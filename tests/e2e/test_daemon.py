@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -195,3 +196,28 @@ def test_a_wrong_configuration_does_not_start(tmp_path: Path) -> None:
     assert done.returncode == 78
     assert "grace" in done.stderr
     assert "keyturn.yaml:" in done.stderr
+
+
+def test_an_entry_that_was_edited_is_reported_by_the_sweep(tmp_path: Path) -> None:
+    """Status, metric, log and audit name what a sweep finds; the agent itself is not touched."""
+    one = Keyturn(tmp_path, agents=1)
+    one.start()
+    one.wait_first()
+    path = tmp_path / "agents" / "agent-0.json"
+    path.write_text(json.dumps({"id": "agent-0", "secret": "theirs", "version": "x"}))
+    one.stop()
+    with sqlite3.connect(one.store) as store:  # the next sweep is due now
+        store.execute("UPDATE credentials SET sweep_at = 1, wake_at = 1")
+    store.close()
+    one.start()
+
+    def drifted() -> bool:
+        status = one.ask("status", "agent-0")[1]
+        return [d["error_code"] for d in status["destinations"]] == ["unknown"]
+
+    one.wait_for(drifted)
+    one.wait_for(lambda: 'drift{kind="unknown"} 1.0' in one.run("metrics").stdout)
+    one.wait_for(lambda: "drift.found" in one.log.read_text())
+    actions = [entry["action"] for entry in one.ask("audit", "agent-0")[1]["entries"]]
+    assert "drift.found" in actions
+    one.stop()

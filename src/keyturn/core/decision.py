@@ -442,7 +442,7 @@ def _next_look(case: Case, run: Run, plan: Plan, now: datetime) -> datetime | No
     if case.agent.state is AgentState.ENABLED:
         moments.append(_rotation_moment(case))
     if run.troubles and _needs_look(case, now):
-        moments.append(now + plan.policy.retry.first * 8)
+        moments.append(now + plan.policy.retry.max)
     moments.extend(v.deadline for v in case.versions if v.state in ENDING)
     moments.extend(_settles_at(i, run, plan) or soon for i in case.intents if i.unresolved)
     later = [moment for moment in moments if moment is not None and moment > now]

@@ -314,7 +314,7 @@ def revoke_agent(case: Case, *, reissue: bool, now: datetime) -> Case:
         case = _move(case, version.id, S.REVOKED, ended_at=now)
     if case.rotation is not None and case.rotation.open:
         case = _close(case, RotationState.CLOSED, now=now)
-    credential = replace(case.credential, successor_owed=reissue, request=None)
+    credential = replace(case.credential, successor_owed=reissue, request=None, sweep_at=now)
     case = replace(case, credential=credential)
     if not reissue and case.agent.state is not AgentState.REMOVED:
         case = _with_state(case, AgentState.SUSPENDED)
@@ -335,9 +335,10 @@ def revoke_version(case: Case, version_id: str, *, reissue: bool, now: datetime)
         # It may have waited for the limit, and it may be the successor now: nothing to wait for.
         running = replace(rotation, state=RotationState.RUNNING, waiting=None)
         case = replace(case, rotation=running)
-    if reissue:
-        case = replace(case, credential=replace(case.credential, successor_owed=True))
-    return _wake(case, now)
+    owed = reissue or case.credential.successor_owed
+    # A destination that shows it owes a rotation at once (rule 14), so look at once.
+    credential = replace(case.credential, successor_owed=owed, sweep_at=now)
+    return _wake(replace(case, credential=credential), now)
 
 
 def remove(case: Case, *, now: datetime) -> Case:

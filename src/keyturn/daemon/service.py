@@ -24,12 +24,12 @@ from apscheduler.schedulers.background import BackgroundScheduler
 
 from keyturn import __version__, config, rotation, wiring
 from keyturn.administration import Caller, Leak
-from keyturn.core.model import Case
+from keyturn.core.model import Case, Drift
 from keyturn.core.revocations import RevocationEntry, parse_revocations
 from keyturn.daemon import logs
 from keyturn.daemon.commands import Commands
 from keyturn.daemon.cron import Crontab
-from keyturn.daemon.metrics import AGENT_STATES, OPEN_STATES, VERSION_STATES, Metrics
+from keyturn.daemon.metrics import AGENT_STATES, DRIFT_KINDS, OPEN_STATES, VERSION_STATES, Metrics
 from keyturn.daemon.peer import Roles
 from keyturn.daemon.signals import Signals
 from keyturn.daemon.socket import AdminServer
@@ -39,6 +39,7 @@ from keyturn.storage.membership import Membership
 from keyturn.wiring import Parts
 
 TICK = 0.25  # seconds between two looks at the due-queue
+MEASURE = 5.0  # seconds between two counts for the metrics
 REVOCATIONS_POLL = 2.0
 LEAD_TTL = timedelta(seconds=15)
 LEAD_RENEW = 5.0
@@ -91,6 +92,7 @@ class Service:
         self._revoking = threading.Lock()
         self._applied: set[RevocationEntry] = set()
         self._problems: tuple[str, ...] = ()
+        self._drifts: set[tuple[str, Drift]] = set()
         self._pool = ThreadPoolExecutor(WORKERS_AT_MOST, thread_name_prefix="saga")
         self._scheduler = BackgroundScheduler(
             timezone="UTC",
@@ -142,6 +144,7 @@ class Service:
     def _schedule(self, membership: Membership) -> None:
         every = self._scheduler.add_job
         every(self._tick, "interval", seconds=TICK, id="tick")
+        every(self._measure, "interval", seconds=MEASURE, id="measure")
         every(self._poll_revocations, "interval", seconds=REVOCATIONS_POLL, id="revocations")
         every(self._renew, "interval", seconds=LEAD_RENEW, id="lead", args=[membership])
         self._scheduler.start()
@@ -216,7 +219,8 @@ class Service:
             for due in store.due(now=now, limit=WORKERS_AT_MOST * 4):
                 if self._take(due.credential_uid, due.connections):
                     self._pool.submit(self._work, due.credential_uid, due.connections)
-            self._measure(now.timestamp())
+            self.metrics.last_tick.set(now.timestamp())
+            self.metrics.store_up.set(1)
         except StoreUnavailable as error:
             self.metrics.store_up.set(0)
             _log.warning("store.unavailable", code=error.code)
@@ -280,15 +284,22 @@ class Service:
         if not code:
             self.metrics.destination_last_success.labels(name).set(time.time())
 
-    def _measure(self, now: float) -> None:
-        counts = self.parts.store.counts()
+    def _measure(self) -> None:
+        """Count for the metrics, and say what the sweeps found that is new."""
+        try:
+            counts, found = self.parts.store.counts(), self.parts.store.drifts()
+        except StoreUnavailable:
+            return  # the tick says so
         metrics = self.metrics
-        metrics.last_tick.set(now)
-        metrics.store_up.set(1)
         metrics.set_states(metrics.agents, counts.agents, AGENT_STATES)
         metrics.set_states(metrics.versions, counts.versions, VERSION_STATES)
         metrics.set_states(metrics.rotations_open, counts.rotations, OPEN_STATES)
         metrics.agents_overdue.set(counts.overdue)
+        kinds = Counter(drift.kind for _, drift in found)
+        metrics.set_states(metrics.destination_drift, kinds, DRIFT_KINDS)
+        for agent, drift in set(found) - self._drifts:
+            _log.warning("drift.found", agent=agent, where=drift.target, kind=drift.kind)
+        self._drifts = set(found)
 
     # --- revocations ------------------------------------------------------------------------
 
@@ -421,6 +432,7 @@ class Service:
 
     def metrics_text(self) -> str:
         """Return the metrics in the Prometheus text format."""
+        self._measure()
         return self.metrics.text()
 
 

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 from sqlalchemy.sql.elements import ColumnElement
 
-from keyturn.core.model import Agent, AgentState, Case, Rotation, Version
+from keyturn.core.model import Agent, AgentState, Case, Drift, Rotation, Version
 from keyturn.errors import UnknownAgent
 from keyturn.storage.cases import columns, from_row, is_open, load
 from keyturn.storage.codec import micros
@@ -133,6 +133,19 @@ def counts(connection: Connection, now: datetime) -> Counts:
         rotations=_by_state(connection, rotations, is_open(rotations.c.state)),
         overdue=connection.execute(overdue).scalar_one(),
     )
+
+
+def drifts(connection: Connection) -> list[tuple[str, Drift]]:
+    """Return what the last sweeps found, with the agent's name, of agents that are not removed."""
+    query = (
+        sa.select(agents_table.c.name, credentials.c.drift)
+        .join_from(credentials, agents_table, credentials.c.agent_uid == agents_table.c.uid)
+        .where(
+            credentials.c.drift != sa.literal((), credentials.c.drift.type),
+            agents_table.c.state != AgentState.REMOVED,
+        )
+    )
+    return [(row.name, drift) for row in connection.execute(query) for drift in row.drift]
 
 
 def _by_state(

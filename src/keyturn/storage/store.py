@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 from sqlalchemy.sql.elements import ColumnElement
 
-from keyturn.core.model import Agent, Case, Credential, Outcome, Version
+from keyturn.core.model import Agent, Case, Credential, Drift, Outcome, Version
 from keyturn.core.secret import Secret
 from keyturn.errors import ClaimLost, StaleRevision, UnknownAgent
 from keyturn.ports import AuditEntry, Claim, Clock, Saved
@@ -350,6 +350,10 @@ class Store:
         return self.database.read(
             lambda connection: queries.counts(connection, self.now_in(connection))
         )
+
+    def drifts(self) -> list[tuple[str, Drift]]:
+        """Return what the last sweeps found, with the agent's name."""
+        return self.database.read(queries.drifts)
 
     # --- audit ----------------------------------------------------------------------------
 
