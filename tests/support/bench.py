@@ -11,7 +11,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -520,9 +519,3 @@ class _Live(dict[str, Any]):
 
     def get(self, name: str, default: Any = None) -> Any:
         return self._bench.played.get(name, default)
-
-
-def last_crash_free(bench: Bench) -> None:
-    """Run once, swallowing a crash that is still armed."""
-    with suppress(Crash):
-        bench.run()

@@ -404,7 +404,7 @@ SENTENCES: dict[str, Row] = {
         OVER,
         run(sees(NEW), troubles=AWAY),
         plan(),
-        steps.Rest(until=NOW + timedelta(seconds=16)),
+        steps.Rest(until=NOW + timedelta(minutes=15)),
     ),
     "copies of what is over are cleaned (rule 11)": (
         case(S.RETIRED, S.CURRENT),

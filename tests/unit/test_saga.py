@@ -499,6 +499,38 @@ def test_a_revoke_in_the_middle_of_a_run(
     assert not bench.case.credential.successor_owed
 
 
+def test_a_revoked_version_that_is_shown_is_replaced_at_once(make: Make) -> None:
+    """A destination that shows what was just revoked is not left to the next sweep (rule 14)."""
+    bench = make("vault")
+    bench.played["d0"].faults = ["after"]
+    bench.ask()
+    bench.run()
+    pending = bench.case.pending
+    assert pending is not None
+    assert bench.shown("d0") == pending.id
+    bench.amend(lifecycle.revoke_version, pending.id, reissue=False)
+    bench.run()
+
+    assert bench.at_home()
+    assert bench.shown("d0") != pending.id
+
+
+def test_a_clean_up_that_is_denied_is_not_tried_all_the_time(make: Make) -> None:
+    """A copy that cannot be retired is tried again with the sweeps, not every few seconds."""
+    bench = make("vault")
+    bench.ask()
+    bench.run()
+
+    def denied(*_arguments: object) -> None:
+        raise Denied
+
+    bench.played["d0"].inner._retire = denied  # type: ignore[method-assign]
+    bench.go(until=lambda: bench.clock.now() > NOW + GRACE + timedelta(hours=1), runs=99)
+
+    longest = bench.policy.retry.max
+    assert 1 <= bench.steps.done.count("clean d0:bot denied") <= timedelta(hours=1) / longest + 5
+
+
 def test_a_change_of_the_case_voids_what_was_confirmed(make: Make) -> None:
     """A run that meets a change reads everything again before it promotes (rule 6)."""
     bench = make("vault", "file")
