@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
+from keyturn.config import is_id
 from keyturn.core import lifecycle
 from keyturn.core.model import Case, Request, Version, VersionState
 from keyturn.core.secret import is_version_id, mask
-from keyturn.errors import StoreUnavailable, UnknownVersion
+from keyturn.errors import StoreUnavailable, UnknownAgent, UnknownVersion
 from keyturn.ports import AuditEntry, Authority, Clock
 from keyturn.storage.ledger import Ledger
 from keyturn.storage.store import Store
@@ -94,6 +95,10 @@ class Administration:
         ids = self._resolve(leak)
         if dry_run:
             return self._result(leak, ids, began, complete=False, dry_run=True)
+        if leak.at is not None and not ids:
+            # A line that stays in a list and was applied before: no second suspension, no second
+            # successor, however often the daemon starts.
+            return self._result(leak, ids, began, complete=True)
         for version_id in ids:
             self.spool.revoke(version_id, self._note(leak, caller))
         refused_after = time.monotonic() - began
@@ -125,16 +130,25 @@ class Administration:
         return found
 
     def _resolve(self, leak: Leak) -> list[str]:
-        """Find the version ids without the store: it may be locked, and that is no excuse."""
+        """Find the version ids without the store: it may be locked, and that is no excuse.
+
+        Only a line with an `at` asks the store, for what was minted up to then.
+        """
         if leak.version is not None:
             if not is_version_id(leak.version):
                 raise UnknownVersion("that is no version id", hint="`keyturn identify` finds it")
-            return [leak.version]
+            return [] if leak.at is not None and self._is_revoked(leak.version) else [leak.version]
+        if not is_id(leak.agent or ""):
+            raise UnknownAgent("that is no agent's id")
         ids = self.ledger.accepted(leak.agent or "")
         if leak.at is None:
             return ids
         minted = {v.id: v.minted_at for v in self._case(leak.agent or "").versions}
         return [i for i in ids if i in minted and minted[i] <= leak.at]
+
+    def _is_revoked(self, version_id: str) -> bool:
+        known = self.store.find_version(version_id)
+        return known is not None and known[1].state is VersionState.REVOKED
 
     def _commit(self, leak: Leak, caller: Caller) -> tuple[Case, int, list[str]]:
         revoked: list[str] = []

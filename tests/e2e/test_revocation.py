@@ -125,6 +125,24 @@ def test_the_revocations_file_with_a_signal_refuses(keyturn: Keyturn) -> None:
     verifier.close()
 
 
+def test_a_line_that_stays_gives_one_successor(keyturn: Keyturn) -> None:
+    """However often the daemon starts, a line is applied once: nobody is cut or rotated again."""
+    held = keyturn.held("agent-1")
+    now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+    keyturn.revocations.write_text(f"version:{held['version']} at={now} reissue\n")
+    keyturn.signal(signal.SIGUSR1)
+    keyturn.wait_for(lambda: keyturn.held("agent-1")["version"] != held["version"])
+    fresh = keyturn.held("agent-1")
+    for _ in range(2):
+        keyturn.stop()
+        keyturn.start()
+        time.sleep(1)
+
+    assert keyturn.held("agent-1") == fresh
+    entries = keyturn.ask("audit", "agent-1")[1]["entries"]
+    assert [entry["action"] for entry in entries].count("revoke") == 1
+
+
 def test_the_revocations_file_is_polled(keyturn: Keyturn) -> None:
     """Without any signal the file is looked at every two seconds."""
     held = keyturn.held("agent-1")
