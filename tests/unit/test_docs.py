@@ -1,0 +1,64 @@
+"""The documents keep up with the product: commands, options and links."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from keyturn.cli.main import app
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+
+
+def commands(group: click.Command, path: str = "") -> Iterator[tuple[str, click.Command]]:
+    """Yield every command that does something, with its full name."""
+    inner = getattr(group, "commands", None)
+    if inner is None:
+        yield path, group
+        return
+    for name, command in inner.items():
+        yield from commands(command, f"{path} {name}".strip())
+
+
+ALL = dict(commands(typer.main.get_command(app)))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_command_and_option_stands_on_the_page(name: str) -> None:
+    """The reference names each command with each of its options."""
+    page = (ROOT / "docs" / "reference" / "commands.md").read_text()
+    section = re.search(
+        rf"^## `keyturn {re.escape(name)}\b.*?(?=^## |\Z)", page, re.DOTALL | re.MULTILINE
+    )
+
+    assert section is not None, f"no section about {name}"
+    wanted = {o for p in ALL[name].params for o in p.opts if o.startswith("--")}
+    assert wanted - {"--help"} <= set(re.findall(r"--[a-z-]+", section[0])), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_pages_resolve(page: Path) -> None:
+    """No relative link leads nowhere."""
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_commands_of_the_readme_exist() -> None:
+    """What the README tells people to type is there."""
+    text = (ROOT / "README.md").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+
+    for name in re.findall(r"^make ([a-z-]+)", text, re.MULTILINE):
+        assert re.search(rf"^{name}:", makefile, re.MULTILINE), name
+    for line in re.findall(r"keyturn ((?:[a-z]+ ?){1,2})", text):
+        words = line.split()
+        assert any(command.split()[0] == words[0] for command in ALL) or words[0] in {
+            "gives",
+            "reads",
+        }
