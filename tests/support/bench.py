@@ -6,6 +6,7 @@ effect, and I1 and I4 are looked at in every such moment, not only at the end.
 
 from __future__ import annotations
 
+import atexit
 import random
 import shutil
 import tempfile
@@ -234,6 +235,7 @@ class Steps:
 def _template() -> tuple[Path, str]:
     """Make one migrated store; every bench starts with a copy of its file."""
     folder = Path(tempfile.mkdtemp(prefix="keyturn-bench-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     url = f"sqlite:///{folder}/store.db"
     store = Store.open(
         url,
