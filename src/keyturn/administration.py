@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
@@ -74,6 +74,7 @@ class Administration:
     spool: Spool
     authority: Authority
     clock: Clock
+    schedule: Callable[[Case, datetime], datetime | None]
     patience: timedelta = STORE_PATIENCE
     applied: set[str] = field(default_factory=set)  # spool files that the store knows of
 
@@ -251,8 +252,18 @@ class Administration:
         return self._change(agent, caller, "rotation.retry", lifecycle.retry)
 
     def abandon(self, agent: str, caller: Caller) -> dict[str, Any]:
-        """End a rotation; current stays current."""
-        return self._change(agent, caller, "rotation.abandon", lifecycle.abandon)
+        """End a rotation; current stays current, and a due one comes at its next slot."""
+
+        def change(case: Case, *, now: datetime) -> Case:
+            after = lifecycle.abandon(case, now=now)
+            due = after.credential.next_rotation_at
+            if due is None or due > now:
+                return after
+            # Or what was given up would open again at once.
+            later = replace(after.credential, next_rotation_at=self.schedule(case, now))
+            return replace(after, credential=later)
+
+        return self._change(agent, caller, "rotation.abandon", change)
 
     def remove(self, agent: str, caller: Caller) -> dict[str, Any]:
         """End an agent: everything is revoked, its name is free again."""

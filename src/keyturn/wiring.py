@@ -338,6 +338,7 @@ def build(settings: Settings, *, cron: CronCalculator, create: bool) -> Parts:
         spool=spool,
         authority=authority,
         clock=clock,
+        schedule=lambda case, now: parts.schedule(case, now),  # noqa: PLW0108 - bound below
     )
     parts = Parts(
         settings=settings,

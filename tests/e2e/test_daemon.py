@@ -185,6 +185,27 @@ def test_an_outside_edit_stalls_a_rotation_and_is_not_overwritten(keyturn: Keytu
     keyturn.wait_for(lambda: keyturn.held("agent-0")["version"] not in ours)
 
 
+def test_an_abandoned_rotation_comes_at_its_next_slot(tmp_path: Path) -> None:
+    """A scheduled rotation that a person gave up does not open again at once."""
+    one = Keyturn(tmp_path, agents=1, policy={"every": "8s", "grace": "6s"})
+    one.start()
+    one.wait_first()
+    path = tmp_path / "agents" / "agent-0.json"
+    ours = path.read_text()
+    path.write_text(json.dumps({"id": "agent-0", "secret": "theirs", "version": "x"}))
+    one.wait_for(
+        lambda: (one.ask("status", "agent-0")[1]["rotation"] or {}).get("state") == "stalled"
+    )
+    path.write_text(ours)
+
+    assert one.ask("rotation", "abandon", "agent-0")[0] == 0
+
+    time.sleep(1)
+    assert one.ask("status", "agent-0")[1]["rotation"] is None
+    assert path.read_text() == ours
+    one.stop()
+
+
 def test_a_wrong_configuration_does_not_start(tmp_path: Path) -> None:
     """Exit 78, with file, line and key."""
     one = Keyturn(tmp_path)
