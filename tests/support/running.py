@@ -109,7 +109,6 @@ class Keyturn:
         """Run a command as a person would."""
         environ = {
             **os.environ,
-            "KEYTURN_SOCKET": str(self.folder / "run" / "admin.sock"),
             "KEYTURN_CONFIG": str(self.config),
         }
         return subprocess.run(

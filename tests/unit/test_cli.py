@@ -543,3 +543,37 @@ def test_durations_and_targets_are_read() -> None:
     assert options.duration("1h30m").total_seconds() == 5400
     with pytest.raises(typer.BadParameter):
         options.duration("15")
+
+
+# --- where the daemon is ----------------------------------------------------------------------
+
+NAMED = Path("/x/k.sock")
+FILES: list[tuple[str, Path]] = [
+    ("admin: {socket: /x/k.sock}\n", NAMED),
+    ("store: {url: x}\nadmin:\n  socket: '/x/k.sock'\n", NAMED),
+    ("admin: {socket: /x/k.sock}\nstore: {url: [\n", NAMED),
+    ("admin:\n\tsocket: /x/k.sock\n", NAMED),
+    ("version: 1\n", client.DEFAULT_SOCKET),
+    ("admin: {socket: relative}\n", client.DEFAULT_SOCKET),
+    ("admin: [1]\n", client.DEFAULT_SOCKET),
+    ("", client.DEFAULT_SOCKET),
+    ("{{{", client.DEFAULT_SOCKET),
+]
+
+
+@pytest.mark.parametrize(("text", "socket"), FILES)
+def test_the_configuration_names_the_socket(tmp_path: Path, text: str, socket: Path) -> None:
+    """The client goes where the daemon listens, and a broken file does not keep it from there."""
+    (tmp_path / "k.yaml").write_text(text)
+    assert reach.socket_of(tmp_path / "k.yaml") == socket
+
+
+def test_a_missing_configuration_means_the_default(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that somebody named and that is not there is told; the usual one is simply not there."""
+    assert reach.socket_of(tmp_path / "none.yaml") == client.DEFAULT_SOCKET
+    assert "No such file" in capsys.readouterr().err
+    monkeypatch.setattr(reach, "DEFAULT_CONFIG", tmp_path / "none.yaml")
+    assert reach.socket_of(tmp_path / "none.yaml") == client.DEFAULT_SOCKET
+    assert capsys.readouterr().err == ""

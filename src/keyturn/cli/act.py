@@ -26,6 +26,7 @@ def rotate(
     ] = False,
     wait: options.Wait = False,
     json: options.Json = False,
+    config: options.ConfigOfDaemon = options.CONFIG,
     socket: options.Socket = options.SOCKET,
 ) -> None:
     """Give agents a new secret now, and the old one its grace.
@@ -41,7 +42,7 @@ def rotate(
     if grace:
         args["grace_seconds"] = options.duration(grace).total_seconds()
     shown = output.progress(as_json=json) if wait else None
-    result = ask("rotate", args, socket=socket, on_progress=shown)
+    result = ask("rotate", args, socket=socket, config=config, on_progress=shown)
     output.show(result, as_json=json, people=lambda data: render.rotations(data["results"]))
     output.end_with(output.code_of(result["results"]))
 
@@ -50,7 +51,7 @@ def suspend(
     agent: options.AgentName,
     reason: options.Reason = "",
     json: options.Json = False,
-    config: options.ConfigForStore = options.CONFIG,
+    config: options.ConfigOfDaemon = options.CONFIG,
     socket: options.Socket = options.SOCKET,
 ) -> None:
     """Refuse everything of an agent until it is resumed."""
@@ -62,7 +63,7 @@ def suspend(
 def resume(
     agent: options.AgentName,
     json: options.Json = False,
-    config: options.ConfigForStore = options.CONFIG,
+    config: options.ConfigOfDaemon = options.CONFIG,
     socket: options.Socket = options.SOCKET,
 ) -> None:
     """Accept a suspended agent again.
@@ -86,7 +87,7 @@ def revoke(
     ] = False,
     wait: options.Wait = False,
     json: options.Json = False,
-    config: options.ConfigForStore = options.CONFIG,
+    config: options.ConfigOfDaemon = options.CONFIG,
     socket: options.Socket = options.SOCKET,
 ) -> None:
     """Refuse secrets now and for ever.
@@ -110,10 +111,11 @@ def revoke(
 def retry(
     agent: options.AgentName,
     json: options.Json = False,
+    config: options.ConfigOfDaemon = options.CONFIG,
     socket: options.Socket = options.SOCKET,
 ) -> None:
     """Try a stalled or waiting rotation again, now."""
-    result = ask("rotation.retry", {"agent": agent}, socket=socket)
+    result = ask("rotation.retry", {"agent": agent}, socket=socket, config=config)
     output.show(result, as_json=json, people=render.changed)
 
 
@@ -121,6 +123,7 @@ def retry(
 def abandon(
     agent: options.AgentName,
     json: options.Json = False,
+    config: options.ConfigOfDaemon = options.CONFIG,
     socket: options.Socket = options.SOCKET,
 ) -> None:
     """Give a rotation up.
@@ -128,5 +131,5 @@ def abandon(
     The current version stays; a new one that somebody may have read stays accepted until it is
     shown nowhere any more and its grace has passed.
     """
-    result = ask("rotation.abandon", {"agent": agent}, socket=socket)
+    result = ask("rotation.abandon", {"agent": agent}, socket=socket, config=config)
     output.show(result, as_json=json, people=render.changed)

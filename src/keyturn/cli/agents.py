@@ -34,6 +34,7 @@ def add(
     ] = False,
     wait: options.Wait = False,
     json: options.Json = False,
+    config: options.ConfigOfDaemon = options.CONFIG,
     socket: options.Socket = options.SOCKET,
 ) -> None:
     """Add an agent; it gets its first secret at once.
@@ -44,25 +45,32 @@ def add(
     args |= {key: value for key, value in (("login", login), ("owner", owner)) if value}
     args["targets"] = [options.target(one, merge=merge, adopt=adopt) for one in to]
     shown = output.progress(as_json=json) if wait else None
-    result = ask("agents.add", args, socket=socket, on_progress=shown)
+    result = ask("agents.add", args, socket=socket, config=config, on_progress=shown)
     output.show(result, as_json=json, people=lambda one: render.rotations([one]))
     output.end_with(output.code_of([result]))
 
 
 @agents.command("list")
-def list_agents(json: options.Json = False, socket: options.Socket = options.SOCKET) -> None:
+def list_agents(
+    json: options.Json = False,
+    config: options.ConfigOfDaemon = options.CONFIG,
+    socket: options.Socket = options.SOCKET,
+) -> None:
     """List the agents, their owners and where they read."""
-    output.show(ask("agents.list", {}, socket=socket), as_json=json, people=render.agents)
+    output.show(
+        ask("agents.list", {}, socket=socket, config=config), as_json=json, people=render.agents
+    )
 
 
 @agents.command("show")
 def show(
     agent: options.AgentName,
     json: options.Json = False,
+    config: options.ConfigOfDaemon = options.CONFIG,
     socket: options.Socket = options.SOCKET,
 ) -> None:
     """Show one agent's definition."""
-    result = ask("agents.show", {"agent": agent}, socket=socket)
+    result = ask("agents.show", {"agent": agent}, socket=socket, config=config)
     output.show(result, as_json=json, people=lambda one: render.agents([one]))
 
 
@@ -71,6 +79,7 @@ def remove(
     agent: options.AgentName,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     json: options.Json = False,
+    config: options.ConfigOfDaemon = options.CONFIG,
     socket: options.Socket = options.SOCKET,
 ) -> None:
     """End an agent for ever: everything of it is revoked."""
@@ -78,5 +87,5 @@ def remove(
         if not sys.stdin.isatty():
             raise typer.BadParameter("this revokes everything of the agent: add --yes")
         typer.confirm(f"Revoke everything of {render.safe(agent)} for ever?", abort=True)
-    result = ask("agents.remove", {"agent": agent}, socket=socket)
+    result = ask("agents.remove", {"agent": agent}, socket=socket, config=config)
     output.show(result, as_json=json, people=render.changed)

@@ -32,7 +32,7 @@ def status(
         str, typer.Argument(metavar="AGENT", help="Only this one, with details.")
     ] = "",
     json: options.Json = False,
-    config: options.ConfigForStore = options.CONFIG,
+    config: options.ConfigOfDaemon = options.CONFIG,
     socket: options.Socket = options.SOCKET,
 ) -> None:
     """Show what every agent has and what comes next.
@@ -53,7 +53,7 @@ def audit(
     verify: Annotated[bool, typer.Option("--verify", help="Check the hash chains.")] = False,
     limit: Annotated[int, typer.Option(min=1, max=10000, help="The newest N entries.")] = 50,
     json: options.Json = False,
-    config: options.ConfigForStore = options.CONFIG,
+    config: options.ConfigOfDaemon = options.CONFIG,
     socket: options.Socket = options.SOCKET,
 ) -> None:
     """Show who did what.
@@ -73,7 +73,7 @@ def audit(
 def verify(
     login: Annotated[str, typer.Argument(metavar="LOGIN", help="What the agent presents.")],
     json: options.Json = False,
-    config: options.ConfigForStore = options.CONFIG,
+    config: options.Config = options.CONFIG,
 ) -> None:
     """Tell whether a secret on standard input is accepted.
 
@@ -90,6 +90,7 @@ def verify(
 
 def identify(
     json: options.Json = False,
+    config: options.ConfigOfDaemon = options.CONFIG,
     socket: options.Socket = options.SOCKET,
 ) -> None:
     """Tell whose secrets stand in a text on standard input.
@@ -102,16 +103,22 @@ def identify(
         raise NothingFound
     rows: list[dict[str, Any]] = []
     for start in range(0, len(ids), _BATCH):  # a request line has its limit
-        rows += ask("identify", {"versions": ids[start : start + _BATCH]}, socket=socket)
+        rows += ask(
+            "identify", {"versions": ids[start : start + _BATCH]}, socket=socket, config=config
+        )
     known = {row["version"] for row in rows}
     strange = [{"version": one, "agent": None, "state": None} for one in ids if one not in known]
     output.show([*rows, *strange], as_json=json, people=render.identified)
     output.end_with(0 if known else 1)
 
 
-def metrics(json: options.Json = False, socket: options.Socket = options.SOCKET) -> None:
+def metrics(
+    json: options.Json = False,
+    config: options.ConfigOfDaemon = options.CONFIG,
+    socket: options.Socket = options.SOCKET,
+) -> None:
     """Print the metrics in the Prometheus text format."""
-    result = ask("metrics", {}, socket=socket)
+    result = ask("metrics", {}, socket=socket, config=config)
     output.show(result, as_json=json, people=lambda data: str(data["text"]).rstrip("\n"))
 
 

@@ -153,13 +153,14 @@ def reload_(
         bool, typer.Option("--allow-mass-change", help="Even if more than a tenth disappears.")
     ] = False,
     json: options.Json = False,
+    config: options.ConfigOfDaemon = options.CONFIG,
     socket: options.Socket = options.SOCKET,
 ) -> None:
     """Read the configuration again.
 
     With an error in it the old one stays in force.
     """
-    result = ask("reload", {"allow_mass_change": allow_mass_change}, socket=socket)
+    result = ask("reload", {"allow_mass_change": allow_mass_change}, socket=socket, config=config)
     output.show(result, as_json=json, people=render.reloaded)
 
 

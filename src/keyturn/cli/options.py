@@ -8,22 +8,26 @@ from typing import Annotated, Any
 
 import typer
 
-from keyturn.cli.client import DEFAULT_SOCKET
+from keyturn.cli.reach import DEFAULT_CONFIG
 from keyturn.core.duration import parse_duration
 
-DEFAULT_CONFIG = Path("/etc/keyturn/keyturn.yaml")
-
 Socket = Annotated[
-    Path, typer.Option("--socket", envvar="KEYTURN_SOCKET", help="The daemon's admin socket.")
+    Path | None,
+    typer.Option(
+        "--socket", envvar="KEYTURN_SOCKET", help="Instead of `admin.socket` of the file."
+    ),
 ]
 Config = Annotated[
     Path,
     typer.Option("-c", "--config", envvar="KEYTURN_CONFIG", help="The configuration file."),
 ]
-ConfigForStore = Annotated[
+ConfigOfDaemon = Annotated[
     Path,
     typer.Option(
-        "-c", "--config", envvar="KEYTURN_CONFIG", help="Names the store if the daemon is down."
+        "-c",
+        "--config",
+        envvar="KEYTURN_CONFIG",
+        help="Names the daemon's socket, and the store if the daemon is down.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the data as JSON, for machines.")]
@@ -31,7 +35,7 @@ Wait = Annotated[bool, typer.Option("--wait", help="Wait until it is done, and s
 AgentName = Annotated[str, typer.Argument(metavar="AGENT", help="The agent's id.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; goes into the audit.")]
 
-SOCKET = DEFAULT_SOCKET
+SOCKET = None
 CONFIG = DEFAULT_CONFIG
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -10,8 +11,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from keyturn.cli.client import AdminClient, DaemonDown, OnProgress
+from keyturn.cli.client import DEFAULT_SOCKET, AdminClient, DaemonDown, OnProgress
 from keyturn.core.secret import Secret
+
+DEFAULT_CONFIG = Path("/etc/keyturn/keyturn.yaml")
 
 # Commands that have an answer without the daemon; the rest need something that only it does.
 WITHOUT_DAEMON = frozenset({"status", "revoke", "suspend", "resume", "audit"})
@@ -46,22 +49,56 @@ def ask(
     command: str,
     args: dict[str, Any],
     *,
-    socket: Path,
-    config: Path | None = None,
+    socket: Path | None,
+    config: Path,
     on_progress: OnProgress | None = None,
 ) -> Any:
     """Return the command's result, from the daemon if it runs.
 
-    `config` names the store for the commands that can do without the daemon. Raises KeyturnError.
+    `config` names the daemon's socket, and the store for the commands that can do without the
+    daemon; `socket` goes before what stands there. Raises KeyturnError.
     """
     try:
-        return AdminClient(socket).call(command, args, on_progress)
+        return AdminClient(socket or socket_of(config)).call(command, args, on_progress)
     except DaemonDown:
-        if config is None or command not in WITHOUT_DAEMON:
+        if command not in WITHOUT_DAEMON:
             raise
         # A daemon that is gone, or stopped in the middle, must not keep a revoke from working.
         print("note: the daemon does not answer; working on the store directly", file=sys.stderr)  # noqa: T201
     return _on_the_store(command, args, config, on_progress)
+
+
+def socket_of(config: Path) -> Path:
+    """Return `admin.socket` of a configuration, the default where the file names none.
+
+    A file that cannot be read, or is broken, is no reason to give up: the daemon may run well with
+    what it read before, and a revoke must reach it.
+    """
+    try:
+        text = config.read_text(errors="replace")
+    except OSError as error:
+        if config != DEFAULT_CONFIG:
+            reason = os.strerror(error.errno or 0)
+            print(f"note: {config}: {reason}; trying {DEFAULT_SOCKET}", file=sys.stderr)  # noqa: T201
+        return DEFAULT_SOCKET
+    named = _named_socket(text)
+    return Path(named) if named.startswith("/") else DEFAULT_SOCKET
+
+
+def _named_socket(text: str) -> str:
+    import yaml
+
+    try:
+        found = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 - both safe
+        return str(found["admin"]["socket"])
+    except yaml.YAMLError:
+        line = _SOCKET_LINE.search(text)  # no other section has a key of this name
+        return line[1] if line else ""
+    except (KeyError, TypeError, ValueError):
+        return ""
+
+
+_SOCKET_LINE = re.compile(r"""\bsocket["']?\s*:\s*["']?(/[^\s"',}]+)""")
 
 
 def _on_the_store(
