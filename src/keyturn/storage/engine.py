@@ -14,7 +14,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -24,6 +24,9 @@ from sqlalchemy.engine import URL, Connection, Engine, make_url
 
 from keyturn.core.secret import Secret
 from keyturn.errors import ConfigError, IllegalTransition, StorageError, StoreUnavailable
+from keyturn.ports import Clock
+from keyturn.storage.codec import micros
+from keyturn.storage.tables import SQLITE_NOW
 
 T = TypeVar("T")
 
@@ -31,11 +34,14 @@ BUSY = 5.0  # seconds a write waits for another one
 TRIES = 6  # of a transaction that PostgreSQL asks to repeat
 READ = {"keyturn_read": True}
 SERIALIZATION = frozenset({"40001", "40P01"})
-LOCAL_TIMEOUTS = sa.text(
-    "SELECT set_config('statement_timeout', '10000', true),"
-    " set_config('lock_timeout', '5000', true),"
-    " set_config('idle_in_transaction_session_timeout', '10000', true)"
+# Local to the transaction: a session setting would end up with another client of the pooler. One
+# message with the BEGIN, since every transaction pays for it.
+_TIMEOUTS = (
+    "SET LOCAL statement_timeout = 10000; SET LOCAL lock_timeout = 5000;"
+    " SET LOCAL idle_in_transaction_session_timeout = 10000"
 )
+BEGIN_WRITE = f"BEGIN; {_TIMEOUTS}"
+BEGIN_READ = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {_TIMEOUTS}"
 
 
 class Database:
@@ -51,8 +57,7 @@ class Database:
         self.is_sqlite = engine.dialect.name == "sqlite"
         # Threads of one process queue here: SQLite's own waiting is a poll and not fair.
         self._turn = threading.Lock() if self.is_sqlite else None
-        isolation = {} if self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
-        self._reading = engine.execution_options(**READ, **isolation)
+        self._reading = engine.execution_options(**READ)
 
     def read(self, body: Callable[[Connection], T]) -> T:
         """Run reads that see one moment of the store."""
@@ -89,8 +94,12 @@ class Database:
         raise AssertionError("unreachable")
 
 
-def open_database(url: str, *, password: Secret | None = None, create: bool = True) -> Database:
+def open_database(
+    url: str, *, clock: Clock, password: Secret | None = None, create: bool = True
+) -> Database:
     """Return the database behind a URL, with its file made private where it is a file.
+
+    `clock` is the store's time where the database has no clock of its own that counts (SQLite).
 
     Raises ConfigError for a URL of another kind, StorageError for a file that is not there or that
     others may reach.
@@ -101,7 +110,7 @@ def open_database(url: str, *, password: Secret | None = None, create: bool = Tr
         raise ConfigError("the store's url is not a URL", hint=_URL_HINT) from None
     match parsed.get_backend_name():
         case "sqlite":
-            return Database(_sqlite(parsed, create=create))
+            return Database(_sqlite(parsed, clock, create=create))
         case "postgresql":
             return Database(_postgresql(parsed, password))
     raise ConfigError("the store's url names an unknown database", hint=_URL_HINT)
@@ -126,7 +135,7 @@ def sqlite_path(url: str) -> Path:
 # --- SQLite -------------------------------------------------------------------------------
 
 
-def _sqlite(url: URL, *, create: bool) -> Engine:
+def _sqlite(url: URL, clock: Clock, *, create: bool) -> Engine:
     path = sqlite_path(url.render_as_string())
     private_file(path, create=create)
     engine = sa.create_engine(
@@ -138,6 +147,7 @@ def _sqlite(url: URL, *, create: bool) -> Engine:
         connect_args={"timeout": BUSY, "isolation_level": None, "check_same_thread": False},
     )
     event.listen(engine, "connect", _prepare_sqlite)
+    event.listen(engine, "connect", _give_clock(clock))
     event.listen(engine, "begin", _begin_sqlite)
     return engine
 
@@ -185,6 +195,13 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     connection.execute("PRAGMA temp_store=MEMORY")
 
 
+def _give_clock(clock: Clock) -> Callable[[sqlite3.Connection, object], None]:
+    def give(connection: sqlite3.Connection, _record: object) -> None:
+        connection.create_function(SQLITE_NOW, 0, lambda: micros(clock.now()))
+
+    return give
+
+
 def _begin_sqlite(connection: Connection) -> None:
     reading = connection.get_execution_options().get("keyturn_read")
     connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
@@ -214,6 +231,7 @@ def _postgresql(url: URL, password: Secret | None) -> Engine:
         engine = sa.create_engine(
             url.set(drivername="postgresql+psycopg"),
             hide_parameters=True,
+            isolation_level="AUTOCOMMIT",  # the transaction is begun by our own statement
             pool_size=8,
             max_overflow=24,
             pool_timeout=BUSY,
@@ -229,8 +247,9 @@ def _postgresql(url: URL, password: Secret | None) -> Engine:
 
 
 def _begin_postgresql(connection: Connection) -> None:
-    # Local to the transaction: a session setting would end up with another client of the pooler.
-    connection.execute(LOCAL_TIMEOUTS)
+    reading = connection.get_execution_options().get("keyturn_read")
+    with closing(connection.connection.cursor()) as cursor:
+        cursor.execute(BEGIN_READ if reading else BEGIN_WRITE)
 
 
 # --- errors -------------------------------------------------------------------------------

@@ -13,19 +13,17 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
-from sqlalchemy.sql.elements import ColumnElement
 
 from keyturn.core.model import Agent, Case, Credential, Drift, Outcome, Version
 from keyturn.core.secret import Secret
 from keyturn.errors import ClaimLost, StaleRevision, UnknownAgent
 from keyturn.ports import AuditEntry, Claim, Clock, Saved
-from keyturn.storage import audit, cases, owners, queries
-from keyturn.storage.codec import micros
+from keyturn.storage import audit, cases, claims, owners, queries
 from keyturn.storage.engine import Database, open_database
 from keyturn.storage.ledger import Ledger
 from keyturn.storage.migrations import migrate
 from keyturn.storage.results import Counts, Due, History
-from keyturn.storage.tables import Instant, credentials, daemons, intents, meta
+from keyturn.storage.tables import credentials, daemons, intents, meta, store_now
 
 Change = Callable[[Case], tuple[Case, Sequence[AuditEntry]]]
 
@@ -65,7 +63,7 @@ class Store:
         Raises ConfigError for a URL that is none, StorageError for a store of a newer release, one
         that other users may reach, or none at all where `create` is False.
         """
-        database = open_database(url, password=password, create=create)
+        database = open_database(url, clock=clock, password=password, create=create)
         store_id = random_bytes(16).hex()
 
         def prepare(connection: Connection) -> Any:
@@ -114,49 +112,20 @@ class Store:
 
     def claim(self, credential_uid: str, *, holder: str, ttl: timedelta) -> Claim | None:
         """Take the claim, with a new fence, if nobody who may be alive has it."""
-        now = self._now_sql()
-        query = (
-            sa.update(credentials)
-            .where(credentials.c.uid == credential_uid, queries.claim_free(now))
-            .values(
+        return self.database.write(
+            lambda connection: claims.take(
+                connection,
+                credential_uid,
                 holder=holder,
-                holder_writer=self._writer,
-                until=now + sa.literal(micros_of(ttl), sa.BigInteger),
-                fence=credentials.c.fence + 1,
-                wake_requested=None,
+                writer=self._writer,
+                ttl=ttl,
+                incarnation=self.incarnation,
             )
-            .returning(credentials.c.fence, credentials.c.until)
-        )
-        row = self.database.write(lambda connection: connection.execute(query).first())
-        if row is None:
-            return None
-        return Claim(
-            credential_uid=credential_uid,
-            holder=holder,
-            fence=row.fence,
-            incarnation=self.incarnation,
-            until=row.until,
         )
 
     def renew(self, claim: Claim, *, ttl: timedelta) -> Claim:
         """Prolong a claim. Raises ClaimLost."""
-        until = self._now_sql() + sa.literal(micros_of(ttl), sa.BigInteger)
-        query = (
-            sa.update(credentials)
-            .where(*_held(claim))
-            .values(until=until)
-            .returning(credentials.c.until)
-        )
-        row = self.database.write(lambda connection: connection.execute(query).first())
-        if row is None:
-            raise ClaimLost
-        return Claim(
-            credential_uid=claim.credential_uid,
-            holder=claim.holder,
-            fence=claim.fence,
-            incarnation=claim.incarnation,
-            until=row.until,
-        )
+        return self.database.write(lambda connection: claims.prolong(connection, claim, ttl=ttl))
 
     def release(self, claim: Claim, *, wake_at: datetime | None) -> None:
         """Give the claim back and say when the credential must be looked at again.
@@ -164,18 +133,7 @@ class Store:
         Never moves `wake_at` later than what another writer has asked for since the claim was
         taken. A claim that is lost already is no error: its taker decides.
         """
-        query = (
-            sa.update(credentials)
-            .where(*_held(claim))
-            .values(
-                holder=None,
-                holder_writer=None,
-                until=None,
-                wake_at=_earlier(credentials.c.wake_requested, wake_at),
-                wake_requested=None,
-            )
-        )
-        self.database.write(lambda connection: connection.execute(query))
+        self.database.write(lambda connection: claims.give_back(connection, claim, wake_at=wake_at))
 
     def load(self, claim: Claim) -> Saved:
         """Read the case. Raises ClaimLost."""
@@ -189,15 +147,21 @@ class Store:
         return self.database.read(body)
 
     def save(
-        self, claim: Claim, *, before: Case, after: Case, audit: Sequence[AuditEntry]
+        self,
+        claim: Claim,
+        *,
+        before: Case,
+        after: Case,
+        audit: Sequence[AuditEntry],
+        release: bool = False,
     ) -> Saved:
-        """Write the difference, all or nothing.
+        """Write the difference, all or nothing; with `release` the claim is given back with it.
 
         Raises StaleRevision, ClaimLost, StoreUnavailable.
         """
 
         def body(connection: Connection) -> tuple[Saved, bool]:
-            return self._write(connection, before, after, audit, claim=claim)
+            return self._write(connection, before, after, audit, claim=claim, release=release)
 
         return self._confirmed(*self.database.write(body))
 
@@ -209,8 +173,7 @@ class Store:
         """
 
         def body(connection: Connection) -> tuple[Saved, bool]:
-            lock = sa.select(credentials.c.uid).where(credentials.c.uid == credential_uid)
-            connection.execute(lock.with_for_update())
+            claims.lock(connection, credential_uid)
             found = cases.load(connection, credentials.c.uid == credential_uid)
             if found is None:
                 raise UnknownAgent("no credential has this id")
@@ -236,7 +199,7 @@ class Store:
                 .returning(intents.c.credential_uid)
             )
             if (uid := connection.execute(ended).scalar()) is not None:
-                self._wake(connection, credentials.c.uid == uid, now, bump=1)
+                claims.wake(connection, uid, now, anew=True)
 
         self.database.write(body)
 
@@ -292,7 +255,7 @@ class Store:
             owners.check(connection, agent, identities)
             changed = [owners.changed(connection, case, agent, wake_at=now) for case in found]
             for old, new in zip(found, changed, strict=True):
-                self._update_credential(connection, old, new, claim=None)
+                claims.save(connection, old.credential, new.credential, claim=None)
             cases.write_agent(connection, found[0].agent, agent)
             owners.keep_identities(connection, agent, changed, identities)
             self._record(connection, audit)
@@ -342,8 +305,7 @@ class Store:
 
     def wake(self, credential_uid: str, *, at: datetime) -> None:
         """Look at a credential at `at` or earlier, also if a run that goes on now says later."""
-        where = credentials.c.uid == credential_uid
-        self.database.write(lambda connection: self._wake(connection, where, at))
+        self.database.write(lambda connection: claims.wake(connection, credential_uid, at))
 
     def counts(self) -> Counts:
         """Return the numbers for status and metrics."""
@@ -380,35 +342,21 @@ class Store:
         after: Case,
         entries: Sequence[AuditEntry],
         claim: Claim | None = None,
+        *,
+        release: bool = False,
     ) -> tuple[Saved, bool]:
-        revision = self._update_credential(connection, before, after, claim=claim)
+        now = claims.save(
+            connection, before.credential, after.credential, claim=claim, give_back=release
+        )
         case = cases.write(connection, before, after)
         # Under the credential's row lock, so a ledger has the order of the commits; before the
         # locks that everybody shares, so nobody waits for this disk.
-        now = self.now_in(connection)
         unsure = self.ledger.announce(before, after, incarnation=self.incarnation, at=now)
         self._record(connection, entries, at=now)
         moves = cases.epoch_moves(before, after)
         epoch = _bump_epoch(connection) if moves else _epoch(connection)
+        revision = before.credential.revision + 1
         return Saved(case=cases.with_revision(case, revision), epoch=epoch), unsure
-
-    def _update_credential(
-        self, connection: Connection, before: Case, after: Case, *, claim: Claim | None
-    ) -> int:
-        """Bump the revision, if it is still that of `before`, and write what changed."""
-        old, new = before.credential, after.credential
-        values: dict[str, Any] = cases.changes(old, new)
-        values["revision"] = old.revision + 1
-        if claim is None:
-            # A run that goes on now must not sleep through this when it releases its claim.
-            values["wake_requested"] = _earlier(credentials.c.wake_requested, new.wake_at)
-        elif "wake_at" in values:
-            values["wake_at"] = _earlier(credentials.c.wake_requested, new.wake_at)
-        where = [credentials.c.uid == old.uid, credentials.c.revision == old.revision]
-        place = sa.update(credentials).where(*where, *(_held(claim) if claim else ()))
-        if connection.execute(place.values(**values)).rowcount != 1:
-            raise _lost(connection, claim)
-        return old.revision + 1
 
     def _record(
         self,
@@ -421,18 +369,6 @@ class Store:
             at = at or self.now_in(connection)
             audit.append(connection, entries, writer=self._writer, at=at)
 
-    def _wake(
-        self, connection: Connection, where: ColumnElement[bool], at: datetime, *, bump: int = 0
-    ) -> None:
-        place = sa.update(credentials).where(where)
-        connection.execute(
-            place.values(
-                wake_at=_earlier(credentials.c.wake_at, at),
-                wake_requested=_earlier(credentials.c.wake_requested, at),
-                revision=credentials.c.revision + bump,
-            )
-        )
-
     def _confirmed(self, saved: Saved, unsure: bool) -> Saved:
         if unsure:
             self.ledger.confirm(saved.case)
@@ -442,54 +378,21 @@ class Store:
         """Return the store's time inside a transaction."""
         if self.database.is_sqlite:
             return self._clock.now()
-        found: datetime = connection.execute(
-            sa.select(sa.type_coerce(self._now_sql(), Instant))
-        ).scalar_one()
+        found: datetime = connection.execute(_NOW).scalar_one()
         return found
 
-    def _now_sql(self) -> ColumnElement[Any]:
-        if self.database.is_sqlite:
-            return sa.literal(micros(self._clock.now()), sa.BigInteger)
-        seconds = sa.extract("epoch", sa.func.clock_timestamp())
-        return sa.cast(seconds * 1_000_000, sa.BigInteger)
 
-
-def micros_of(span: timedelta) -> int:
-    """Return whole microseconds of a span."""
-    return span // timedelta(microseconds=1)
-
-
-def _held(claim: Claim) -> tuple[ColumnElement[bool], ...]:
-    return (
-        credentials.c.uid == claim.credential_uid,
-        credentials.c.holder == claim.holder,
-        credentials.c.fence == claim.fence,
-    )
-
-
-def _earlier(column: sa.Column[Any], at: datetime | None) -> ColumnElement[Any]:
-    """Return the earlier of a column and an instant, where None means never."""
-    bound = sa.literal(at, Instant)
-    if at is None:
-        return column
-    return sa.case((column < bound, column), else_=bound)
-
-
-def _lost(connection: Connection, claim: Claim | None) -> ClaimLost | StaleRevision:
-    """Return why a conditional update met no row."""
-    if claim is None:
-        return StaleRevision()
-    held = sa.select(credentials.c.uid).where(*_held(claim))
-    return StaleRevision() if connection.execute(held).first() else ClaimLost()
+_NOW = sa.select(store_now())
+_EPOCH = sa.select(meta.c.epoch)
+_BUMP_EPOCH = sa.update(meta).values(epoch=meta.c.epoch + 1).returning(meta.c.epoch)
 
 
 def _epoch(connection: Connection) -> int:
-    found: int = connection.execute(sa.select(meta.c.epoch)).scalar_one()
+    found: int = connection.execute(_EPOCH).scalar_one()
     return found
 
 
 def _bump_epoch(connection: Connection) -> int:
     """Bump last, since everybody waits for this row: so epochs have the order of the commits."""
-    bump = sa.update(meta).values(epoch=meta.c.epoch + 1).returning(meta.c.epoch)
-    bumped: int = connection.execute(bump).scalar_one()
+    bumped: int = connection.execute(_BUMP_EPOCH).scalar_one()
     return bumped

@@ -14,6 +14,10 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Dialect
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.elements import ColumnElement
+from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 from keyturn.core import model
@@ -87,6 +91,31 @@ class Coded(TypeDecorator[Any]):
     def process_result_value(self, value: str | None, _dialect: Dialect) -> Any:
         """From the database."""
         return None if value is None else self.decode(value)
+
+
+class store_now(FunctionElement[datetime]):  # noqa: N801 - a function of the database
+    """The store's time inside a statement: the database's clock, on SQLite the one given to it."""
+
+    type = Instant()
+    inherit_cache = True
+
+
+SQLITE_NOW = "keyturn_now"  # given to every connection by the engine
+
+
+@compiles(store_now, "sqlite")
+def _now_on_sqlite(_element: store_now, _compiler: SQLCompiler, **_more: Any) -> str:
+    return f"{SQLITE_NOW}()"
+
+
+@compiles(store_now, "postgresql")
+def _now_on_postgresql(_element: store_now, _compiler: SQLCompiler, **_more: Any) -> str:
+    return "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000 AS BIGINT)"
+
+
+def now_micros() -> ColumnElement[int]:
+    """The store's time as whole microseconds, to calculate with."""
+    return sa.type_coerce(store_now(), sa.BigInteger)
 
 
 TARGETS = Coded(codec.targets_text, codec.targets_from)
