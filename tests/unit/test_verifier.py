@@ -195,6 +195,15 @@ def test_a_store_that_cannot_be_read_is_neither_yes_nor_no(bench: Bench) -> None
         bench.verifier.verify("billing-bot@acme", bench.secret)
 
 
+def test_a_tombstone_is_a_no_where_the_store_cannot_be_read(bench: Bench) -> None:
+    """Whoever locks the store gets no "cannot tell" for what was revoked; there is no hash either."""
+    bench.spool.revoke(id_of(bench.secret), {})
+    bench.rows.broken = True
+
+    assert not bench.says(bench.secret)
+    assert bench.hashing.checks == []  # type: ignore[attr-defined]
+
+
 def test_a_deadline_is_judged_at_each_verification(bench: Bench) -> None:
     """No sweeper is needed to end a grace, and what is remembered does not prolong it."""
     bench.change(bench.secret, deadline=bench.clock.now() + timedelta(seconds=10))

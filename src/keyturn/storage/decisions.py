@@ -127,13 +127,33 @@ class _SqliteSource:
         self._connection = self._file = None
 
     def _connected(self) -> sqlite3.Connection:
-        found = os.stat(self._path)  # noqa: PTH116 - a Path would cost as much as the query
-        here = (found.st_dev, found.st_ino)
-        if self._connection is None or here != self._file:
+        if self._connection is None or self._identity() != self._file:
             self.close()
-            # Its identity was taken before it was opened: replaced in between, it is opened again.
-            self._connection, self._file = self._open(), here
+            self._connection, self._file = self._opened()
         return self._connection
+
+    def _identity(self) -> tuple[int, int] | None:
+        try:
+            found = os.stat(self._path)  # noqa: PTH116 - a Path would cost as much as the query
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _opened(self) -> tuple[sqlite3.Connection, tuple[int, int]]:
+        """Open the file that is there now, and return its identity."""
+        # SECURITY: a file that is replaced while it is opened frees its inode number for the next
+        # one, which would then pass for the file that was opened; this descriptor keeps the number
+        # taken. O_PATH, because closing any other descriptor drops SQLite's locks in this process.
+        held = os.open(self._path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            found = os.fstat(held)
+            connection, here = self._open(), (found.st_dev, found.st_ino)
+            if self._identity() == here:
+                return connection, here
+        finally:
+            os.close(held)
+        connection.close()
+        raise StoreUnavailable("the store's file was replaced just now")
 
     def _open(self) -> sqlite3.Connection:
         # Not mode=ro: after a crash inside a commit that could not roll back the journal, and
