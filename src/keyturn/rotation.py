@@ -44,6 +44,7 @@ from keyturn.core.model import (
     Case,
     Effect,
     Intent,
+    Look,
     Outcome,
     RotationState,
     Target,
@@ -429,7 +430,11 @@ class _Saga:
             if (drift.target, drift.kind) not in known:
                 self._note("drift.found", outcome=drift.kind, target=drift.target)
         sweep_at = self._now() + self.world.sweep_every
-        self.case = lifecycle.record_sweep(self.case, action.drift, sweep_at=sweep_at)
+        looks = (
+            Look(target=key, at=self._now(), shown=sight.shown or "")
+            for key, sight in self.seen.sights.items()
+        )
+        self.case = lifecycle.record_sweep(self.case, action.drift, sweep_at=sweep_at, looks=looks)
 
     def wait(self, action: steps.Wait) -> None:
         """Park the rotation; it goes on by itself."""

@@ -196,12 +196,18 @@ class Wired:
         return claim
 
     def save(
-        self, claim: Claim, *, before: Case, after: Case, audit: Sequence[AuditEntry]
+        self,
+        claim: Claim,
+        *,
+        before: Case,
+        after: Case,
+        audit: Sequence[AuditEntry],
+        release: bool = False,
     ) -> Saved:
         """Save."""
         name = "+".join(entry.action for entry in audit) or "intent"
         self._bench.point(f"before save {name}")
-        saved = self._store.save(claim, before=before, after=after, audit=audit)
+        saved = self._store.save(claim, before=before, after=after, audit=audit, release=release)
         self._bench.point(f"after save {name}")
         return saved
 
@@ -279,7 +285,7 @@ class Bench:
             }
         )
         self.max_accepted = 4
-        self.database = open_database(f"sqlite:///{self.folder}/store.db")
+        self.database = open_database(f"sqlite:///{self.folder}/store.db", clock=self.clock)
         self.hashing = Hashing(cost=CHEAP_FOR_TESTS)
         self.authority = BuiltinAuthority(hashing=self.hashing)
         self.verifier = Verifier.open(

@@ -167,6 +167,12 @@ SENTENCES: dict[str, Row] = {
         plan(),
         steps.Rest(until=SOON),
     ),
+    "nor for a place where it leaked": (
+        case(S.REVOKED, S.CURRENT, withheld=("files",), placed=False),
+        run(sees(OLD), sees(OLD)),
+        plan(),
+        steps.Rest(until=SOON),
+    ),
     "an older value is repaired by a rotation, not written back (rule 4)": (
         case(S.PREVIOUS, S.CURRENT),
         run(sees(OLD), sees(NEW)),

@@ -20,6 +20,7 @@ from keyturn.core.model import (
     Credential,
     Drift,
     Effect,
+    Look,
     Outcome,
     Request,
     RotationState,
@@ -452,3 +453,35 @@ def test_a_version_is_known_by_its_sequence() -> None:
     new: Version = accept(of(S.CURRENT, open_as=R.RUNNING)).versions[-1]
 
     assert (new.seq, new.fence, new.exposed, new.deadline) == (2, 7, False, None)
+
+
+def test_what_a_revoke_left_out_stays_out_until_it_is_named() -> None:
+    """The successor and every later rotation go past the place where it leaked; one word ends that."""
+    case = of(S.CURRENT)
+    agent = replace(case.agent, targets=(target("a"), replace(target("b"), to="leaky")))
+    cut = lifecycle.revoke_agent(
+        replace(case, agent=agent), reissue=True, now=NOW, withhold=["leaky"]
+    )
+    again = lifecycle.revoke_agent(cut, reissue=True, now=NOW)
+
+    for one in (cut, again):
+        after = opened(one)
+        assert after.rotation is not None
+        assert [t.key for t in after.rotation.targets] == [target("a").key]
+        assert [t.to for t in after.targets] == [target("a").to, "leaky"]
+    back = lifecycle.readmit(cut, "leaky", now=LATER)
+    assert (back.next_targets, back.credential.sweep_at) == (agent.targets, LATER)
+    with pytest.raises(Refused, match="nothing is withheld"):
+        lifecycle.readmit(cut, "files", now=NOW)
+
+
+def test_a_sweep_remembers_the_last_look_at_what_it_could_not_read() -> None:
+    """A place that cannot be read keeps its last look; one that the agent does not have loses it."""
+    keys = [target().key, "other:x"]
+    case = of(S.CURRENT)
+    seen = lifecycle.record_sweep(
+        case, [], sweep_at=LATER, looks=[Look(target=key, at=NOW) for key in keys]
+    )
+
+    assert seen.credential.looks == (Look(target=keys[0], at=NOW),)
+    assert lifecycle.record_sweep(seen, [], sweep_at=LATER).credential.looks[0].at == NOW

@@ -217,7 +217,7 @@ def _unseen(target: Target) -> Action:
 
 
 def _opening(case: Case, run: Run, now: datetime) -> Action | None:
-    if case.agent.state is not AgentState.ENABLED or not case.agent.targets:
+    if case.agent.state is not AgentState.ENABLED or not case.next_targets:
         return None
     cause = _cause(case, run, now)
     return Open(cause=cause) if cause is not None else None
@@ -233,7 +233,7 @@ def _cause(case: Case, run: Run, now: datetime) -> Cause | None:
         return Cause.DRIFT if case.versions else Cause.FIRST
     if _has_new_destination(case, run):
         return Cause.NEW_DESTINATION
-    if any(_owes(case, target, run, now) for target in case.agent.targets):
+    if any(_owes(case, target, run, now) for target in case.next_targets):
         return Cause.DRIFT
     if credential.next_rotation_at is not None and credential.next_rotation_at <= now:
         return Cause.SCHEDULE
@@ -262,7 +262,7 @@ def _has_new_destination(case: Case, run: Run) -> bool:
     placed = {placement.target for placement in case.placements}
     return any(
         target.key not in placed and run.sights[target.key].shown is None
-        for target in case.agent.targets
+        for target in case.next_targets
         if target.key in run.sights and not run.sights[target.key].blocked
     )
 

@@ -22,6 +22,7 @@ from keyturn.core.model import (
     Drift,
     Effect,
     Intent,
+    Look,
     Outcome,
     Placement,
     Request,
@@ -51,7 +52,10 @@ MOVES: dict[VersionState, frozenset[VersionState]] = {
 
 
 def open_rotation(case: Case, *, uid: str, cause: Cause, now: datetime) -> Case:
-    """Open a rotation with the agent's present list of destinations; a request is used up."""
+    """Open a rotation with the agent's present list of destinations; a request is used up.
+
+    Destinations that a revoke left out stay out.
+    """
     if case.rotation is not None and case.rotation.open:
         raise IllegalTransition("a rotation of this credential is open")
     request = case.credential.request
@@ -59,7 +63,7 @@ def open_rotation(case: Case, *, uid: str, cause: Cause, now: datetime) -> Case:
         uid=uid,
         credential_uid=case.credential.uid,
         cause=cause,
-        targets=case.agent.targets,
+        targets=case.next_targets,
         grace=request.grace if request else None,
         opened_at=now,
     )
@@ -241,11 +245,17 @@ def retire(case: Case, version_id: str, *, now: datetime) -> Case:
     return _move(case, version_id, S.RETIRED, ended_at=now)
 
 
-def record_sweep(case: Case, drift: Iterable[Drift], *, sweep_at: datetime) -> Case:
-    """Store what a sweep found; the same finding keeps its `since`."""
+def record_sweep(
+    case: Case, drift: Iterable[Drift], *, sweep_at: datetime, looks: Iterable[Look] = ()
+) -> Case:
+    """Store what a sweep found; the same finding keeps its `since`, an unread place its last look."""
     known = {(d.target, d.kind): d for d in case.credential.drift}
     found = tuple(known.get((d.target, d.kind), d) for d in drift)
-    return replace(case, credential=replace(case.credential, drift=found, sweep_at=sweep_at))
+    last = {look.target: look for look in (*case.credential.looks, *looks)}
+    kept = tuple(last[target.key] for target in case.targets if target.key in last)
+    return replace(
+        case, credential=replace(case.credential, drift=found, sweep_at=sweep_at, looks=kept)
+    )
 
 
 def left(case: Case, target: str) -> Case:
@@ -308,13 +318,38 @@ def resume(case: Case, *, now: datetime) -> Case:
     return _wake(_with_state(case, AgentState.ENABLED), now)
 
 
-def revoke_agent(case: Case, *, reissue: bool, now: datetime) -> Case:
-    """Refuse every accepted version for ever, pending and kept ones too (rules 13 and 14)."""
+def readmit(case: Case, connection: str, *, now: datetime) -> Case:
+    """Publish again at a connection that a revoke left out; what it shows owes a rotation at once."""
+    credential = case.credential
+    if connection not in credential.withheld:
+        out = ", ".join(credential.withheld)
+        raise Refused(
+            f"nothing is withheld from {connection}",
+            hint=f"left out are: {out}" if out else f"`keyturn status {case.agent.name}`",
+        )
+    withheld = tuple(name for name in credential.withheld if name != connection)
+    return _wake(
+        replace(case, credential=replace(credential, withheld=withheld, sweep_at=now)), now
+    )
+
+
+def revoke_agent(case: Case, *, reissue: bool, now: datetime, withhold: Iterable[str] = ()) -> Case:
+    """Refuse every accepted version for ever, pending and kept ones too (rules 13 and 14).
+
+    The successor is not published at the connections of `withhold`, nor is any later version, until
+    `readmit`.
+    """
     for version in case.accepted:
         case = _move(case, version.id, S.REVOKED, ended_at=now)
     if case.rotation is not None and case.rotation.open:
         case = _close(case, RotationState.CLOSED, now=now)
-    credential = replace(case.credential, successor_owed=reissue, request=None, sweep_at=now)
+    credential = replace(
+        case.credential,
+        successor_owed=reissue,
+        request=None,
+        sweep_at=now,
+        withheld=tuple(sorted({*case.credential.withheld, *withhold})),
+    )
     case = replace(case, credential=credential)
     if not reissue and case.agent.state is not AgentState.REMOVED:
         case = _with_state(case, AgentState.SUSPENDED)

@@ -157,11 +157,21 @@ class Drift:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """What the last sweep that could read a destination saw there; `shown` is "" for none of ours."""
+
+    target: str
+    at: datetime
+    shown: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Credential:
     """A named thing that an agent holds, of one kind. Versions belong to it.
 
     `seq` is the last sequence number given to a version: "later" and "older" mean this number.
-    `wake_at` is when the saga must look again; the due-queue is an index over it.
+    `wake_at` is when the saga must look again; the due-queue is an index over it. `withheld` names
+    the connections where a secret leaked: they get nothing until a person names them again.
     """
 
     uid: str
@@ -175,7 +185,9 @@ class Credential:
     request: Request | None = None
     successor_owed: bool = False
     leaving: tuple[Target, ...] = ()
+    withheld: tuple[str, ...] = ()
     drift: tuple[Drift, ...] = ()
+    looks: tuple[Look, ...] = ()
     revision: int = 0
 
 
@@ -316,6 +328,12 @@ class Case:
     def accepted(self) -> tuple[Version, ...]:
         """Every version in an accepted state, oldest first."""
         return tuple(sorted((v for v in self.versions if v.accepted), key=lambda v: v.seq))
+
+    @property
+    def next_targets(self) -> tuple[Target, ...]:
+        """Every destination that the next rotation publishes to."""
+        withheld = self.credential.withheld
+        return tuple(target for target in self.agent.targets if target.to not in withheld)
 
     @property
     def targets(self) -> tuple[Target, ...]:

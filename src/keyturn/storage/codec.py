@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from keyturn.core.model import Cause, Drift, Keys, Request, Target, Waiting, WaitReason
+from keyturn.core.model import Cause, Drift, Keys, Look, Request, Target, Waiting, WaitReason
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
@@ -78,6 +78,28 @@ def drift_from(value: str) -> tuple[Drift, ...]:
         Drift(target=target, kind=kind, since=instant(since))
         for target, kind, since in json.loads(value)
     )
+
+
+def looks_text(looks: Iterable[Look]) -> str:
+    """Return the text of what the last sweeps saw."""
+    return text([[item.target, micros(item.at), item.shown] for item in looks])
+
+
+def looks_from(value: str) -> tuple[Look, ...]:
+    """Return what the last sweeps saw."""
+    return tuple(
+        Look(target=target, at=instant(at), shown=shown) for target, at, shown in json.loads(value)
+    )
+
+
+def names_text(names: Iterable[str]) -> str:
+    """Return the text of a list of names."""
+    return text(list(names))
+
+
+def names_from(value: str) -> tuple[str, ...]:
+    """Return a list of names."""
+    return tuple(json.loads(value))
 
 
 def waiting_text(waiting: Waiting) -> str:

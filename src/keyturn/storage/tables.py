@@ -121,6 +121,8 @@ def now_micros() -> ColumnElement[int]:
 TARGETS = Coded(codec.targets_text, codec.targets_from)
 REQUEST = Coded(codec.request_text, codec.request_from)
 DRIFT = Coded(codec.drift_text, codec.drift_from)
+LOOKS = Coded(codec.looks_text, codec.looks_from)
+NAMES = Coded(codec.names_text, codec.names_from)
 WAITING = Coded(codec.waiting_text, codec.waiting_from)
 DETAIL = Coded(codec.detail_text, codec.detail_from)
 
@@ -207,7 +209,9 @@ credentials = sa.Table(
     sa.Column("request", REQUEST),
     _flag("successor_owed"),
     sa.Column("leaving", TARGETS, nullable=False),
+    sa.Column("withheld", NAMES, nullable=False),
     sa.Column("drift", DRIFT, nullable=False),
+    sa.Column("looks", LOOKS, nullable=False),
     _number("revision"),
     sa.Column("holder", sa.Text),
     sa.Column("holder_writer", sa.Text),
@@ -348,6 +352,19 @@ audit = sa.Table(
     sa.UniqueConstraint("chain", "seq", name="audit_one_seq"),
 )
 sa.Index("audit_by_agent", audit.c.agent, audit.c.position)
+
+# What a repeated command returns instead of being done twice; cleaned after a day.
+requests = sa.Table(
+    "requests",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("credential_uid", sa.Text, primary_key=True),
+    _text("digest"),
+    sa.Column("at", Instant, nullable=False),
+    _text("outcome"),
+    sa.ForeignKeyConstraint(["credential_uid"], ["credentials.uid"], name="requests_credential"),
+)
+sa.Index("requests_by_time", requests.c.at)
 
 daemons = sa.Table(
     "daemons",

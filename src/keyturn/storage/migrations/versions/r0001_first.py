@@ -80,7 +80,9 @@ CREATE TABLE credentials (
     request TEXT,
     successor_owed BOOLEAN NOT NULL,
     leaving TEXT NOT NULL,
+    withheld TEXT NOT NULL,
     drift TEXT NOT NULL,
+    looks TEXT NOT NULL,
     revision BIGINT NOT NULL,
     holder TEXT,
     holder_writer TEXT,
@@ -102,6 +104,16 @@ CREATE TABLE identities (
     CONSTRAINT identities_agent FOREIGN KEY(agent_uid) REFERENCES agents (uid)
 );
 CREATE INDEX identities_by_agent ON identities (agent_uid, target);
+CREATE TABLE requests (
+    id TEXT NOT NULL,
+    credential_uid TEXT NOT NULL,
+    digest TEXT NOT NULL,
+    at BIGINT NOT NULL,
+    outcome TEXT NOT NULL,
+    PRIMARY KEY (id, credential_uid),
+    CONSTRAINT requests_credential FOREIGN KEY(credential_uid) REFERENCES credentials (uid)
+);
+CREATE INDEX requests_by_time ON requests (at);
 CREATE TABLE rotations (
     uid TEXT NOT NULL,
     credential_uid TEXT NOT NULL,
