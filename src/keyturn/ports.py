@@ -228,9 +228,15 @@ class Journal(Protocol):
         """Read the case. Raises ClaimLost."""
 
     def save(
-        self, claim: Claim, *, before: Case, after: Case, audit: Sequence[AuditEntry]
+        self,
+        claim: Claim,
+        *,
+        before: Case,
+        after: Case,
+        audit: Sequence[AuditEntry],
+        release: bool = False,
     ) -> Saved:
-        """Write the difference, all or nothing.
+        """Write the difference, all or nothing; with `release` the claim is given back with it.
 
         Raises StaleRevision, ClaimLost, StoreUnavailable.
         """

@@ -85,11 +85,9 @@ def run(world: World, credential_uid: str, *, holder: str) -> datetime | None:
     if claim is None:
         return None
     try:
-        wake_at = _Saga(world, claim).run()
+        return _Saga(world, claim).run()
     except ClaimLost:
         return None  # the taker starts at its row; what we knew is void
-    world.journal.release(claim, wake_at=wake_at)
-    return wake_at
 
 
 @dataclass(slots=True)
@@ -106,6 +104,7 @@ class _Saga:
     audit: list[AuditEntry] = field(default_factory=list)
     outcomes: dict[str, bool] = field(default_factory=dict)
     conflicts: int = 0
+    rest: steps.Rest | None = None  # the claim was given back, and this is what was decided
 
     def __post_init__(self) -> None:
         self._load()
@@ -113,26 +112,31 @@ class _Saga:
     # --- the loop ---------------------------------------------------------------------------
 
     def run(self) -> datetime | None:
-        """Decide and act until there is nothing to do; everything durable is saved by then."""
+        """Decide and act until there is nothing to do; all is saved and the claim free by then."""
         try:
-            return self._loop()
+            while self.rest is None:
+                self._turn()
         except ClaimLost:
             self._report()
             self.world.carried.drop(self.claim.credential_uid)
             raise
+        return self.rest.until
 
-    def _loop(self) -> datetime | None:
-        while True:
-            if self.world.stopping():
-                self._save()
-                return self._now()
-            self._refresh()
-            action = decide(self.case, self.seen, self.plan, self._now())
-            if isinstance(action, steps.Rest):
-                if self._save():
-                    return action.until
-                continue
+    def _turn(self) -> None:
+        action = self._next()
+        if not isinstance(action, steps.Rest):
             self._perform(action)
+            return
+        try:
+            self._give_back(action)
+        except StaleRevision:
+            self._start_over()
+
+    def _next(self) -> Action:
+        if self.world.stopping():
+            return steps.Rest(until=self._now())
+        self._refresh()
+        return decide(self.case, self.seen, self.plan, self._now())
 
     def _perform(self, action: Action) -> None:
         began, code, where = time.monotonic(), "", _where(action)
@@ -185,21 +189,31 @@ class _Saga:
         if self.claim.until - self._now() < CLAIM_TTL / 2:
             self.claim = self.world.journal.renew(self.claim, ttl=CLAIM_TTL)
 
-    def _save(self) -> bool:
-        """Commit what has changed. False where somebody else changed the case first."""
-        try:
-            self._commit()
-        except StaleRevision:
-            self._start_over()
-            return False
-        return True
-
     def _commit(self) -> None:
         if self.case == self.saved.case and not self.audit:
             return
         self.saved = self.world.journal.save(
             self.claim, before=self.saved.case, after=self.case, audit=tuple(self.audit)
         )
+        self._committed()
+
+    def _give_back(self, rest: steps.Rest) -> None:
+        """Commit what has changed, and the claim with it: one transaction less for everybody."""
+        if self.case == self.saved.case and not self.audit:
+            self.world.journal.release(self.claim, wake_at=rest.until)
+        else:
+            credential = replace(self.case.credential, wake_at=rest.until)
+            self.saved = self.world.journal.save(
+                self.claim,
+                before=self.saved.case,
+                after=replace(self.case, credential=credential),
+                audit=tuple(self.audit),
+                release=True,
+            )
+            self._committed()
+        self.rest = rest
+
+    def _committed(self) -> None:
         self.case = self.saved.case
         self.audit.clear()
         self.outcomes.clear()
@@ -227,19 +241,11 @@ class _Saga:
             # Read again and decide: a conflict is an answer, never a stall by itself.
             self.conflicts += 1
             if self.conflicts <= CONFLICTS_PER_RUN:
-                self._unsee(where)
+                self.seen = self.seen.unsaw(where)
                 return
         permanent = not error.retryable and not isinstance(error, Conflict)
         trouble = Trouble(code=error.code, permanent=permanent, retry_after=error.retry_after)
-        self.seen = replace(self.seen, troubles={**self.seen.troubles, where: trouble})
-        self._unsee(where)
-
-    def _unsee(self, where: str) -> None:
-        sights = {key: sight for key, sight in self.seen.sights.items() if key != where}
-        self.seen = replace(self.seen, sights=sights)
-
-    def _see(self, where: str, sight: Sight) -> None:
-        self.seen = replace(self.seen, sights={**self.seen.sights, where: sight})
+        self.seen = self.seen.met(where, trouble)
 
     def _sight(self, target: Target, found: Observed) -> Sight:
         return look(
@@ -264,7 +270,7 @@ class _Saga:
     def observe(self, action: steps.Observe) -> None:
         """2. and 7. Read what agents read."""
         found = self._destination(action.target).observe(action.target)
-        self._see(action.target.key, self._sight(action.target, found))
+        self.seen = self.seen.saw(action.target.key, self._sight(action.target, found))
 
     def mint(self, action: steps.Mint) -> None:
         """3. and 4. Mint in memory, have it accepted, commit its hash."""
@@ -333,11 +339,9 @@ class _Saga:
             exposes=action.exposes,
             call=lambda d, e: d.stage(action.target, e, expected=action.expected),
         )
-        self._wrote(key, Effect.STAGE)
-        if action.exposes:
-            self._unsee(key)
-        else:
-            self._see(key, replace(self.seen.sights[key], staged=self._own_id(), empty=False))
+        seen = self.seen.wrote(key, Effect.STAGE)
+        staged = replace(seen.sights[key], staged=self._own_id(), empty=False)
+        self.seen = seen.unsaw(key) if action.exposes else seen.saw(key, staged)
 
     def read_back(self, action: steps.ReadBack) -> None:
         """6. Read the staged copy by its version id and compare it byte for byte."""
@@ -356,8 +360,7 @@ class _Saga:
             exposes=True,
             call=lambda d, e: d.activate(action.target, e, expected=action.expected),
         )
-        self._wrote(action.target.key, Effect.ACTIVATE)
-        self._unsee(action.target.key)
+        self.seen = self.seen.wrote(action.target.key, Effect.ACTIVATE).unsaw(action.target.key)
 
     def promote(self, action: steps.Promote) -> None:
         """8. One transaction: new is current, old is previous."""
@@ -377,13 +380,17 @@ class _Saga:
             now=now,
         )
         self._note("version.promoted", version_id=own)
-        self._commit()
+        after = self._next()
+        if isinstance(after, steps.Rest):
+            self._give_back(after)
+        else:
+            self._commit()
         self._wipe()
 
     def settle(self, action: steps.Settle) -> None:
         """An unreported write can no longer land; what was read there before counts no more."""
         self.case = lifecycle.settle(self.case, action.intent.uid, now=self._now())
-        self._unsee(action.intent.target)
+        self.seen = self.seen.unsaw(action.intent.target)
 
     def set_deadline(self, action: steps.SetDeadline) -> None:
         """The grace of a kept or settled version begins."""
@@ -543,17 +550,7 @@ class _Saga:
         """Forget the plaintext, and what was seen of its version."""
         self.plain = None
         self.world.carried.drop(self.claim.credential_uid)
-        self.seen = replace(
-            self.seen,
-            holding=None,
-            settled=False,
-            read_back=frozenset(),
-            no_copy=frozenset(),
-            written=frozenset(),
-        )
-
-    def _wrote(self, where: str, effect: Effect) -> None:
-        self.seen = replace(self.seen, written=self.seen.written | {(where, effect)})
+        self.seen = self.seen.wiped()
 
     def _own_id(self) -> str:
         rotation = self.case.rotation

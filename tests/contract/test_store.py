@@ -533,16 +533,15 @@ def test_a_changed_agent_makes_a_running_save_stale(store: Store) -> None:
 
 
 def test_revocations_have_a_chain_of_their_own(store: Store) -> None:
-    """Entries of revocations never wait for the chain of other entries."""
+    """Entries of revocations never wait for other entries, and an agent's have one order."""
     uid = add(store)
     amend(store, uid, lambda case: case, "revoke.version")
     store.append_audit(entry("reload", detail=(("agents", 3), ("at", NOW))))
-    found = store.audit_entries()
-    assert [(r.entry.action, r.chain, r.seq) for r in found] == [
-        ("reload", "w1", 2),
-        ("revoke.version", "w1/revoke", 1),
-        ("agent.add", "w1", 1),
-    ]
+    reload, revoked, added = store.audit_entries()
+    assert (revoked.entry.action, revoked.chain, revoked.seq) == ("revoke.version", "w1/revoke", 1)
+    assert [r.entry.action for r in (reload, added)] == ["reload", "agent.add"]
+    assert reload.chain == added.chain != revoked.chain
+    assert (added.seq, reload.seq) == (1, 2)
     assert store.verify_audit() == []
     assert store.audit_entries(agent="nobody") == []
 

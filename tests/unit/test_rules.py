@@ -180,8 +180,8 @@ PATCHES: dict[str, Patch] = {
         tests="unit/test_saga.py -k lost_answers",
     ),
     "a confirmed write is not repeated for ever": Patch(
-        file="rotation.py",
-        text="written=self.seen.written | {(where, effect)}",
+        file="core/steps.py",
+        text="written=self.written | {(where, effect)}",
         instead="written=frozenset()",
         tests="unit/test_saga.py -k no_read_shows",
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 from keyturn.core.model import (
@@ -69,6 +69,32 @@ class Run:
     settled: bool = False  # every verifier has applied the epoch of the accept
     in_flight: frozenset[str] = frozenset()  # intents whose call has not returned
     died: Mapping[str, datetime] = field(default_factory=dict)  # writers known to be dead
+
+    def saw(self, where: str, sight: Sight) -> Run:
+        """A destination was read."""
+        return replace(self, sights={**self.sights, where: sight})
+
+    def unsaw(self, where: str) -> Run:
+        """What was seen there counts no more: it must be read again."""
+        return replace(self, sights={k: sight for k, sight in self.sights.items() if k != where})
+
+    def met(self, where: str, trouble: Trouble) -> Run:
+        """A destination failed; nothing seen there counts."""
+        return replace(self.unsaw(where), troubles={**self.troubles, where: trouble})
+
+    def wrote(self, where: str, effect: Effect) -> Run:
+        """A write was confirmed."""
+        return replace(self, written=self.written | {(where, effect)})
+
+    def wiped(self) -> Run:
+        """The attempt's plaintext is gone, and with it what was known of its version."""
+        return Run(
+            writer=self.writer,
+            sights=self.sights,
+            troubles=self.troubles,
+            in_flight=self.in_flight,
+            died=self.died,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

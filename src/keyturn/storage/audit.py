@@ -1,19 +1,23 @@
-"""The audit chain: one per writer, each entry hashed over the one before it.
+"""The audit chains: a few per writer, each entry hashed over the one before it in its chain.
 
-One chain for all would make everyone wait for a paused writer; revocations have a chain of their
-own (`<writer>/revoke`), so that they wait for nobody. The head's row lock makes the chain follow
-the order of commits.
+One chain for all would make everyone wait for a paused writer. One per writer would put all its
+commits in a row, since a chain's head is locked until the commit: that is what makes a chain follow
+the order of commits. So a writer has `LANES`, an agent always in the same one; and revocations have
+a chain of their own (`<writer>/revoke`), so that they wait for nothing else.
 """
 
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection, Row
 
 from keyturn.ports import AuditEntry
@@ -21,6 +25,7 @@ from keyturn.storage import codec
 from keyturn.storage.tables import audit, chains
 
 START = "0" * 64
+LANES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,30 +45,52 @@ def append(
     """Append to this writer's chains, in the caller's transaction."""
     by_chain: dict[str, list[AuditEntry]] = defaultdict(list)
     for entry in entries:
-        revoking = entry.action.startswith("revoke")
-        by_chain[f"{writer}/revoke" if revoking else writer].append(entry)
+        by_chain[_chain(writer, entry)].append(entry)
     for chain, of_chain in sorted(by_chain.items()):
         _append(connection, chain, of_chain, at)
+
+
+def _chain(writer: str, entry: AuditEntry) -> str:
+    if entry.action.startswith("revoke"):
+        return f"{writer}/revoke"
+    return f"{writer}/{zlib.crc32(entry.agent.encode()) % LANES}"
+
+
+_HEAD = (
+    sa.select(chains.c.seq, chains.c.hash)
+    .where(chains.c.chain == sa.bindparam("b_chain"))
+    .with_for_update()
+)
+_MOVE_HEAD = sa.update(chains).where(chains.c.chain == sa.bindparam("b_chain"))
+_BEGIN = {
+    "sqlite": sqlite.insert(chains).on_conflict_do_nothing(),
+    "postgresql": postgresql.insert(chains).on_conflict_do_nothing(),
+}
+_ENTRY = sa.insert(audit)
+
+
+def _head(connection: Connection, chain: str) -> Row[Any, Any]:
+    """Lock a chain's head; two that begin a chain at once both find it."""
+    named = {"b_chain": chain}
+    if head := connection.execute(_HEAD, named).first():
+        return head
+    begin = _BEGIN[connection.dialect.name]
+    connection.execute(begin, {"chain": chain, "seq": 0, "hash": START})
+    return connection.execute(_HEAD, named).one()
 
 
 def _append(
     connection: Connection, chain: str, entries: Sequence[AuditEntry], at: datetime
 ) -> None:
-    head = connection.execute(
-        sa.select(chains.c.seq, chains.c.hash).where(chains.c.chain == chain).with_for_update()
-    ).first()
-    seq, last = (head.seq, head.hash) if head else (0, START)
+    head = _head(connection, chain)
+    seq, last = head.seq, head.hash
     rows = []
     for entry in entries:
         seq += 1
         last = _hash(last, chain, seq, at, entry)
         rows.append(_row(entry) | {"chain": chain, "seq": seq, "at": at, "hash": last})
-    connection.execute(sa.insert(audit), rows)
-    if head:
-        place = sa.update(chains).where(chains.c.chain == chain)
-        connection.execute(place.values(seq=seq, hash=last))
-    else:
-        connection.execute(sa.insert(chains).values(chain=chain, seq=seq, hash=last))
+    connection.execute(_ENTRY, rows if len(rows) > 1 else rows[0])
+    connection.execute(_MOVE_HEAD, {"b_chain": chain, "seq": seq, "hash": last})
 
 
 def entries(connection: Connection, *, agent: str | None, limit: int) -> list[Recorded]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -29,6 +29,7 @@ from keyturn.storage.tables import (
     credentials,
     identities,
     intents,
+    meta,
     placements,
     rotations,
     versions,
@@ -67,34 +68,95 @@ def is_open(column: ColumnElement[Any]) -> ColumnElement[bool]:
     return column.in_([sa.literal_column(f"'{state}'") for state in sorted(OPEN)])
 
 
-_ROOT = sa.select(
-    *columns(Credential, credentials),
-    credentials.c.holder,
-    credentials.c.fence,
-    *columns(Agent, agents, "a_"),
-).join_from(credentials, agents, credentials.c.agent_uid == agents.c.uid)
+# Statements are built once: building and hashing them anew costs more than running them.
+_UID: sa.BindParameter[str] = sa.bindparam("b_uid")
+
+_ROOT = (
+    sa.select(
+        *columns(Credential, credentials),
+        credentials.c.holder,
+        credentials.c.fence,
+        *columns(Agent, agents, "a_"),
+        *columns(Rotation, rotations, "r_"),
+        sa.select(meta.c.epoch).scalar_subquery().label("epoch"),
+    )
+    .join_from(credentials, agents, credentials.c.agent_uid == agents.c.uid)
+    .outerjoin(
+        rotations,
+        sa.and_(rotations.c.credential_uid == credentials.c.uid, is_open(rotations.c.state)),
+    )
+)
+BY_UID = _ROOT.where(credentials.c.uid == _UID)
+BY_NAME = _ROOT.where(
+    agents.c.name == sa.bindparam("b_name"),
+    credentials.c.name == sa.bindparam("b_credential"),
+    agents.c.state != AgentState.REMOVED,
+)
+
+_PLACED = sa.and_(placements.c.credential_uid == _UID, ~placements.c.gone)
+_INTENTS = (
+    sa.select(*columns(Intent, intents))
+    .where(intents.c.credential_uid == _UID, intents.c.outcome.is_(None))
+    .order_by(intents.c.at)
+)
+_PLACEMENTS = (
+    sa.select(*columns(Placement, placements)).where(_PLACED).order_by(placements.c.locator)
+)
 
 
-def load(connection: Connection, where: ColumnElement[bool]) -> tuple[Case, str | None, int] | None:
-    """Return the case that `where` finds, with holder and fence of its claim; None if none."""
-    row = connection.execute(_ROOT.where(where)).first()
+def _versions() -> sa.Select[Any]:
+    """Return the query for accepted, placed and the newest other versions, oldest first."""
+    mine = versions.c.credential_uid == _UID
+    accepted = versions.c.state.in_([sa.literal_column(f"'{s}'") for s in sorted(ACCEPTED)])
+    newest = (
+        sa.select(versions.c.id)
+        .where(mine, ~accepted)
+        .order_by(versions.c.seq.desc())
+        .limit(OTHER_VERSIONS)
+    )
+    placed = sa.select(placements.c.version_id).where(_PLACED)
+    chosen = sa.or_(accepted, versions.c.id.in_(newest), versions.c.id.in_(placed))
+    return sa.select(*columns(Version, versions)).where(mine, chosen).order_by(versions.c.seq)
+
+
+_VERSIONS = _versions()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A case, and what stands beside it in its row."""
+
+    case: Case
+    holder: str | None
+    fence: int
+    epoch: int
+
+
+def load(connection: Connection, query: sa.Select[Any], **values: str) -> Loaded | None:
+    """Return the case that `BY_UID` (`b_uid`) or `BY_NAME` (`b_name`, `b_credential`) finds."""
+    row = connection.execute(query, values).first()
     if row is None:
         return None
+    uid = {"b_uid": row.uid}
+
+    def all_of(kind: type[T], query: sa.Select[Any]) -> tuple[T, ...]:
+        return tuple(from_row(kind, found) for found in connection.execute(query, uid))
+
     case = Case(
         agent=from_row(Agent, row, "a_"),
         credential=from_row(Credential, row),
-        versions=_versions(connection, row.uid),
-        rotation=_rotation(connection, row.uid),
-        intents=_all(connection, Intent, intents, row.uid, intents.c.outcome.is_(None)),
-        placements=_all(connection, Placement, placements, row.uid, ~placements.c.gone),
+        versions=all_of(Version, _VERSIONS),
+        rotation=from_row(Rotation, row, "r_") if row.r_uid else None,
+        intents=all_of(Intent, _INTENTS),
+        placements=all_of(Placement, _PLACEMENTS),
     )
-    return case, row.holder, row.fence
+    return Loaded(case=case, holder=row.holder, fence=row.fence, epoch=row.epoch)
 
 
 def load_one(connection: Connection, credential_uid: str) -> Case:
     """Return a case by its credential. Raises UnknownAgent."""
-    if found := load(connection, credentials.c.uid == credential_uid):
-        return found[0]
+    if found := load(connection, BY_UID, b_uid=credential_uid):
+        return found.case
     raise UnknownAgent("no credential has this id")
 
 
@@ -103,41 +165,21 @@ def with_revision(case: Case, revision: int) -> Case:
     return replace(case, credential=replace(case.credential, revision=revision))
 
 
-def _versions(connection: Connection, uid: str) -> tuple[Version, ...]:
-    """Return accepted, placed and the newest other versions, oldest first."""
-    mine = versions.c.credential_uid == uid
-    refused = versions.c.state.not_in(sorted(ACCEPTED))
-    newest = (
-        sa.select(versions.c.id)
-        .where(mine, refused)
-        .order_by(versions.c.seq.desc())
-        .limit(OTHER_VERSIONS)
-    )
-    placed = sa.select(placements.c.version_id).where(
-        placements.c.credential_uid == uid, ~placements.c.gone
-    )
-    chosen = sa.or_(~refused, versions.c.id.in_(newest), versions.c.id.in_(placed))
-    query = sa.select(*columns(Version, versions)).where(mine, chosen).order_by(versions.c.seq)
-    return tuple(from_row(Version, row) for row in connection.execute(query))
-
-
-def _rotation(connection: Connection, uid: str) -> Rotation | None:
-    query = sa.select(*columns(Rotation, rotations)).where(
-        rotations.c.credential_uid == uid, is_open(rotations.c.state)
-    )
-    row = connection.execute(query).first()
-    return from_row(Rotation, row) if row else None
-
-
-def _all(
-    connection: Connection, kind: type[T], table: sa.Table, uid: str, where: ColumnElement[bool]
-) -> tuple[T, ...]:
-    query = sa.select(*columns(kind, table)).where(table.c.credential_uid == uid, where)
-    order = table.c.at if table is intents else table.c.locator
-    return tuple(from_row(kind, row) for row in connection.execute(query.order_by(order)))
-
-
 # --- writing ------------------------------------------------------------------------------
+
+_VERSION = sa.update(versions).where(
+    versions.c.id == sa.bindparam("b_id"), versions.c.state == sa.bindparam("b_state")
+)
+_OPEN_ROTATION = sa.update(rotations).where(rotations.c.uid == _UID, is_open(rotations.c.state))
+_OPEN_INTENT = sa.update(intents).where(intents.c.uid == _UID, intents.c.outcome.is_(None))
+_THIS_PLACEMENT = sa.and_(
+    placements.c.version_id == sa.bindparam("b_id"),
+    placements.c.target == sa.bindparam("b_target"),
+    placements.c.locator == sa.bindparam("b_locator"),
+)
+_PLACEMENT = sa.update(placements).where(_THIS_PLACEMENT)
+_NO_PLACEMENT = sa.delete(placements).where(_THIS_PLACEMENT)
+_INSERT = {table: sa.insert(table) for table in (versions, rotations, intents, placements)}
 
 
 def epoch_moves(before: Case | None, after: Case) -> bool:
@@ -208,8 +250,8 @@ def _write_versions(connection: Connection, before: Case, after: Case) -> None:
     changed = [(known[v.id], v) for v in after.versions if v.id in known and known[v.id] != v]
     # The states that only one version may have are given up before they are taken.
     for old, new in sorted(changed, key=lambda pair: pair[1].state in _UNIQUE_STATES):
-        place = sa.update(versions).where(versions.c.id == new.id, versions.c.state == old.state)
-        if connection.execute(place.values(**changes(old, new))).rowcount != 1:
+        where = {"b_id": new.id, "b_state": old.state}
+        if connection.execute(_VERSION, changes(old, new) | where).rowcount != 1:
             raise StaleRevision
     _insert(connection, versions, (v for v in after.versions if v.id not in known))
 
@@ -220,8 +262,7 @@ def _write_rotation(connection: Connection, old: Rotation | None, new: Rotation 
     if old is None or old.uid != new.uid:
         _insert(connection, rotations, [new])
         return
-    place = sa.update(rotations).where(rotations.c.uid == new.uid, is_open(rotations.c.state))
-    if connection.execute(place.values(**changes(old, new))).rowcount != 1:
+    if connection.execute(_OPEN_ROTATION, changes(old, new) | {"b_uid": new.uid}).rowcount != 1:
         raise StaleRevision
 
 
@@ -231,8 +272,8 @@ def _write_intents(
     known = {i.uid: i for i in before}
     after = tuple(after)
     for new in (i for i in after if i.uid in known and known[i.uid] != i):
-        place = sa.update(intents).where(intents.c.uid == new.uid, intents.c.outcome.is_(None))
-        if connection.execute(place.values(**changes(known[new.uid], new))).rowcount != 1:
+        values = changes(known[new.uid], new) | {"b_uid": new.uid}
+        if connection.execute(_OPEN_INTENT, values).rowcount != 1:
             raise StaleRevision
     _insert(connection, intents, (i for i in after if i.uid not in known))
 
@@ -244,16 +285,11 @@ def _write_placements(
     now = {(p.version_id, p.target, p.locator): p for p in after}
     for key, old in known.items():
         if now.get(key) != old:
-            place = sa.and_(
-                placements.c.version_id == old.version_id,
-                placements.c.target == old.target,
-                placements.c.locator == old.locator,
-            )
+            where = {"b_id": old.version_id, "b_target": old.target, "b_locator": old.locator}
             if key in now:
-                gone = now[key].gone
-                connection.execute(sa.update(placements).where(place).values(gone=gone))
+                connection.execute(_PLACEMENT, {"gone": now[key].gone, **where})
             else:
-                connection.execute(sa.delete(placements).where(place))
+                connection.execute(_NO_PLACEMENT, where)
     _insert(connection, placements, (p for key, p in now.items() if key not in known))
 
 
@@ -268,8 +304,8 @@ def _free_identities(connection: Connection, case: Case) -> None:
 
 
 def _insert(connection: Connection, table: sa.Table, values: Iterable[Any]) -> None:
-    if rows := [to_row(value) for value in values]:
-        connection.execute(sa.insert(table), rows)
+    for value in values:
+        connection.execute(_INSERT[table], to_row(value))
 
 
 def _as_loaded(case: Case) -> Case:

@@ -6,6 +6,7 @@ the compiled text by the statement, instead of building and hashing it anew.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -18,7 +19,7 @@ from keyturn.errors import ClaimLost, StaleRevision
 from keyturn.ports import Claim
 from keyturn.storage import cases, queries
 from keyturn.storage.codec import MICROSECOND
-from keyturn.storage.tables import Instant, credentials, now_micros, store_now
+from keyturn.storage.tables import Instant, credentials, meta, now_micros, store_now
 
 _UID = credentials.c.uid == sa.bindparam("b_uid")
 _REVISION = credentials.c.revision == sa.bindparam("b_revision")
@@ -38,6 +39,7 @@ def _earlier(column: sa.Column[Any]) -> ColumnElement[Any]:
 
 _until = now_micros() + sa.bindparam("b_ttl", type_=sa.BigInteger)
 _bumped = credentials.c.revision + 1
+_epoch = sa.select(meta.c.epoch).scalar_subquery()
 
 _TAKE = (
     sa.update(credentials)
@@ -58,7 +60,7 @@ _SAVE = (
     sa.update(credentials)
     .where(*_HELD, _REVISION)
     .values(revision=_bumped, wake_at=_earlier(credentials.c.wake_requested))
-    .returning(store_now())
+    .returning(store_now().label("now"), _epoch.label("epoch"))
 )
 _SAVE_AND_GIVE_BACK = _SAVE.values(**_FREE)
 # Without: a run that goes on now must not sleep through this when it gives its claim back.
@@ -66,7 +68,7 @@ _AMEND = (
     sa.update(credentials)
     .where(_UID, _REVISION)
     .values(revision=_bumped, wake_requested=_earlier(credentials.c.wake_requested))
-    .returning(store_now())
+    .returning(store_now().label("now"), _epoch.label("epoch"))
 )
 _wake = sa.update(credentials).values(
     wake_at=_earlier(credentials.c.wake_at), wake_requested=_earlier(credentials.c.wake_requested)
@@ -97,13 +99,7 @@ def prolong(connection: Connection, claim: Claim, *, ttl: timedelta) -> Claim:
     row = connection.execute(_PROLONG, {**_held(claim), "b_ttl": ttl // MICROSECOND}).first()
     if row is None:
         raise ClaimLost
-    return Claim(
-        credential_uid=claim.credential_uid,
-        holder=claim.holder,
-        fence=claim.fence,
-        incarnation=claim.incarnation,
-        until=row.until,
-    )
+    return replace(claim, until=row.until)
 
 
 def give_back(connection: Connection, claim: Claim, *, wake_at: datetime | None) -> None:
@@ -123,10 +119,10 @@ def save(
     *,
     claim: Claim | None,
     give_back: bool = False,
-) -> datetime:
+) -> tuple[datetime, int]:
     """Bump the revision, if it is still that of `old`, and write what changed.
 
-    Returns the store's time. Raises StaleRevision, ClaimLost.
+    Returns the store's time and epoch. Raises StaleRevision, ClaimLost.
     """
     values: dict[str, Any] = cases.changes(old, new)
     values |= {"b_uid": old.uid, "b_revision": old.revision, "b_at": new.wake_at}
@@ -135,10 +131,10 @@ def save(
         values.pop("wake_at", None)
         values |= _held(claim)
         statement = _SAVE_AND_GIVE_BACK if give_back else _SAVE
-    now: datetime | None = connection.execute(statement, values).scalar()
-    if now is None:
+    row = connection.execute(statement, values).first()
+    if row is None:
         raise _lost(connection, claim)
-    return now
+    return row.now, row.epoch
 
 
 def wake(connection: Connection, uid: str, at: datetime, *, anew: bool = False) -> None:

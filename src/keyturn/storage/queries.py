@@ -11,7 +11,7 @@ from sqlalchemy.sql.elements import ColumnElement
 
 from keyturn.core.model import Agent, AgentState, Case, Drift, Rotation, Version
 from keyturn.errors import UnknownAgent
-from keyturn.storage.cases import columns, from_row, is_open, load
+from keyturn.storage.cases import BY_NAME, columns, from_row, is_open, load
 from keyturn.storage.codec import micros
 from keyturn.storage.results import Counts, Due, History
 from keyturn.storage.tables import agents as agents_table
@@ -48,9 +48,8 @@ def agent(connection: Connection, name: str) -> Agent:
 
 def case_of(connection: Connection, agent_name: str, credential: str) -> Case:
     """Return the case of a living agent's credential."""
-    named = sa.and_(agents_table.c.name == agent_name, credentials.c.name == credential, _LIVES)
-    if found := load(connection, named):
-        return found[0]
+    if found := load(connection, BY_NAME, b_name=agent_name, b_credential=credential):
+        return found.case
     raise UnknownAgent(f"no agent is called {agent_name!r}")
 
 

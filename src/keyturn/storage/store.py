@@ -16,14 +16,15 @@ from sqlalchemy.engine import Connection
 
 from keyturn.core.model import Agent, Case, Credential, Drift, Outcome, Version
 from keyturn.core.secret import Secret
-from keyturn.errors import ClaimLost, StaleRevision, UnknownAgent
+from keyturn.errors import ClaimLost, StaleRevision
 from keyturn.ports import AuditEntry, Claim, Clock, Saved
-from keyturn.storage import audit, cases, claims, owners, queries
+from keyturn.storage import audit, cases, claims, owners, queries, requests
 from keyturn.storage.engine import Database, open_database
 from keyturn.storage.ledger import Ledger
 from keyturn.storage.migrations import migrate
+from keyturn.storage.requests import Once
 from keyturn.storage.results import Counts, Due, History
-from keyturn.storage.tables import credentials, daemons, intents, meta, store_now
+from keyturn.storage.tables import daemons, intents, meta, store_now
 
 Change = Callable[[Case], tuple[Case, Sequence[AuditEntry]]]
 
@@ -139,10 +140,10 @@ class Store:
         """Read the case. Raises ClaimLost."""
 
         def body(connection: Connection) -> Saved:
-            found = cases.load(connection, credentials.c.uid == claim.credential_uid)
-            if found is None or found[1:] != (claim.holder, claim.fence):
+            found = cases.load(connection, cases.BY_UID, b_uid=claim.credential_uid)
+            if found is None or (found.holder, found.fence) != (claim.holder, claim.fence):
                 raise ClaimLost
-            return Saved(case=found[0], epoch=_epoch(connection))
+            return Saved(case=found.case, epoch=found.epoch)
 
         return self.database.read(body)
 
@@ -165,20 +166,23 @@ class Store:
 
         return self._confirmed(*self.database.write(body))
 
-    def amend(self, credential_uid: str, change: Change) -> Saved:
+    def amend(self, credential_uid: str, change: Change, *, once: Once | None = None) -> Saved:
         """Load, apply a pure change and save it in one transaction; needs no claim.
 
         A running saga meets StaleRevision and loads again. `change` may be called more than once;
-        what it raises goes through and nothing is changed. Raises UnknownAgent.
+        what it raises goes through and nothing is changed. With `once` a change that was made
+        already is not made again: `once` then holds what it did. Raises UnknownAgent.
         """
 
         def body(connection: Connection) -> tuple[Saved, bool]:
             claims.lock(connection, credential_uid)
-            found = cases.load(connection, credentials.c.uid == credential_uid)
-            if found is None:
-                raise UnknownAgent("no credential has this id")
-            after, entries = change(found[0])
-            return self._write(connection, found[0], after, entries)
+            before = cases.load_one(connection, credential_uid)
+            if once is not None and once.repeats(connection, credential_uid):
+                return Saved(case=before, epoch=_epoch(connection)), False
+            after, entries = change(before)
+            if once is not None:
+                once.keep(connection, credential_uid, at=self.now_in(connection))
+            return self._write(connection, before, after, entries)
 
         return self._confirmed(*self.database.write(body))
 
@@ -317,6 +321,10 @@ class Store:
         """Return what the last sweeps found, with the agent's name."""
         return self.database.read(queries.drifts)
 
+    def forget_requests(self, *, before: datetime) -> None:
+        """Forget which commands were done before an instant."""
+        self.database.write(lambda connection: requests.clean(connection, before=before))
+
     # --- audit ----------------------------------------------------------------------------
 
     def audit_entries(self, *, agent: str | None = None, limit: int = 100) -> list[audit.Recorded]:
@@ -345,7 +353,7 @@ class Store:
         *,
         release: bool = False,
     ) -> tuple[Saved, bool]:
-        now = claims.save(
+        now, epoch = claims.save(
             connection, before.credential, after.credential, claim=claim, give_back=release
         )
         case = cases.write(connection, before, after)
@@ -353,8 +361,8 @@ class Store:
         # locks that everybody shares, so nobody waits for this disk.
         unsure = self.ledger.announce(before, after, incarnation=self.incarnation, at=now)
         self._record(connection, entries, at=now)
-        moves = cases.epoch_moves(before, after)
-        epoch = _bump_epoch(connection) if moves else _epoch(connection)
+        if cases.epoch_moves(before, after):
+            epoch = _bump_epoch(connection)
         revision = before.credential.revision + 1
         return Saved(case=cases.with_revision(case, revision), epoch=epoch), unsure
 
