@@ -19,6 +19,7 @@ from keyturn.errors import StoreUnavailable, VerificationFailed
 from keyturn.verifier.decision import Verifier
 from keyturn.wiring import SystemClock
 
+TESTS = Path(__file__).parents[1]
 RETRY = {"first": "100ms", "max": "1s", "call_deadline": "1s", "settle_after": "2s"}
 QUIET = {"every": "1h", "grace": "10s", "consumer_cache": "2s", "jitter": "0%", "retry": RETRY}
 
@@ -67,13 +68,15 @@ class Keyturn:
     def __exit__(self, *_exc: object) -> None:
         self.stop()
 
-    def start(self) -> None:
-        """Start the daemon and wait until it answers."""
+    def start(self, *module: str) -> None:
+        """Start the daemon and wait until it answers; `module` starts another one in its place."""
+        command = module or ("keyturn", "run", "-c", str(self.config))
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "keyturn", "run", "-c", str(self.config)],
+                [sys.executable, "-m", *command],
                 stdout=log,
                 stderr=log,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
             )
         self.wait_for(lambda: self.ask("status")[0] == 0, seconds=30)
 

@@ -3,8 +3,8 @@
 The order, each step cheaper than the next:
 
   1. parse     our form, one spelling, right checksum
-  2. row       by the version id in the text: exactly one hash to try
-  3. spool     revoked here, whatever the store says, and also where it cannot be read
+  2. spool     revoked here, whatever the store says, and also where it cannot be read
+  3. row       by the version id in the text: exactly one hash to try
   4. state     login, agent, state, deadline
   5. tag       constant time; a dummy compare where there is no row
   6. hash      at most one argon2, through the gate, one flight per secret
@@ -136,7 +136,10 @@ class Verifier:
         parsed = parse(text_of(secret))
         if parsed is None:
             return self._decide_imported(login, secret)
-        row = self._lookup(parsed.version_id)
+        # SECURITY: before the store is touched: whoever can lock it must not turn this no into
+        # "cannot tell", which some callers let through, nor make it wait for the lock.
+        revoked = self._spool.holds(parsed.version_id)
+        row = None if revoked else self._reader.lookup(parsed.version_id)
         good = row is not None and self._stands(login, row)
         # SECURITY: unknown, revoked and wrong all end at a compare of one tag.
         expected = row.tag if row is not None and row.tag else _DUMMY_TAG
@@ -152,23 +155,10 @@ class Verifier:
         return None
 
     def _once_more(self, login: str, row: Decision) -> Decision | None:
-        again = self._lookup(row.version_id)
+        again = self._reader.lookup(row.version_id)
         if again is None or again.digest != row.digest or not self._stands(login, again):
             return None
         return again
-
-    def _lookup(self, version_id: str) -> Decision | None:
-        """Return the row as it stands now.
-
-        A tombstone needs no store to be a no: whoever can lock the store must not turn the refusal
-        of a revoked version into "cannot tell", which some callers let through.
-        """
-        try:
-            return self._reader.lookup(version_id)
-        except StoreUnavailable:
-            if self._spool.holds(version_id):
-                return None
-            raise
 
     def _stands(self, login: str, row: Decision) -> bool:
         """Whether spool, login, states and deadline allow a yes right now."""
