@@ -17,9 +17,10 @@ from keyturn.config import is_id
 from keyturn.core import lifecycle
 from keyturn.core.model import Case, Request, Version, VersionState
 from keyturn.core.secret import is_version_id, mask
-from keyturn.errors import StoreUnavailable, UnknownAgent, UnknownVersion
+from keyturn.errors import Refused, StoreUnavailable, UnknownAgent, UnknownVersion
 from keyturn.ports import AuditEntry, Authority, Clock
 from keyturn.storage.ledger import Ledger
+from keyturn.storage.requests import KEPT, Begun, Once
 from keyturn.storage.store import Store
 from keyturn.verifier.spool import Spool
 
@@ -50,6 +51,7 @@ class Leak:
     reissue: bool = False
     reason: str = ""
     at: datetime | None = None
+    withhold: tuple[str, ...] = ()  # connections where the successor is not published
 
     def __post_init__(self) -> None:
         """Mask a secret that was pasted into the reason: never a cause to refuse a revoke."""
@@ -72,6 +74,7 @@ class Administration:
     open_store: Callable[[], Store]
     ledger: Ledger
     spool: Spool
+    begun: Begun
     authority: Authority
     clock: Clock
     schedule: Callable[[Case, datetime], datetime | None]
@@ -85,30 +88,38 @@ class Administration:
 
     # --- revoke -----------------------------------------------------------------------------
 
-    def revoke(self, leak: Leak, caller: Caller, *, dry_run: bool = False) -> dict[str, Any]:
+    def revoke(
+        self, leak: Leak, caller: Caller, *, dry_run: bool = False, once: Once | None = None
+    ) -> dict[str, Any]:
         """Refuse now and for ever; returns once every verifier refuses (I3).
 
         The order is the promise: spool (nobody can block it), store, verifiers. Where the store
         cannot be written the result says so (`complete` false): this host refuses already, the
-        daemon writes the rest as soon as it can.
+        daemon writes the rest as soon as it can. With `once` a repeat refuses what the first try
+        refused, and no successor.
         """
         began = time.monotonic()
-        ids = self._resolve(leak)
+        self._check_withheld(leak)
+        ids = self._begun(once)
+        if ids is None:
+            ids = self._resolve(leak)
         if dry_run:
             return self._result(leak, ids, began, complete=False, dry_run=True)
         if leak.at is not None and not ids:
             # A line that stays in a list and was applied before: no second suspension, no second
             # successor, however often the daemon starts.
             return self._result(leak, ids, began, complete=True)
+        if once is not None:
+            self.begun.note(once, ids)
         for version_id in ids:
-            self.spool.revoke(version_id, self._note(leak, caller))
+            self.spool.revoke(version_id, self._note(leak, caller, once))
         refused_after = time.monotonic() - began
         try:
-            case, epoch, revoked = self._commit(leak, caller)
+            case, epoch, revoked = self._commit(leak, caller, once)
         except StoreUnavailable:
             return self._result(leak, ids, began, complete=False, refused_after=refused_after)
         for version_id in revoked:  # accepted between our look and the commit
-            self.spool.revoke(version_id, self._note(leak, caller))
+            self.spool.revoke(version_id, self._note(leak, caller, once))
         self.applied.update(revoked)
         self._await_verifiers(epoch)
         done = sorted({*ids, *revoked})
@@ -124,11 +135,45 @@ class Administration:
                 continue
             known = self.store.find_version(version_id)
             if known is not None and known[1].state is not VersionState.REVOKED:
-                self._commit(_leak_of(version_id, note, agent=known[0].name), caller)
+                leak = _leak_of(version_id, note, agent=known[0].name)
+                self._commit(leak, caller, _once_of(note))
                 found += 1
             if known is not None:
                 self.applied.add(version_id)
         return found
+
+    def forget_requests(self) -> None:
+        """Forget which commands were done more than a day ago."""
+        before = self.clock.now() - KEPT
+        self.begun.clean(before=before)
+        self.store.forget_requests(before=before)
+
+    def _begun(self, once: Once | None) -> list[str] | None:
+        return None if once is None else self.begun.versions(once)
+
+    def _check_withheld(self, leak: Leak) -> None:
+        """Refuse a name that is none of the agent's: the successor would go where it leaked."""
+        if not leak.withhold:
+            return
+        if leak.version is not None or not leak.reissue:
+            raise Refused(
+                "--except says where a successor is not published: it goes with AGENT --reissue",
+                hint="without --reissue nothing is published anyhow",
+            )
+        try:
+            names = {target.to for target in self._case(leak.agent or "").agent.targets}
+        except StoreUnavailable:
+            return  # never a cause to refuse a revoke
+        if unknown := set(leak.withhold) - names:
+            raise Refused(
+                f"{leak.agent} has no destination at {', '.join(sorted(unknown))}",
+                hint=f"it reads at: {', '.join(sorted(names))}",
+            )
+        if names <= set(leak.withhold):
+            raise Refused(
+                "that leaves nowhere to publish a successor",
+                hint=f"`keyturn revoke {leak.agent}` without --reissue",
+            )
 
     def _resolve(self, leak: Leak) -> list[str]:
         """Find the version ids without the store: it may be locked, and that is no excuse.
@@ -151,7 +196,9 @@ class Administration:
         known = self.store.find_version(version_id)
         return known is not None and known[1].state is VersionState.REVOKED
 
-    def _commit(self, leak: Leak, caller: Caller) -> tuple[Case, int, list[str]]:
+    def _commit(
+        self, leak: Leak, caller: Caller, once: Once | None = None
+    ) -> tuple[Case, int, list[str]]:
         revoked: list[str] = []
 
         def change(case: Case) -> tuple[Case, Sequence[AuditEntry]]:
@@ -161,10 +208,15 @@ class Administration:
                 for v in after.versions
                 if v.state is VersionState.REVOKED and _state(case, v) is not VersionState.REVOKED
             ]
+            if once is not None:
+                once.outcome = {"revoked": list(revoked)}
             return after, [_revoke_entry(case, leak, caller, revoked)]
 
         case = self._with_patience(lambda: self._target_case(leak))
-        saved = self._with_patience(lambda: self.store.amend(case.credential.uid, change))
+        uid = case.credential.uid
+        saved = self._with_patience(lambda: self.store.amend(uid, change, once=once))
+        if once is not None and once.repeated:
+            revoked[:] = once.outcome["revoked"]
         return saved.case, saved.epoch, revoked
 
     def _revoked(self, case: Case, leak: Leak) -> Case:
@@ -174,7 +226,9 @@ class Administration:
         until = leak.at or now
         older = [v for v in case.accepted if v.minted_at <= until]
         if len(older) == len(case.accepted):
-            return lifecycle.revoke_agent(case, reissue=leak.reissue, now=now)
+            return lifecycle.revoke_agent(
+                case, reissue=leak.reissue, now=now, withhold=leak.withhold
+            )
         for version in older:  # a list that stays in place never kills a successor
             case = lifecycle.revoke_version(case, version.id, reissue=leak.reissue, now=now)
         return case
@@ -201,7 +255,7 @@ class Administration:
         while not self.authority.settled(epoch):
             time.sleep(VERIFIER_POLL)
 
-    def _note(self, leak: Leak, caller: Caller) -> dict[str, Any]:
+    def _note(self, leak: Leak, caller: Caller, once: Once | None = None) -> dict[str, Any]:
         return {
             "scope": "version" if leak.version else "agent",
             "agent": leak.agent or "",
@@ -209,6 +263,8 @@ class Administration:
             "reason": leak.reason,
             "reissue": leak.reissue,
             "at": (leak.at or self.clock.now()).isoformat(),
+            "withhold": list(leak.withhold),
+            "request": [once.id, once.digest] if once else None,
         }
 
     def _result(
@@ -233,7 +289,8 @@ class Administration:
             "delay_seconds": None if dry_run else round(time.monotonic() - began, 6),
             "refused_here_after_seconds": round(refused_after, 6),
             "verifiers": {"acknowledged": known, "live": 1},
-            "destinations": [t.key for t in case.agent.targets] if case else [],
+            "destinations": [t.key for t in case.next_targets] if case else [],
+            "withheld": list(case.credential.withheld if case else leak.withhold),
             "warnings": [] if complete or dry_run else [STORE_AWAY],
         }
 
@@ -246,6 +303,14 @@ class Administration:
     def resume(self, agent: str, caller: Caller) -> dict[str, Any]:
         """Accept again what is still accepted."""
         return self._change(agent, caller, "resume", lifecycle.resume)
+
+    def readmit(self, agent: str, connection: str, caller: Caller) -> dict[str, Any]:
+        """Publish again at a connection that a revoke left out."""
+
+        def change(case: Case, *, now: datetime) -> Case:
+            return lifecycle.readmit(case, connection, now=now)
+
+        return self._change(agent, caller, "destination.readmit", change, connection=connection)
 
     def retry(self, agent: str, caller: Caller) -> dict[str, Any]:
         """Let a waiting or stalled rotation go on now."""
@@ -273,18 +338,35 @@ class Administration:
         return self._change(agent, caller, "revoke.removed", lifecycle.remove)
 
     def rotate(
-        self, agent: str, caller: Caller, *, grace: timedelta | None = None
+        self,
+        agent: str,
+        caller: Caller,
+        *,
+        grace: timedelta | None = None,
+        once: Once | None = None,
     ) -> dict[str, Any]:
-        """Ask for a rotation; the saga opens it."""
+        """Ask for a rotation; the saga opens it. `after` is the version that it replaces.
+
+        With `once` a repeat asks for nothing, and returns what the first try did.
+        """
         asked = Request(grace=grace, by=caller.name)
+        kept = once or Once(id="", digest="")
 
         def change(case: Case, *, now: datetime) -> Case:
+            kept.outcome = {"after": case.current.seq if case.current else 0}
             return lifecycle.request(case, asked, now=now)
 
-        return self._change(agent, caller, "rotate", change)
+        return self._change(agent, caller, "rotate", change, once=once) | kept.outcome
 
     def _change(
-        self, agent: str, caller: Caller, action: str, change: Callable[..., Case], **detail: Any
+        self,
+        agent: str,
+        caller: Caller,
+        action: str,
+        change: Callable[..., Case],
+        *,
+        once: Once | None = None,
+        **detail: Any,
     ) -> dict[str, Any]:
         def amended(case: Case) -> tuple[Case, Sequence[AuditEntry]]:
             after = change(case, now=self.clock.now())
@@ -297,7 +379,8 @@ class Administration:
             return after, [entry]
 
         case = self._case(agent)
-        saved = self._with_patience(lambda: self.store.amend(case.credential.uid, amended))
+        uid = case.credential.uid
+        saved = self._with_patience(lambda: self.store.amend(uid, amended, once=once))
         self._await_verifiers(saved.epoch)
         return {"agent": agent, "state": str(saved.case.agent.state)}
 
@@ -330,6 +413,7 @@ def _revoke_entry(case: Case, leak: Leak, caller: Caller, revoked: Sequence[str]
             ("reissue", leak.reissue),
             ("revoked", tuple(revoked)),
             ("trigger", caller.trigger),
+            ("withheld", leak.withhold),
         ),
     )
 
@@ -340,4 +424,11 @@ def _leak_of(version_id: str, note: dict[str, Any], *, agent: str) -> Leak:
     if note.get("scope") != "agent":
         return Leak(version=version_id, reissue=reissue, reason=reason)
     at = datetime.fromisoformat(str(note["at"])) if note.get("at") else None
-    return Leak(agent=agent, reissue=reissue, reason=reason, at=at)
+    withhold = tuple(str(name) for name in note.get("withhold") or ())
+    return Leak(agent=agent, reissue=reissue, reason=reason, at=at, withhold=withhold)
+
+
+def _once_of(note: dict[str, Any]) -> Once | None:
+    """Read the request of a spool note back: a repeat must find that the daemon completed it."""
+    request = note.get("request")
+    return Once(id=str(request[0]), digest=str(request[1])) if request else None

@@ -37,6 +37,7 @@ from keyturn.destinations.base import DestinationBase
 from keyturn.errors import ConfigError, Refused
 from keyturn.ports import AuditEntry
 from keyturn.storage.ledger import Ledger
+from keyturn.storage.requests import Begun
 from keyturn.storage.store import Store
 from keyturn.verifier.authority import BuiltinAuthority
 from keyturn.verifier.decision import Verifier
@@ -336,6 +337,7 @@ def build(settings: Settings, *, cron: CronCalculator, create: bool) -> Parts:
         open_store=lambda: parts.store,
         ledger=Ledger(folder / "ledger"),
         spool=spool,
+        begun=Begun(folder / "requests.d"),
         authority=authority,
         clock=clock,
         schedule=lambda case, now: parts.schedule(case, now),  # noqa: PLW0108 - bound below

@@ -15,6 +15,7 @@ from typing import Any
 from keyturn.administration import Administration, Caller, Leak
 from keyturn.errors import StoreUnavailable
 from keyturn.storage.ledger import Ledger
+from keyturn.storage.requests import Begun
 from keyturn.storage.store import Store
 from keyturn.verifier.authority import BuiltinAuthority
 from keyturn.verifier.spool import Spool
@@ -29,6 +30,7 @@ def administration(folder: Path, store: Store, *, patience: float = 5.0) -> Admi
         open_store=lambda: store,
         ledger=Ledger(folder / "ledger"),
         spool=Spool(folder / "revoked.d"),
+        begun=Begun(folder / "requests.d"),
         authority=BuiltinAuthority(),
         clock=RealClock(),
         schedule=lambda _case, _now: None,

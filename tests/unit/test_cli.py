@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import socket as socket_module
 import sys
 import tempfile
 import types
@@ -41,13 +42,16 @@ class FakeDaemon:
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.answers: dict[str, Any] = {}
         self.events: list[dict[str, Any]] = []
+        self.own: dict[str, Any] = {}
 
     def handlers(self) -> dict[str, Command]:
         """Return one handler per command."""
         return {name: Command(role=Role.VIEW, function=self._handler(name)) for name in NAMES}
 
     def _handler(self, name: str) -> Any:
-        def handle(args: dict[str, Any], _peer: Peer, progress: Progress) -> Any:
+        def handle(args: dict[str, Any], peer: Peer, progress: Progress) -> Any:
+            if name in self.own:
+                return self.own[name](args, peer, progress)
             args.pop("request_id", None)
             self.asked.append((name, args))
             for event in self.events:
@@ -152,6 +156,20 @@ ASKED: list[tuple[str, str, dict[str, Any], Any]] = [
     ),
     ("suspend a --reason why", "suspend", {"agent": "a", "reason": "why"}, STATE),
     ("resume a", "resume", {"agent": "a"}, STATE),
+    ("resume a --destination v", "resume", {"agent": "a", "destination": "v"}, STATE),
+    (
+        "revoke a --reissue --except w --except v",
+        "revoke",
+        {
+            "agent": "a",
+            "reissue": True,
+            "reason": "",
+            "dry_run": False,
+            "wait": False,
+            "except": ["v", "w"],
+        },
+        REVOKED | {"withheld": ["v", "w"]},
+    ),
     (
         "revoke a --reissue --reason INC-1 --wait",
         "revoke",
@@ -294,6 +312,7 @@ def test_a_broken_audit_chain_is_1(daemon: FakeDaemon, run: Any) -> None:
 
 USAGE = [
     "nonsense", "rotate", "rotate a --grace soon", "revoke", "revoke a --version v",
+    "revoke a --except v", "revoke --version v --reissue --except v",
     "agents add x", "agents add x --to nowhere", "agents add x --to :p", "agents add x --to v:",
     "audit --limit 0", "verify", "status a b", "agents remove a", "rotation", "policy gcp",
 ]  # fmt: skip
@@ -577,3 +596,43 @@ def test_a_missing_configuration_means_the_default(
     monkeypatch.setattr(reach, "DEFAULT_CONFIG", tmp_path / "none.yaml")
     assert reach.socket_of(tmp_path / "none.yaml") == client.DEFAULT_SOCKET
     assert capsys.readouterr().err == ""
+
+
+# --- lost answers -----------------------------------------------------------------------------
+
+
+def breaking(daemon: FakeDaemon, name: str, times: int) -> list[str]:
+    """Let the daemon do a command and break the connection instead of answering, so many times."""
+    asked: list[str] = []
+
+    def handle(args: dict[str, Any], _peer: Peer, progress: Any) -> Any:
+        asked.append(args["request_id"])
+        if len(asked) <= times:
+            progress._connection.shutdown(socket_module.SHUT_RDWR)
+        return daemon.answers[name]
+
+    daemon.own[name] = handle
+    return asked
+
+
+@pytest.mark.parametrize("line", ["rotate a", "revoke a", "revoke a --request-id INC-1"])
+def test_a_lost_answer_is_asked_for_once_more(daemon: FakeDaemon, run: Any, line: str) -> None:
+    """The second try names the same request, so the daemon does nothing twice."""
+    name = line.split(maxsplit=1)[0]
+    daemon.answers[name] = {"rotate": DONE, "revoke": REVOKED}[name]
+    asked = breaking(daemon, name, 1)
+    code, out, err = run(*line.split())
+    assert (code, len(asked), len(set(asked))) == (0, 2, 1)
+    assert err == "note: the connection broke; asking again\n"
+    assert out
+    if "INC-1" in line:
+        assert asked[0] == "INC-1"
+
+
+def test_two_lost_answers_are_told(daemon: FakeDaemon, run: Any) -> None:
+    """After the second one the person decides, and the exit code says that nobody knows."""
+    daemon.answers["rotate"] = DONE
+    asked = breaking(daemon, "rotate", 2)
+    code, _, err = run("rotate", "a")
+    assert (code, len(asked)) == (75, 2)
+    assert "repeating does no harm" in err

@@ -25,6 +25,7 @@ def rotate(
         bool, typer.Option("--force", help="Allow a grace below the floor of the policy.")
     ] = False,
     wait: options.Wait = False,
+    request_id: options.RequestId = "",
     json: options.Json = False,
     config: options.ConfigOfDaemon = options.CONFIG,
     socket: options.Socket = options.SOCKET,
@@ -37,7 +38,7 @@ def rotate(
         "agents": agents,
         "force": force,
         "wait": wait,
-        "request_id": uuid.uuid4().hex,
+        "request_id": request_id or uuid.uuid4().hex,
     }
     if grace:
         args["grace_seconds"] = options.duration(grace).total_seconds()
@@ -62,15 +63,23 @@ def suspend(
 
 def resume(
     agent: options.AgentName,
+    destination: Annotated[
+        str,
+        typer.Option(
+            metavar="CONNECTION", help="Publish again where `revoke --except` left it out."
+        ),
+    ] = "",
     json: options.Json = False,
     config: options.ConfigOfDaemon = options.CONFIG,
     socket: options.Socket = options.SOCKET,
 ) -> None:
     """Accept a suspended agent again.
 
-    What was revoked stays revoked.
+    What was revoked stays revoked. With --destination it ends no suspension: it lets the agent's
+    next secret go to that connection again, at once.
     """
-    result = ask("resume", {"agent": agent}, socket=socket, config=config)
+    args = {"agent": agent} | ({"destination": destination} if destination else {})
+    result = ask("resume", args, socket=socket, config=config)
     output.show(result, as_json=json, people=render.changed)
 
 
@@ -81,25 +90,39 @@ def revoke(
     reissue: Annotated[
         bool, typer.Option("--reissue", help="Give the agent a new secret at once.")
     ] = False,
+    leave_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--except",
+            metavar="CONNECTION",
+            help="Publish no new secret there: where it leaked. Until `resume --destination`.",
+        ),
+    ] = None,
     reason: options.Reason = "",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show what it would cut.")
     ] = False,
     wait: options.Wait = False,
+    request_id: options.RequestId = "",
     json: options.Json = False,
     config: options.ConfigOfDaemon = options.CONFIG,
     socket: options.Socket = options.SOCKET,
 ) -> None:
     """Refuse secrets now and for ever.
 
-    Prints how long it took until every verifier refused them.     Without --reissue the agent is suspended too. Works with the daemon down, for root and the
-    daemon's user. `keyturn revoke billing-bot --reissue --reason INC-4711 --wait`
+    Prints how long it took until every verifier refused them. Without --reissue the agent is
+    suspended too. Works with the daemon down, for root and the daemon's user.
+
+    `keyturn revoke billing-bot --reissue --reason INC-4711 --wait`
     """
     if bool(agent) == bool(version):
         raise typer.BadParameter("name either an AGENT or a --version, one of them")
     args: dict[str, Any] = {"agent": agent} if agent else {"version": version}
     args |= {"reissue": reissue, "reason": reason, "dry_run": dry_run, "wait": wait}
-    args["request_id"] = uuid.uuid4().hex
+    if leave_out and not (agent and reissue):
+        raise typer.BadParameter("--except goes with AGENT and --reissue")
+    args |= {"except": sorted(leave_out)} if leave_out else {}
+    args["request_id"] = request_id or uuid.uuid4().hex
     result = ask(
         "revoke", args, socket=socket, config=config, on_progress=output.progress(as_json=json)
     )

@@ -34,6 +34,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print the data as JSON, for 
 Wait = Annotated[bool, typer.Option("--wait", help="Wait until it is done, and show the progress.")]
 AgentName = Annotated[str, typer.Argument(metavar="AGENT", help="The agent's id.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; goes into the audit.")]
+RequestId = Annotated[
+    str,
+    typer.Option(
+        metavar="ID", help="Repeated within a day with the same one, it is not done twice."
+    ),
+]
 
 SOCKET = None
 CONFIG = DEFAULT_CONFIG

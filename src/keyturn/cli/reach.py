@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from keyturn.cli.client import DEFAULT_SOCKET, AdminClient, DaemonDown, OnProgress
+from keyturn.cli.client import DEFAULT_SOCKET, AdminClient, AnswerLost, DaemonDown, OnProgress
 from keyturn.core.secret import Secret
 
 DEFAULT_CONFIG = Path("/etc/keyturn/keyturn.yaml")
@@ -59,13 +59,31 @@ def ask(
     daemon; `socket` goes before what stands there. Raises KeyturnError.
     """
     try:
-        return AdminClient(socket or socket_of(config)).call(command, args, on_progress)
+        return _by_daemon(AdminClient(socket or socket_of(config)), command, args, on_progress)
     except DaemonDown:
         if command not in WITHOUT_DAEMON:
             raise
         # A daemon that is gone, or stopped in the middle, must not keep a revoke from working.
         print("note: the daemon does not answer; working on the store directly", file=sys.stderr)  # noqa: T201
     return _on_the_store(command, args, config, on_progress)
+
+
+def _by_daemon(
+    client: AdminClient, command: str, args: dict[str, Any], on_progress: OnProgress | None
+) -> Any:
+    """Call once, and once more where the answer was lost and a repeat does nothing twice."""
+    try:
+        return client.call(command, args, on_progress)
+    except AnswerLost:
+        if not args.get("request_id"):
+            raise
+    print("note: the connection broke; asking again", file=sys.stderr)  # noqa: T201
+    try:
+        return client.call(command, args, on_progress)
+    except DaemonDown:
+        if command in WITHOUT_DAEMON:
+            raise
+        raise AnswerLost from None
 
 
 def socket_of(config: Path) -> Path:

@@ -231,6 +231,10 @@ def revocation(result: Row) -> str:
     lines = [f"{'would revoke' if dry_run else 'revoked'} {subject}: {number}"]
     lines += [f"  version {safe(one)}" for one in versions]
     lines += [f"  destination {safe(one)}" for one in result.get("destinations") or ()]
+    lines += [
+        f"  left out    {safe(one)}, until `keyturn resume {subject} --destination {safe(one)}`"
+        for one in result.get("withheld") or ()
+    ]
     if not dry_run:
         lines += _revocation_end(result)
     return "\n".join(lines)

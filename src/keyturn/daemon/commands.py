@@ -18,6 +18,7 @@ from keyturn.daemon.socket import Command, Progress
 from keyturn.errors import KeyturnError, Refused
 from keyturn.status import describe
 from keyturn.storage.audit import Recorded
+from keyturn.storage.requests import Once
 from keyturn.wiring import Parts
 
 Args = dict[str, Any]
@@ -149,7 +150,7 @@ class Commands:
     def rotate(self, args: Args, peer: Peer, progress: Progress) -> Any:
         """Ask for rotations; with `wait`, follow them to their end."""
         names = [str(name) for name in args.get("agents", ())]
-        results = [self._ask_rotation(name, args, peer) for name in names]
+        results = [self._ask_rotation(name, args, peer, _once("rotate", args)) for name in names]
         self._kick()
         if args.get("wait"):
             results = [
@@ -162,7 +163,7 @@ class Commands:
             one.pop("after", None)
         return {"results": results}
 
-    def _ask_rotation(self, name: str, args: Args, peer: Peer) -> dict[str, Any]:
+    def _ask_rotation(self, name: str, args: Args, peer: Peer, once: Once | None) -> dict[str, Any]:
         parts = self._parts()
         grace = args.get("grace_seconds")
         try:
@@ -170,11 +171,10 @@ class Commands:
             window = None if grace is None else timedelta(seconds=float(grace))
             if window is not None and not args.get("force"):
                 parts.check_grace(case, window)
-            current = case.current
-            parts.administration.rotate(name, _caller(peer), grace=window)
+            done = parts.administration.rotate(name, _caller(peer), grace=window, once=once)
         except KeyturnError as error:
             return {"agent": name, "outcome": "error", "error": _error(error)}
-        return {"agent": name, "outcome": "asked", "after": current.seq if current else 0}
+        return {"agent": name, "outcome": "asked", "after": done["after"]}
 
     def _wait_for(self, name: str, *, after: int, progress: Progress) -> dict[str, Any]:
         """Follow an agent until a version later than `after` is current, or a person is needed."""
@@ -208,9 +208,13 @@ class Commands:
         )
 
     def resume(self, args: Args, peer: Peer, progress: Progress) -> Any:
-        """Resume an agent."""
+        """Resume an agent, or publish again at a connection that a revoke left out."""
         del progress
-        result = self._parts().administration.resume(_text(args, "agent"), _caller(peer))
+        verbs, agent = self._parts().administration, _text(args, "agent")
+        if args.get("destination"):
+            result = verbs.readmit(agent, _text(args, "destination"), _caller(peer))
+        else:
+            result = verbs.resume(agent, _caller(peer))
         self._kick()
         return result
 
@@ -222,8 +226,11 @@ class Commands:
             version=args.get("version"),
             reissue=bool(args.get("reissue")),
             reason=str(args.get("reason", "")),
+            withhold=tuple(str(name) for name in args.get("except", ())),
         )
-        result = parts.administration.revoke(leak, _caller(peer), dry_run=bool(args.get("dry_run")))
+        result = parts.administration.revoke(
+            leak, _caller(peer), dry_run=bool(args.get("dry_run")), once=_once("revoke", args)
+        )
         if not result["dry_run"]:
             parts.note_revocation(result, trigger="command")
         self._kick()
@@ -260,6 +267,15 @@ class Commands:
     def _kick(self) -> None:
         if self._daemon is not None:
             self._daemon.kick()
+
+
+def _once(command: str, args: Args) -> Once | None:
+    """Return the request of a command that names itself; waiting is no part of what is done."""
+    request_id = args.get("request_id")
+    if not request_id:
+        return None
+    what = {key: value for key, value in args.items() if key not in ("request_id", "wait")}
+    return Once.of(str(request_id), command, what)
 
 
 def _caller(peer: Peer) -> Caller:

@@ -41,6 +41,7 @@ from keyturn.wiring import Parts
 TICK = 0.25  # seconds between two looks at the due-queue
 MEASURE = 5.0  # seconds between two counts for the metrics
 REVOCATIONS_POLL = 2.0
+FORGET_REQUESTS = 3600.0
 LEAD_TTL = timedelta(seconds=15)
 LEAD_RENEW = 5.0
 FINISH = 20.0  # seconds that running sagas get at SIGTERM before they are parked
@@ -146,6 +147,7 @@ class Service:
         every(self._tick, "interval", seconds=TICK, id="tick")
         every(self._measure, "interval", seconds=MEASURE, id="measure")
         every(self._poll_revocations, "interval", seconds=REVOCATIONS_POLL, id="revocations")
+        every(self._forget_requests, "interval", seconds=FORGET_REQUESTS, id="requests")
         every(self._renew, "interval", seconds=LEAD_RENEW, id="lead", args=[membership])
         self._scheduler.start()
 
@@ -178,6 +180,12 @@ class Service:
             _log.error("daemon.lead-lost", hint="another daemon took over; this one ends")
             self._parked.set()
             self.stop()
+        except StoreUnavailable as error:
+            _log.warning("store.unavailable", code=error.code)
+
+    def _forget_requests(self) -> None:
+        try:
+            self.parts.administration.forget_requests()
         except StoreUnavailable as error:
             _log.warning("store.unavailable", code=error.code)
 
