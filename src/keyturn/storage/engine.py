@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import sqlite3
 import stat
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -23,9 +22,16 @@ from sqlalchemy import event, exc
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 
 from keyturn.core.secret import Secret
-from keyturn.errors import ConfigError, IllegalTransition, StorageError, StoreUnavailable
+from keyturn.errors import (
+    ConfigError,
+    IllegalTransition,
+    StorageError,
+    StoreFull,
+    StoreUnavailable,
+)
 from keyturn.ports import Clock
 from keyturn.storage.codec import micros
+from keyturn.storage.group import Group
 from keyturn.storage.tables import SQLITE_NOW
 
 T = TypeVar("T")
@@ -56,7 +62,7 @@ class Database:
         self.engine = engine
         self.is_sqlite = engine.dialect.name == "sqlite"
         # Threads of one process queue here: SQLite's own waiting is a poll and not fair.
-        self._turn = threading.Lock() if self.is_sqlite else None
+        self._group = Group(engine, patience=BUSY) if self.is_sqlite else None
         self._reading = engine.execution_options(**READ)
 
     def read(self, body: Callable[[Connection], T]) -> T:
@@ -65,14 +71,12 @@ class Database:
 
     def write(self, body: Callable[[Connection], T]) -> T:
         """Run one transaction; `body` may run again where the database asks for it."""
-        if self._turn is None:
+        if self._group is None:
             return self._repeat(self.engine, body)
-        if not self._turn.acquire(timeout=BUSY):
-            raise StoreUnavailable("the store is busy with another write")
         try:
-            return self._repeat(self.engine, body)
-        finally:
-            self._turn.release()
+            return self._group.write(body)
+        except exc.SQLAlchemyError as error:
+            _translate(error)
 
     def close(self) -> None:
         """Give back every connection."""
@@ -275,6 +279,8 @@ def _translate(error: exc.SQLAlchemyError) -> NoReturn:
             raise StorageError(
                 "the store is damaged", hint="stop the daemon and restore a backup"
             ) from None
+        if code_of(origin) == "SQLITE_FULL":
+            raise StoreFull from None
         raise StoreUnavailable(f"the store cannot be used now ({code_of(origin)})") from None
     raise StorageError(
         f"the store did not understand ({type(error).__name__}, {code_of(origin)})",
