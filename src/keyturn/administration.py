@@ -17,7 +17,7 @@ from keyturn.config import is_id
 from keyturn.core import lifecycle
 from keyturn.core.model import Case, Request, Version, VersionState
 from keyturn.core.secret import is_version_id, mask
-from keyturn.errors import Refused, StoreUnavailable, UnknownAgent, UnknownVersion
+from keyturn.errors import Refused, StoreFull, StoreUnavailable, UnknownAgent, UnknownVersion
 from keyturn.ports import AuditEntry, Authority, Clock
 from keyturn.storage.ledger import Ledger
 from keyturn.storage.requests import KEPT, Begun, Once
@@ -29,6 +29,10 @@ VERIFIER_POLL = 0.02
 STORE_AWAY = (
     "the store could not be written: every verifier of this host refuses already, the daemon writes"
     " the rest as soon as it can"
+)
+
+NO_TOMBSTONE = (
+    "the store has it, but no tombstone could be made: after a restore of the store revoke it again"
 )
 
 T = TypeVar("T")
@@ -78,6 +82,7 @@ class Administration:
     authority: Authority
     clock: Clock
     schedule: Callable[[Case, datetime], datetime | None]
+    make_room: Callable[[], bool] = lambda: False  # on a full disk; tells whether it did
     patience: timedelta = STORE_PATIENCE
     applied: set[str] = field(default_factory=set)  # spool files that the store knows of
 
@@ -111,21 +116,35 @@ class Administration:
             return self._result(leak, ids, began, complete=True)
         if once is not None:
             self.begun.note(once, ids)
-        for version_id in ids:
-            self.spool.revoke(version_id, self._note(leak, caller, once))
+        note = self._note(leak, caller, once)
+        trouble = self._entomb(ids, note)
         refused_after = time.monotonic() - began
         try:
             case, epoch, revoked = self._commit(leak, caller, once)
         except StoreUnavailable:
+            if trouble is not None:
+                raise trouble from None
+            if not ids:
+                raise  # nothing remembers it: nobody would write the rest
             return self._result(leak, ids, began, complete=False, refused_after=refused_after)
-        for version_id in revoked:  # accepted between our look and the commit
-            self.spool.revoke(version_id, self._note(leak, caller, once))
+        trouble = self._entomb(revoked, note) or trouble  # accepted between our look and the commit
         self.applied.update(revoked)
         self._await_verifiers(epoch)
         done = sorted({*ids, *revoked})
-        return self._result(
+        result = self._result(
             leak, done, began, complete=True, refused_after=refused_after, case=case
         )
+        return result if trouble is None else result | {"warnings": [NO_TOMBSTONE]}
+
+    def _entomb(self, ids: Iterable[str], note: dict[str, Any]) -> StoreUnavailable | None:
+        """Write the tombstones. What went wrong is returned: the store may still take the revoke."""
+        trouble = None
+        for version_id in ids:
+            try:
+                self.spool.revoke(version_id, note)
+            except StoreUnavailable as error:
+                trouble = error
+        return trouble
 
     def apply_spool(self, caller: Caller) -> int:
         """Write to the store what only the spool knows yet; returns how many that were."""
@@ -178,7 +197,7 @@ class Administration:
     def _resolve(self, leak: Leak) -> list[str]:
         """Find the version ids without the store: it may be locked, and that is no excuse.
 
-        Only a line with an `at` asks the store, for what was minted up to then.
+        A line with an `at` asks the store what was done already, if it can be asked.
         """
         if leak.version is not None:
             if not is_version_id(leak.version):
@@ -189,12 +208,23 @@ class Administration:
         ids = self.ledger.accepted(leak.agent or "")
         if leak.at is None:
             return ids
-        minted = {v.id: v.minted_at for v in self._case(leak.agent or "").versions}
+        minted = self._minted(leak.agent or "")
         return [i for i in ids if i in minted and minted[i] <= leak.at]
 
     def _is_revoked(self, version_id: str) -> bool:
-        known = self.store.find_version(version_id)
+        try:
+            known = self.store.find_version(version_id)
+        except StoreUnavailable:
+            return self.spool.holds(version_id)
         return known is not None and known[1].state is VersionState.REVOKED
+
+    def _minted(self, agent: str) -> dict[str, datetime]:
+        """Tell when what may still be accepted was minted."""
+        try:
+            return {v.id: v.minted_at for v in self._case(agent).versions}
+        except StoreUnavailable:
+            minted = self.ledger.minted(agent)
+            return {i: at for i, at in minted.items() if not self.spool.holds(i)}
 
     def _commit(
         self, leak: Leak, caller: Caller, once: Once | None = None
@@ -214,7 +244,7 @@ class Administration:
 
         case = self._with_patience(lambda: self._target_case(leak))
         uid = case.credential.uid
-        saved = self._with_patience(lambda: self.store.amend(uid, change, once=once))
+        saved = self._with_room(lambda: self.store.amend(uid, change, once=once))
         if once is not None and once.repeated:
             revoked[:] = once.outcome["revoked"]
         return saved.case, saved.epoch, revoked
@@ -246,10 +276,21 @@ class Administration:
         while True:
             try:
                 return attempt()
+            except StoreFull:
+                raise  # waiting makes no room
             except StoreUnavailable:
                 if time.monotonic() >= until:
                     raise
                 time.sleep(VERIFIER_POLL)
+
+    def _with_room(self, attempt: Callable[[], T]) -> T:
+        """Spend the ballast on a full disk, piece by piece: for a revoke alone."""
+        while True:
+            try:
+                return self._with_patience(attempt)
+            except StoreFull:
+                if not self.make_room():
+                    raise
 
     def _await_verifiers(self, epoch: int) -> None:
         while not self.authority.settled(epoch):
@@ -312,6 +353,11 @@ class Administration:
 
         return self._change(agent, caller, "destination.readmit", change, connection=connection)
 
+    def change(case: Case, *, now: datetime) -> Case:
+            return lifecycle.forget(case, destination, now=now)
+
+        return self._change(agent, caller, "destination.forgotten", change, target=destination)
+
     def retry(self, agent: str, caller: Caller) -> dict[str, Any]:
         """Let a waiting or stalled rotation go on now."""
         return self._change(agent, caller, "rotation.retry", lifecycle.retry)
@@ -335,7 +381,9 @@ class Administration:
         case = self._case(agent)
         for version in case.accepted:
             self.spool.revoke(version.id, self._note(Leak(agent=agent, reason="removed"), caller))
-        return self._change(agent, caller, "revoke.removed", lifecycle.remove)
+        return self._with_room(
+            lambda: self._change(agent, caller, "revoke.removed", lifecycle.remove)
+        )
 
     def rotate(
         self,

@@ -10,7 +10,8 @@
     │   ├── Conflict                 a compare-and-set met something else: read again and decide
     │   └── Rejected                 the destination will never take this request
     ├── StorageError
-    │   ├── StoreUnavailable*        locked, full, unreachable
+    │   ├── StoreUnavailable*        locked, unreachable
+    │   │   └── StoreFull*           no space left on its disk
     │   ├── StaleRevision            somebody else changed the row first
     │   └── ClaimLost                the single-writer right went to another run
     ├── VerificationFailed      one class and one text for unknown, wrong, expired and revoked
@@ -132,6 +133,13 @@ class StoreUnavailable(StorageError):
     retryable = True
     exit_code = 69
     default_hint = "see disk space, locks and the store's address; nothing was changed"
+
+
+class StoreFull(StoreUnavailable):
+    """There is no space left on the disk of the store."""
+
+    code = "store-full"
+    default_hint = "free some space where the store is; nothing was changed, nothing is lost"
 
 
 class StaleRevision(StorageError):

@@ -36,6 +36,7 @@ from keyturn.destinations import registry
 from keyturn.destinations.base import DestinationBase
 from keyturn.errors import ConfigError, Refused
 from keyturn.ports import AuditEntry
+from keyturn.storage.ballast import Ballast
 from keyturn.storage.ledger import Ledger
 from keyturn.storage.requests import Begun
 from keyturn.storage.store import Store
@@ -68,6 +69,7 @@ class Parts:
     settings: Settings
     open_store: Callable[[], Store]
     spool: Spool
+    ballast: Ballast
     authority: BuiltinAuthority
     administration: Administration
     clock: SystemClock
@@ -318,7 +320,10 @@ def build(settings: Settings, *, cron: CronCalculator, create: bool) -> Parts:
     folder = settings.store.folder
     if create:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    spool = Spool(folder / "revoked.d")
+    ballast = Ballast(folder / "ballast")
+    if create:
+        ballast.keep()
+    spool = Spool(folder / "revoked.d", make_room=ballast.release)
     authority = BuiltinAuthority()
     parts: Parts
 
@@ -341,11 +346,13 @@ def build(settings: Settings, *, cron: CronCalculator, create: bool) -> Parts:
         authority=authority,
         clock=clock,
         schedule=lambda case, now: parts.schedule(case, now),  # noqa: PLW0108 - bound below
+        make_room=ballast.release,
     )
     parts = Parts(
         settings=settings,
         open_store=open_store,
         spool=spool,
+        ballast=ballast,
         authority=authority,
         administration=administration,
         clock=clock,

@@ -69,6 +69,9 @@ class Metrics:
     def _process(self) -> None:
         self._gauge("build_info", "Version of this build", "version").labels(__version__).set(1)
         self.store_up = self._gauge("store_up", "1 if the store answers")
+        self.store_ballast = self._gauge(
+            "store_ballast_bytes", "What is kept for a revoke on a full disk; 1 MiB when whole"
+        )
         self.config_last_reload_successful = self._gauge(
             "config_last_reload_successful", "1 if the last reload was taken over"
         )

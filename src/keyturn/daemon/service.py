@@ -94,6 +94,7 @@ class Service:
         self._applied: set[RevocationEntry] = set()
         self._problems: tuple[str, ...] = ()
         self._drifts: set[tuple[str, Drift]] = set()
+        self._ballast = 0
         self._pool = ThreadPoolExecutor(WORKERS_AT_MOST, thread_name_prefix="saga")
         self._scheduler = BackgroundScheduler(
             timezone="UTC",
@@ -256,6 +257,7 @@ class Service:
             rotation.run(world, credential_uid, holder=holder)
         except StoreUnavailable as error:
             _log.warning("store.unavailable", code=error.code)
+            self._stop.wait(1.0)  # a full disk answers at once: neither its log nor we may spin
         except Exception:  # noqa: BLE001  # loop top: one agent's trouble never stops another's
             _log.error("saga.failed", credential=credential_uid, exc_info=True)
             time.sleep(1.0)  # a bug must not become a busy loop
@@ -294,6 +296,7 @@ class Service:
 
     def _measure(self) -> None:
         """Count for the metrics, and say what the sweeps found that is new."""
+        self._keep_ballast()
         try:
             counts, found = self.parts.store.counts(), self.parts.store.drifts()
         except StoreUnavailable:
@@ -309,6 +312,16 @@ class Service:
             _log.warning("drift.found", agent=agent, where=drift.target, kind=drift.kind)
         self._drifts = set(found)
 
+    def _keep_ballast(self) -> None:
+        """Take the room back that a revoke needed on a full disk, as soon as there is some."""
+        kept, before = self.parts.ballast.keep(), self._ballast
+        self.metrics.store_ballast.set(kept)
+        if kept < before:
+            _log.error("ballast.used", left=kept, hint="the store's disk is full: free some space")
+        elif kept > before:
+            _log.info("ballast.kept", size=kept)
+        self._ballast = kept
+
     # --- revocations ------------------------------------------------------------------------
 
     def apply_revocations(self) -> None:
@@ -316,11 +329,15 @@ class Service:
         if not self._ready.is_set():
             return  # they are applied before the daemon is ready
         with self._revoking:
-            try:
-                self.parts.administration.apply_spool(Caller(name="daemon", trigger="spool"))
-                self._apply_file()
-            except StoreUnavailable as error:
-                _log.error("revocations.incomplete", code=error.code)
+            # Each for itself: a lock that keeps the one from the store must not veto the other.
+            for apply in (self._apply_file, self._apply_spool):
+                try:
+                    apply()
+                except StoreUnavailable as error:
+                    _log.error("revocations.incomplete", code=error.code)
+
+    def _apply_spool(self) -> None:
+        self.parts.administration.apply_spool(Caller(name="daemon", trigger="spool"))
 
     def _poll_revocations(self) -> None:
         try:

@@ -7,6 +7,7 @@ an accepted version counts from its announcement on, a refused one until its com
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from keyturn.core.model import Agent, Case, Effect, Intent, Version
-from keyturn.errors import StoreUnavailable
+from keyturn.errors import StoreFull, StoreUnavailable
 from keyturn.storage import codec
+from keyturn.storage.ballast import is_full
 
 
 class Ledger:
@@ -58,7 +60,9 @@ class Ledger:
     def confirm(self, case: Case) -> None:
         """Note that the refusals announced last are committed. Losing this note is harmless."""
         refused = [v.id for v in case.versions if not v.accepted]
-        self.append(case.agent, [{"refused": refused}], sync=False)
+        # The commit is done: an error here would tell the caller that nothing was changed.
+        with contextlib.suppress(StoreUnavailable):
+            self.append(case.agent, [{"refused": refused}], sync=False)
 
     def append(self, agent: Agent, lines: Iterable[dict[str, Any]], *, sync: bool) -> None:
         """Append lines to an agent's file; with `sync` they are on disk when this returns."""
@@ -77,9 +81,11 @@ class Ledger:
             if new:
                 self._sync_folder()
         except OSError as error:
+            if is_full(error):
+                raise StoreFull from None
             raise StoreUnavailable(f"the ledger cannot be written ({error.errno})") from None
         if written != len(data):
-            raise StoreUnavailable("the ledger cannot be written (disk full)")
+            raise StoreFull
 
     def accepted(self, agent_name: str) -> list[str]:
         """Return every version of an agent that may be accepted, oldest first.
@@ -93,6 +99,14 @@ class Ledger:
             for version_id in line.get("refused", ()):
                 accepted.pop(version_id, None)
         return list(accepted)
+
+    def minted(self, agent_name: str) -> dict[str, datetime]:
+        """Return when every version of an agent was minted, without the store."""
+        return {
+            line["version"]: codec.instant(line["minted_at"])
+            for line in self.lines(agent_name)
+            if "minted_at" in line
+        }
 
     def lines(self, agent_name: str) -> Iterator[dict[str, Any]]:
         """Yield an agent's lines, oldest first; torn ones are left out."""
