@@ -353,7 +353,10 @@ class Administration:
 
         return self._change(agent, caller, "destination.readmit", change, connection=connection)
 
-    def change(case: Case, *, now: datetime) -> Case:
+    def forget(self, agent: str, destination: str, caller: Caller) -> dict[str, Any]:
+        """Look no more at a destination that an agent is leaving (protocol.md, 12)."""
+
+        def change(case: Case, *, now: datetime) -> Case:
             return lifecycle.forget(case, destination, now=now)
 
         return self._change(agent, caller, "destination.forgotten", change, target=destination)

@@ -436,9 +436,10 @@ class _Saga:
         for drift in action.drift:
             if (drift.target, drift.kind) not in known:
                 self._note("drift.found", outcome=drift.kind, target=drift.target)
-        sweep_at = self._now() + self.world.sweep_every
+        now = self._now()
+        sweep_at = now + self.world.sweep_every
         looks = (
-            Look(target=key, at=self._now(), shown=sight.shown or "")
+            Look(target=key, at=now, shown=sight.shown or "")
             for key, sight in self.seen.sights.items()
         )
         self.case = lifecycle.record_sweep(self.case, action.drift, sweep_at=sweep_at, looks=looks)

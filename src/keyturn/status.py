@@ -14,12 +14,14 @@ from keyturn.core.lifecycle import pinned
 from keyturn.core.model import (
     AgentState,
     Case,
+    Drift,
     Policy,
     Rotation,
     RotationState,
     Target,
     Version,
     VersionState,
+    WaitReason,
 )
 
 OVERDUE_AFTER = timedelta(minutes=5)
@@ -44,7 +46,7 @@ def describe(case: Case, *, policy: Policy, now: datetime) -> dict[str, Any]:
         "kept": [_version(v) for v in case.accepted if v.state is VersionState.KEPT],
         "previous": [_version(v) for v in case.accepted if v.state is VersionState.PREVIOUS],
         "successor_owed": credential.successor_owed,
-        "rotation": _rotation(case.rotation),
+        "rotation": _rotation(case),
         "destinations": [_destination(case, target) for target in case.targets],
         "safe_to_retire": _safe_to_retire(case, now),
         "hint": _hint(case, now),
@@ -83,7 +85,8 @@ def _version(version: Version | None) -> dict[str, Any] | None:
     }
 
 
-def _rotation(rotation: Rotation | None) -> dict[str, Any] | None:
+def _rotation(case: Case) -> dict[str, Any] | None:
+    rotation = case.rotation
     if rotation is None or not rotation.open:
         return None
     waiting = rotation.waiting
@@ -91,6 +94,7 @@ def _rotation(rotation: Rotation | None) -> dict[str, Any] | None:
         "id": rotation.uid,
         "state": str(rotation.state),
         "cause": str(rotation.cause),
+        "step": _step(case, rotation),
         "why": str(waiting.reason) if waiting else rotation.error_code or None,
         "where": (waiting.where if waiting else rotation.error_where) or None,
         "attempt": rotation.attempt,
@@ -103,31 +107,85 @@ def _rotation(rotation: Rotation | None) -> dict[str, Any] | None:
     }
 
 
+def _step(case: Case, rotation: Rotation) -> str:
+    """Name the step that an open rotation is at, as far as the store knows it."""
+    own = case.version(rotation.version_id)
+    if own is None:
+        return "mint"
+    if rotation.waiting is not None and rotation.waiting.reason is WaitReason.VERIFIERS:
+        return "accept"
+    placed = {p.target for p in case.placements if p.version_id == own.id}
+    everywhere = own.exposed and all(target.key in placed for target in rotation.targets)
+    return "confirm" if everywhere else "publish"
+
+
 def _destination(case: Case, target: Target) -> dict[str, Any]:
-    drift = next((d for d in case.credential.drift if d.target == target.key), None)
-    placed = [p for p in case.placements if p.target == target.key]
-    seqs = {v.id: v.seq for v in case.versions}
-    newest = max(placed, key=lambda p: seqs.get(p.version_id, 0), default=None)
-    leaving = target.key in {t.key for t in case.credential.leaving}
+    drift = _drift(case, target)
+    shown, read_at = _shown(case, target)
+    withheld = target.to in case.credential.withheld
     return {
         "name": target.to,
         "path": target.path,
-        "shows_version": newest.version_id if newest and drift is None else None,
-        "in_sync": drift is None and newest is not None,
-        "leaving": leaving,
-        "error_code": drift.kind if drift else None,
+        "shows_version": shown,
+        "read_back_at": _at(read_at),
+        "in_sync": drift is None and case.current is not None and shown == case.current.id,
+        "leaving": target.key in {t.key for t in case.credential.leaving},
+        "withheld": withheld,
+        "error_code": _error_code(case, target) or ("withheld" if withheld else None),
         "since": _at(drift.since) if drift else None,
     }
 
 
+def _drift(case: Case, target: Target) -> Drift | None:
+    return next((d for d in case.credential.drift if d.target == target.key), None)
+
+
+def _error_code(case: Case, target: Target) -> str | None:
+    """Say what is wrong there: what the open rotation met, else what the last sweep found."""
+    rotation, drift = case.rotation, _drift(case, target)
+    if rotation is not None and rotation.waiting and rotation.waiting.where == target.key:
+        return rotation.waiting.code or str(rotation.waiting.reason)
+    if rotation is not None and rotation.error_code and rotation.error_where == target.key:
+        return rotation.error_code
+    return drift.kind if drift else None
+
+
+def _shown(case: Case, target: Target) -> tuple[str | None, datetime | None]:
+    """Return which version of ours is there, by our last read, and when that was.
+
+    A promotion has read everything back; after it the sweeps do.
+    """
+    look = next((one for one in case.credential.looks if one.target == target.key), None)
+    placed = {p.version_id for p in case.placements if p.target == target.key}
+    for version in (case.pending, case.current):
+        if version is not None and version.id in placed:
+            confirmed = version.promoted_at
+            newer = look is not None and confirmed is not None and look.at >= confirmed
+            if look is None or not newer:
+                return version.id, confirmed or (look.at if look else None)
+    return (look.shown or None, look.at) if look else (None, None)
+
+
 def _safe_to_retire(case: Case, now: datetime) -> dict[str, Any]:
     for version in case.accepted:
-        if version.state in ENDING:
-            if pinned(case, version.id):
-                return {"ok": False, "reason": f"a write of {version.id} is not settled yet"}
-            if version.deadline is None or version.deadline > now:
-                return {"ok": False, "reason": f"the grace of {version.id} has not passed"}
+        reason = _keeps(case, version, now) if version.state in ENDING else ""
+        if reason:
+            return {"ok": False, "reason": reason}
     return {"ok": True, "reason": ""}
+
+
+def _keeps(case: Case, version: Version, now: datetime) -> str:
+    """Say why an old version is accepted still; "" where nothing holds it."""
+    if pinned(case, version.id):
+        return f"a write of {version.id} is not settled yet"
+    if version.deadline is not None and version.deadline > now:
+        return f"the grace of {version.id} has not passed"
+    for target in case.targets:
+        if _unread(case, target):
+            return f"{target.key} cannot be read and may show {version.id}"
+        if _shown(case, target)[0] == version.id:
+            return f"{target.key} shows {version.id} still"
+    return "" if version.deadline else f"the grace of {version.id} has not begun"
 
 
 def _hint(case: Case, now: datetime) -> str:
@@ -135,8 +193,33 @@ def _hint(case: Case, now: datetime) -> str:
     name, rotation = case.agent.name, case.rotation
     if case.agent.state is AgentState.SUSPENDED:
         return f"keyturn resume {name}"
+    if case.agent.state is AgentState.UNMANAGED:
+        return f"keyturn agents remove {name}   # or put it back into the files"
     if rotation is not None and rotation.state is RotationState.STALLED:
         return f"keyturn rotation retry {name}   # after mending: {rotation.error_code}"
-    if case.credential.drift:
-        return f"keyturn rotate {name}   # publishes a new version everywhere"
+    if _safe_to_retire(case, now)["ok"] is False and (held := _leaving_that_holds(case)):
+        return f"keyturn destinations forget {name} {held}   # if nobody reads there any more"
+    for drift in case.credential.drift:
+        if drift.kind == "unreadable":
+            return f"keyturn check --probe   # {drift.target} cannot be read"
+        if drift.kind == "unknown":
+            return f"keyturn rotation retry {name}   # after mending {drift.target}: not ours"
+    if case.credential.withheld:
+        where = case.credential.withheld[0]
+        return f"keyturn resume {name} --destination {where}   # when it leaks no more"
     return f"keyturn rotate {name}" if is_overdue(case, now) else ""
+
+
+def _leaving_that_holds(case: Case) -> str:
+    """Return a leaving destination that shows something of ours or cannot be read."""
+    for target in case.credential.leaving:
+        if _unread(case, target) or _shown(case, target)[0] is not None:
+            return target.key
+    return ""
+
+
+def _unread(case: Case, target: Target) -> bool:
+    """Whether the last sweep could not read it: then it saw others later than this one."""
+    seen = {look.target: look.at for look in case.credential.looks}
+    newest = max(seen.values(), default=None)
+    return newest is not None and seen.get(target.key) != newest

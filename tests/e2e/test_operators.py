@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sqlite3
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -179,3 +183,136 @@ def test_a_repeat_after_the_daemon_completed_it_spares_the_successor(keyturn: Ke
     assert accepts(verifier, keyturn.held("agent-0")) is True
     assert revocations(keyturn) == 1
     verifier.close()
+
+
+# --- a destination that was dropped -----------------------------------------------------------
+
+
+def test_a_person_forgets_a_destination_that_blocks_retirement(keyturn: Keyturn) -> None:
+    """A dropped place that still shows a version keeps it; `destinations forget` lets it go."""
+    old = keyturn.held("agent-0")["version"]
+    place = "leaky:agent-0"
+    assert keyturn.ask("destinations", "forget", "agent-0", place, "--yes")[0] == 4
+    del keyturn.content["agents"]["agent-0"]["destinations"][1]
+    keyturn.write()
+    assert keyturn.ask("reload")[0] == 0
+    assert keyturn.ask("rotate", "agent-0", "--wait")[0] == 0
+    one = keyturn.ask("status", "agent-0")[1]
+    assert [(v["version"], v["deadline"]) for v in one["previous"]] == [(old, None)]
+    assert [d["leaving"] for d in one["destinations"]] == [False, True]
+    assert one["safe_to_retire"]["ok"] is False
+
+    assert keyturn.run("destinations", "forget", "agent-0", place).returncode == 2
+    assert keyturn.ask("destinations", "forget", "agent-0", place, "--yes")[0] == 0
+
+    keyturn.wait_for(lambda: keyturn.ask("status", "agent-0")[1]["previous"][0]["deadline"])
+    assert len(keyturn.ask("status", "agent-0")[1]["destinations"]) == 1
+    audit = keyturn.ask("audit", "agent-0")[1]["entries"]
+    forgotten = next(entry for entry in audit if entry["action"] == "destination.forgotten")
+    assert forgotten["detail"]["target"] == place
+
+
+# --- what the shell offers --------------------------------------------------------------------
+
+
+def offered(keyturn: Keyturn, line: str, **environ: str) -> tuple[list[str], str, float]:
+    """Press TAB after a line, as the script of `--show-completion` does it for bash."""
+    words = line.split(" ")
+    values = {
+        **os.environ,
+        "KEYTURN_CONFIG": str(keyturn.config),
+        "_KEYTURN_COMPLETE": "complete_bash",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(len(words) - 1),
+    }
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "keyturn"],
+        capture_output=True,
+        text=True,
+        env=values | environ,
+        timeout=30,
+        check=False,
+    )
+    return done.stdout.split(), done.stderr, time.monotonic() - began
+
+
+LINES = [
+    ("keyturn rotate ", ["agent-0"]),
+    ("keyturn rotate agent-0 ", []),
+    ("keyturn status a", ["agent-0"]),
+    ("keyturn status b", []),
+    ("keyturn revoke agent-0 --reissue --except l", ["leaky"]),
+    ("keyturn resume agent-0 --destination ", ["files", "leaky"]),
+    ("keyturn agents add x --to f", ["files:"]),
+    ("keyturn agents remove ", ["agent-0"]),
+]
+
+
+def test_the_shell_completes_agents_and_connections(keyturn: Keyturn) -> None:
+    """TAB gives what the daemon knows; without one, or with one that hangs, quickly nothing."""
+    for line, names in LINES:
+        assert offered(keyturn, line)[:2] == (names, ""), line
+    script = keyturn.run("--show-completion").stdout
+    assert "_KEYTURN_COMPLETE" in script or "shell" in script.lower()
+
+    keyturn.signal(signal.SIGSTOP)
+    hanging = offered(keyturn, "keyturn rotate ")
+    keyturn.signal(signal.SIGCONT)
+    keyturn.stop()
+    down = offered(keyturn, "keyturn rotate ")
+
+    assert (hanging[:2], down[:2]) == (([], ""), ([], ""))
+    # The time to start Python is the machine's; what waiting adds is ours.
+    assert hanging[2] - down[2] < 1.0
+    assert offered(keyturn, "keyturn rotate ", KEYTURN_CONFIG="/none.yaml")[:2] == ([], "")
+
+
+# --- what one sees ----------------------------------------------------------------------------
+
+
+def test_status_says_what_operators_are_promised(keyturn: Keyturn) -> None:
+    """Every field of the documents is there, and tells what is so."""
+    one = keyturn.ask("status", "agent-0")[1]
+    held = keyturn.held("agent-0")["version"]
+
+    promised = {
+        "agent", "login", "owner", "policy", "managed_by", "state", "next_rotation_at", "overdue",
+        "max_age_at", "current", "pending", "kept", "previous", "rotation", "destinations",
+        "safe_to_retire", "hint",
+    }  # fmt: skip
+    assert promised <= one.keys()
+    assert one["current"]["version"] == held
+    usage = {"first_used_at", "last_used_at", "uses"}
+    assert {one["current"][name] for name in usage} == {None}
+    for place in one["destinations"]:
+        assert (place["shows_version"], place["in_sync"], place["error_code"]) == (held, True, None)
+        assert place["read_back_at"] == one["current"]["promoted_at"]
+    assert (one["safe_to_retire"], one["hint"]) == ({"ok": True, "reason": ""}, "")
+
+
+def test_status_shows_what_was_left_out_and_what_hinders(keyturn: Keyturn) -> None:
+    """A refused value is never shown as good, and the next command to type stands below."""
+    held = keyturn.held("agent-0")["version"]
+    keyturn.ask("revoke", "agent-0", "--reissue", "--except", "leaky", "--wait")
+
+    def seen() -> dict[str, Any]:
+        found: dict[str, Any] = keyturn.ask("status", "agent-0")[1]
+        return found
+
+    keyturn.wait_for(lambda: seen()["destinations"][1]["read_back_at"] is not None)
+    good, bad = seen()["destinations"]
+    assert (good["in_sync"], good["error_code"]) == (True, None)
+    assert (bad["in_sync"], bad["withheld"], bad["shows_version"]) == (False, True, held)
+    assert bad["error_code"] in ("withheld", "revoked")
+    assert seen()["hint"].startswith("keyturn resume agent-0 --destination leaky")
+    assert "left" in keyturn.run("status", "agent-0").stdout
+
+    stranger = keyturn.folder / "agents" / "agent-0.json"
+    stranger.chmod(0o644)
+    stranger.write_text('{"id": "x", "secret": "y", "version": "z"}')
+    assert keyturn.ask("rotate", "agent-0", "--wait")[0] == 4
+    one = seen()
+    assert (one["rotation"]["state"], one["rotation"]["step"]) == ("stalled", "mint")
+    assert one["destinations"][0]["error_code"] == one["rotation"]["error_code"]
+    assert one["hint"].startswith("keyturn rotation retry agent-0")

@@ -31,7 +31,7 @@ RANDOM_PART = CANARY.split("_")[2]
 NAMES = [
     "status", "agents.list", "agents.show", "agents.add", "agents.remove", "rotate", "suspend",
     "resume", "revoke", "reload", "rotation.retry", "rotation.abandon", "identify", "audit",
-    "metrics",
+    "metrics", "names", "destinations.forget",
 ]  # fmt: skip
 
 
@@ -147,6 +147,12 @@ ASKED: list[tuple[str, str, dict[str, Any], Any]] = [
         ADDED,
     ),
     ("agents remove a --yes", "agents.remove", {"agent": "a"}, STATE),
+    (
+        "destinations forget a v:p --yes",
+        "destinations.forget",
+        {"agent": "a", "destination": "v:p"},
+        STATE,
+    ),
     ("rotate a b", "rotate", {"agents": ["a", "b"], "force": False, "wait": False}, DONE),
     (
         "rotate a --grace 15m --force --wait",
@@ -235,7 +241,7 @@ def test_progress_is_shown_on_stderr(daemon: FakeDaemon, run: Any) -> None:
 
 def test_every_command_of_the_socket_is_reached() -> None:
     """No command of the protocol is without a way to type it."""
-    assert {name for _, name, _, _ in ASKED} | {"identify"} == set(NAMES)
+    assert {name for _, name, _, _ in ASKED} | {"identify", "names"} == set(NAMES)
 
 
 # --- exit codes -------------------------------------------------------------------------------
@@ -314,7 +320,8 @@ USAGE = [
     "nonsense", "rotate", "rotate a --grace soon", "revoke", "revoke a --version v",
     "revoke a --except v", "revoke --version v --reissue --except v",
     "agents add x", "agents add x --to nowhere", "agents add x --to :p", "agents add x --to v:",
-    "audit --limit 0", "verify", "status a b", "agents remove a", "rotation", "policy gcp",
+    "audit --limit 0", "verify", "status a b", "agents remove a", "rotation",
+    "destinations forget a v:p", "destinations forget a", "policy gcp",
 ]  # fmt: skip
 
 

@@ -485,3 +485,17 @@ def test_a_sweep_remembers_the_last_look_at_what_it_could_not_read() -> None:
 
     assert seen.credential.looks == (Look(target=keys[0], at=NOW),)
     assert lifecycle.record_sweep(seen, [], sweep_at=LATER).credential.looks[0].at == NOW
+
+
+def test_only_what_is_being_left_can_be_forgotten() -> None:
+    """A person ends the look at a dropped destination; one that the agent has must go first."""
+    gone = target("old")
+    case = of(S.CURRENT)
+    case = replace(case, credential=replace(case.credential, leaving=(gone,)))
+
+    after = lifecycle.forget(case, gone.key, now=NOW)
+
+    assert (after.credential.leaving, after.credential.wake_at) == ((), NOW)
+    for key in (target().key, "files:nowhere"):
+        with pytest.raises(Refused, match="is not leaving"):
+            lifecycle.forget(case, key, now=NOW)

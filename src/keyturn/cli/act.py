@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from keyturn.cli import options, output, render
+from keyturn.cli import complete, options, output, render
 from keyturn.cli.reach import ask
 
 rotation = typer.Typer(
@@ -17,7 +17,10 @@ rotation = typer.Typer(
 
 def rotate(
     *,
-    agents: Annotated[list[str], typer.Argument(metavar="AGENT", help="The agents' ids.")],
+    agents: Annotated[
+        list[str],
+        typer.Argument(metavar="AGENT", help="The agents' ids.", autocompletion=complete.agents),
+    ],
     grace: Annotated[
         str, typer.Option(help="How long the old version is still accepted, such as 15m.")
     ] = "",
@@ -66,7 +69,9 @@ def resume(
     destination: Annotated[
         str,
         typer.Option(
-            metavar="CONNECTION", help="Publish again where `revoke --except` left it out."
+            metavar="CONNECTION",
+            help="Publish again where `revoke --except` left it out.",
+            autocompletion=complete.connections,
         ),
     ] = "",
     json: options.Json = False,
@@ -85,7 +90,12 @@ def resume(
 
 def revoke(
     *,
-    agent: Annotated[str, typer.Argument(metavar="AGENT", help="Everything of this agent.")] = "",
+    agent: Annotated[
+        str,
+        typer.Argument(
+            metavar="AGENT", help="Everything of this agent.", autocompletion=complete.agents
+        ),
+    ] = "",
     version: Annotated[str, typer.Option("--version", help="Only this version.")] = "",
     reissue: Annotated[
         bool, typer.Option("--reissue", help="Give the agent a new secret at once.")
@@ -96,6 +106,7 @@ def revoke(
             "--except",
             metavar="CONNECTION",
             help="Publish no new secret there: where it leaked. Until `resume --destination`.",
+            autocompletion=complete.connections,
         ),
     ] = None,
     reason: options.Reason = "",

@@ -1,4 +1,4 @@
-"""Commands about the definitions of agents: add, list, show, remove."""
+"""Commands about agents and where they read: add, list, show, remove, forget."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from keyturn.cli import options, output, render
+from keyturn.cli import complete, options, output, render
 from keyturn.cli.reach import ask
+
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 agents = typer.Typer(
     no_args_is_help=True, rich_markup_mode=None, help="Add, list, show and remove agents."
+)
+destinations = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Decide about a destination that was dropped."
 )
 
 
@@ -21,7 +26,12 @@ def add(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The new agent's id.")],
     to: Annotated[
         list[str],
-        typer.Option("--to", metavar="CONNECTION:PATH", help="Where it reads; may be repeated."),
+        typer.Option(
+            "--to",
+            metavar="CONNECTION:PATH",
+            help="Where it reads; may be repeated.",
+            autocompletion=complete.places,
+        ),
     ],
     login: Annotated[str, typer.Option(help="What it presents; its id by default.")] = "",
     owner: Annotated[str, typer.Option(help="Who answers for it.")] = "",
@@ -77,15 +87,44 @@ def show(
 @agents.command("remove")
 def remove(
     agent: options.AgentName,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Yes = False,
     json: options.Json = False,
     config: options.ConfigOfDaemon = options.CONFIG,
     socket: options.Socket = options.SOCKET,
 ) -> None:
     """End an agent for ever: everything of it is revoked."""
-    if not yes:
-        if not sys.stdin.isatty():
-            raise typer.BadParameter("this revokes everything of the agent: add --yes")
-        typer.confirm(f"Revoke everything of {render.safe(agent)} for ever?", abort=True)
+    _be_sure(yes, f"revokes everything of {render.safe(agent)} for ever")
     result = ask("agents.remove", {"agent": agent}, socket=socket, config=config)
     output.show(result, as_json=json, people=render.changed)
+
+
+@destinations.command("forget")
+def forget(
+    *,
+    agent: options.AgentName,
+    destination: Annotated[
+        str, typer.Argument(metavar="DESTINATION", help="As `status` shows it: CONNECTION:PATH.")
+    ],
+    yes: Yes = False,
+    json: options.Json = False,
+    config: options.ConfigOfDaemon = options.CONFIG,
+    socket: options.Socket = options.SOCKET,
+) -> None:
+    """Look no more at a destination that was taken from an agent.
+
+    Old versions are kept for as long as it shows one, or cannot be read. Who still reads there is
+    refused once their grace has passed.
+    """
+    place = render.safe(destination)
+    _be_sure(yes, f"ends, after its grace, the access of whoever still reads at {place}")
+    args = {"agent": agent, "destination": destination}
+    result = ask("destinations.forget", args, socket=socket, config=config)
+    output.show(result, as_json=json, people=render.changed)
+
+
+def _be_sure(yes: bool, what: str) -> None:
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise typer.BadParameter(f"this {what}: add --yes")
+    typer.confirm(f"This {what}. Go on?", abort=True)

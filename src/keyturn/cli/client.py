@@ -46,8 +46,17 @@ class Answered(KeyturnError):
 class AdminClient:
     """Calls commands of the daemon at `path`, one connection each."""
 
-    def __init__(self, path: Path = DEFAULT_SOCKET) -> None:
+    def __init__(
+        self,
+        path: Path = DEFAULT_SOCKET,
+        *,
+        received_within: float = RECEIVED_WITHIN,
+        answered_within: float | None = None,
+    ) -> None:
+        """Waits for `received`, and after it for each line, in seconds; None waits on."""
         self._path = path
+        self._received_within = received_within
+        self._answered_within = answered_within
 
     def call(
         self, command: str, args: dict[str, Any], on_progress: OnProgress | None = None
@@ -59,7 +68,6 @@ class AdminClient:
         socket may not be opened, and Answered with whatever the daemon says.
         """
         with self._connect() as connection:
-            connection.settimeout(RECEIVED_WITHIN)
             self._send(
                 connection, wire.request_line(command, args, os.environ.get("SUDO_USER", ""))
             )
@@ -75,7 +83,7 @@ class AdminClient:
 
     def _connect(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        connection.settimeout(RECEIVED_WITHIN)
+        connection.settimeout(self._received_within)
         try:
             connection.connect(os.fspath(self._path))
         except PermissionError:
@@ -100,8 +108,7 @@ class AdminClient:
         except OSError:
             raise AnswerLost from None
 
-    @staticmethod
-    def _answers(connection: socket.socket) -> Iterator[dict[str, Any]]:
+    def _answers(self, connection: socket.socket) -> Iterator[dict[str, Any]]:
         with connection.makefile("rb") as lines:
             heard = False
             while True:
@@ -115,5 +122,6 @@ class AdminClient:
                     raise AnswerLost
                 if not heard:
                     heard = True
-                    connection.settimeout(None)  # it works on it; how long is its own matter
+                    # It works on it; how long that takes is its own matter.
+                    connection.settimeout(self._answered_within)
                 yield wire.parse_answer(line)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, BinaryIO
 
 import typer
 
-from keyturn.cli import options, output, render
+from keyturn.cli import complete, options, output, render
 from keyturn.cli.reach import ask, store
 from keyturn.core.secret import MAX_SECRET_BYTES, Secret, parse
 from keyturn.errors import KeyturnError
@@ -29,7 +29,10 @@ class NothingFound(KeyturnError):
 
 def status(
     agent: Annotated[
-        str, typer.Argument(metavar="AGENT", help="Only this one, with details.")
+        str,
+        typer.Argument(
+            metavar="AGENT", help="Only this one, with details.", autocompletion=complete.agents
+        ),
     ] = "",
     json: options.Json = False,
     config: options.ConfigOfDaemon = options.CONFIG,
@@ -49,7 +52,10 @@ def status(
 
 def audit(
     *,
-    agent: Annotated[str, typer.Argument(metavar="AGENT", help="Only this one.")] = "",
+    agent: Annotated[
+        str,
+        typer.Argument(metavar="AGENT", help="Only this one.", autocompletion=complete.agents),
+    ] = "",
     verify: Annotated[bool, typer.Option("--verify", help="Check the hash chains.")] = False,
     limit: Annotated[int, typer.Option(min=1, max=10000, help="The newest N entries.")] = 50,
     json: options.Json = False,

@@ -16,7 +16,7 @@ import typer
 
 from keyturn import __version__
 from keyturn.cli import act, look, options, output, render
-from keyturn.cli.agents import agents
+from keyturn.cli.agents import agents, destinations
 from keyturn.cli.reach import ask, late
 from keyturn.daemon.masking import render_exception, summary
 from keyturn.errors import KeyturnError
@@ -33,6 +33,7 @@ policy = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Print le
 
 app.command("status")(look.status)
 app.add_typer(agents, name="agents")
+app.add_typer(destinations, name="destinations")
 app.command("rotate")(act.rotate)
 app.add_typer(act.rotation, name="rotation")
 app.command("suspend")(act.suspend)

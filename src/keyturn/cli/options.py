@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from keyturn.cli import complete
 from keyturn.cli.reach import DEFAULT_CONFIG
 from keyturn.core.duration import parse_duration
 
@@ -32,7 +33,10 @@ ConfigOfDaemon = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the data as JSON, for machines.")]
 Wait = Annotated[bool, typer.Option("--wait", help="Wait until it is done, and show the progress.")]
-AgentName = Annotated[str, typer.Argument(metavar="AGENT", help="The agent's id.")]
+AgentName = Annotated[
+    str,
+    typer.Argument(metavar="AGENT", help="The agent's id.", autocompletion=complete.agents),
+]
 Reason = Annotated[str, typer.Option("--reason", help="Why; goes into the audit.")]
 RequestId = Annotated[
     str,

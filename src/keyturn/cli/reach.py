@@ -86,7 +86,7 @@ def _by_daemon(
         raise AnswerLost from None
 
 
-def socket_of(config: Path) -> Path:
+def socket_of(config: Path, *, quiet: bool = False) -> Path:
     """Return `admin.socket` of a configuration, the default where the file names none.
 
     A file that cannot be read, or is broken, is no reason to give up: the daemon may run well with
@@ -95,7 +95,7 @@ def socket_of(config: Path) -> Path:
     try:
         text = config.read_text(errors="replace")
     except OSError as error:
-        if config != DEFAULT_CONFIG:
+        if config != DEFAULT_CONFIG and not quiet:
             reason = os.strerror(error.errno or 0)
             print(f"note: {config}: {reason}; trying {DEFAULT_SOCKET}", file=sys.stderr)  # noqa: T201
         return DEFAULT_SOCKET

@@ -182,6 +182,7 @@ def _rotation_lines(rotation: Row | None, now: datetime) -> list[str]:
 
 def _destination_line(one: Row, now: datetime) -> str:
     state = "in sync" if one.get("in_sync") else f"NOT in sync ({safe(one.get('error_code'))})"
+    state += ", left out" if one.get("withheld") else ", leaving" if one.get("leaving") else ""
     return (
         f"  at {safe(one.get('name'))}:{safe(one.get('path'))}  {state}"
         f" · shows {safe(one.get('shows_version'))} · read {when(one.get('read_back_at'), now)}"

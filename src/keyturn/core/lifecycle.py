@@ -318,6 +318,19 @@ def resume(case: Case, *, now: datetime) -> Case:
     return _wake(_with_state(case, AgentState.ENABLED), now)
 
 
+def forget(case: Case, target: str, *, now: datetime) -> Case:
+    """Look no more at a leaving destination, whatever it shows: a person answers for that."""
+    leaving = [t.key for t in case.credential.leaving]
+    if target not in leaving:
+        mine = target in {t.key for t in case.agent.targets}
+        hint = "take it out of the agent's destinations first" if mine else ""
+        raise Refused(
+            f"{case.agent.name} is not leaving {target}",
+            hint=hint or f"leaving are: {', '.join(leaving) or 'none'}",
+        )
+    return _wake(left(case, target), now)
+
+
 def readmit(case: Case, connection: str, *, now: datetime) -> Case:
     """Publish again at a connection that a revoke left out; what it shows owes a rotation at once."""
     credential = case.credential

@@ -52,10 +52,12 @@ class Commands:
         view, respond, admin = Role.VIEW, Role.RESPOND, Role.ADMIN
         return {
             "status": Command(role=view, function=self.status),
+            "names": Command(role=view, function=self.names),
             "agents.list": Command(role=view, function=self.agents_list),
             "agents.show": Command(role=view, function=self.agents_show),
             "agents.add": Command(role=admin, function=self.agents_add),
             "agents.remove": Command(role=admin, function=self.agents_remove),
+            "destinations.forget": Command(role=admin, function=self.destinations_forget),
             "rotate": Command(role=respond, function=self.rotate),
             "suspend": Command(role=respond, function=self.suspend),
             "resume": Command(role=respond, function=self.resume),
@@ -80,6 +82,12 @@ class Commands:
     def _describe(self, case: Case) -> dict[str, Any]:
         parts = self._parts()
         return describe(case, policy=parts.policy_of(case), now=parts.store.now())
+
+    def names(self, args: Args, peer: Peer, progress: Progress) -> Any:
+        """List the names that can be typed, for completion."""
+        del args, peer, progress
+        parts = self._parts()
+        return {"agents": _names(parts), "connections": sorted(parts.settings.connections)}
 
     def agents_list(self, args: Args, peer: Peer, progress: Progress) -> Any:
         """List the definitions."""
@@ -146,6 +154,15 @@ class Commands:
         """End an agent."""
         del progress
         return self._parts().administration.remove(_text(args, "agent"), _caller(peer))
+
+    def destinations_forget(self, args: Args, peer: Peer, progress: Progress) -> Any:
+        """Look no more at a destination that an agent is leaving."""
+        del progress
+        result = self._parts().administration.forget(
+            _text(args, "agent"), _text(args, "destination"), _caller(peer)
+        )
+        self._kick()
+        return result
 
     def rotate(self, args: Args, peer: Peer, progress: Progress) -> Any:
         """Ask for rotations; with `wait`, follow them to their end."""

@@ -1,0 +1,44 @@
+"""What the shell offers after TAB: agents and connections, from the daemon, or nothing.
+
+Quiet and quick whatever happens: no text of ours may get into the line that somebody types.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from keyturn.cli.client import AdminClient
+from keyturn.cli.reach import DEFAULT_CONFIG, socket_of
+from keyturn.errors import KeyturnError
+
+PATIENCE = 0.1  # seconds for each of two waits: connecting and asking
+
+
+def agents(context: typer.Context, incomplete: str) -> list[str]:
+    """Offer the ids of agents that were not typed yet."""
+    typed = context.params.get("agents") or ()
+    return [name for name in _names(context, "agents", incomplete) if name not in typed]
+
+
+def connections(context: typer.Context, incomplete: str) -> list[str]:
+    """Offer the names of connections."""
+    return _names(context, "connections", incomplete)
+
+
+def places(context: typer.Context, incomplete: str) -> list[str]:
+    """Offer `CONNECTION:`, the beginning of a place."""
+    return [f"{name}:" for name in _names(context, "connections", incomplete)]
+
+
+def _names(context: typer.Context, kind: str, incomplete: str) -> list[str]:
+    try:
+        socket = context.params.get("socket")
+        config = Path(context.params.get("config") or DEFAULT_CONFIG)
+        path = Path(socket) if socket else socket_of(config, quiet=True)
+        client = AdminClient(path, received_within=PATIENCE, answered_within=PATIENCE)
+        found = client.call("names", {})
+        return [name for name in found[kind] if name.startswith(incomplete)]
+    except (KeyturnError, OSError, ValueError, KeyError, TypeError):
+        return []

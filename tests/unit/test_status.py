@@ -1,0 +1,211 @@
+"""What `keyturn status --json` says of a case: steps, what a destination shows, and what to type."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from keyturn.core.model import (
+    Agent,
+    AgentState,
+    Case,
+    Credential,
+    Drift,
+    Look,
+    Placement,
+    Policy,
+    RotationState,
+    Waiting,
+    WaitReason,
+)
+from keyturn.core.model import VersionState as S
+from keyturn.status import describe
+from support.stores import NOW, intent, rotation, target, version
+
+UID = "cred"
+A, B = target("a"), target("b", to="leaky")
+AGO, SOON = NOW - timedelta(hours=1), NOW + timedelta(hours=1)
+
+
+def case(*states: S, **more: Any) -> Case:
+    """Return a case with one version per state, all of them placed at A, the current at B too."""
+    versions = tuple(
+        version(UID, seq, state, promoted_at=AGO if state is S.CURRENT else None)
+        for seq, state in enumerate(states, 1)
+    )
+    agent = Agent(
+        uid="x",
+        name="bot",
+        login="bot",
+        targets=(A, B),
+        state=more.pop("agent", AgentState.ENABLED),
+    )
+    rotating = more.pop("rotating", None)
+    intents = more.pop("intents", ())
+    pending = next((v.id for v in versions if v.state is S.PENDING), None)
+    return Case(
+        agent=agent,
+        credential=replace(Credential(uid=UID, agent_uid="x", seq=len(versions)), **more),
+        versions=versions,
+        rotation=rotation(UID, targets=(A, B), version_id=pending, **rotating)
+        if rotating is not None
+        else None,
+        intents=tuple(intents),
+        placements=tuple(
+            Placement(version_id=v.id, credential_uid=UID, target=t.key)
+            for v in versions
+            for t in (A, B)
+            if v.state is not S.PENDING and (t is A or v.state is S.CURRENT)
+        ),
+    )
+
+
+def seen(of: Case) -> dict[str, Any]:
+    """Return what `status --json` says."""
+    return describe(of, policy=Policy(), now=NOW)
+
+
+OLD, NEW = version(UID, 1).id, version(UID, 2).id
+WAITS = Waiting(reason=WaitReason.VERIFIERS, since=AGO, next_try_at=SOON)
+UNREAD = Waiting(
+    reason=WaitReason.DESTINATION, where=B.key, code="denied", since=AGO, next_try_at=SOON
+)
+GOING = case(S.CURRENT, S.PENDING, rotating={})
+EXPOSED = replace(GOING, versions=(GOING.versions[0], replace(GOING.versions[1], exposed=True)))
+THERE = tuple(Placement(version_id=NEW, credential_uid=UID, target=t.key) for t in (A, B))
+
+STEPS = {
+    "nothing is minted": (case(S.CURRENT, rotating={}), "mint"),
+    "verifiers are waited for": (
+        case(S.CURRENT, S.PENDING, rotating={"state": RotationState.WAITING, "waiting": WAITS}),
+        "accept",
+    ),
+    "one destination has it": (
+        replace(EXPOSED, placements=(*EXPOSED.placements, THERE[0])),
+        "publish",
+    ),
+    "it is staged everywhere": (replace(GOING, placements=THERE), "publish"),
+    "every destination has it": (replace(EXPOSED, placements=THERE), "confirm"),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_step_follows_from_what_is_durable(name: str) -> None:
+    """Each moment of a rotation has the name that the documents give to its step."""
+    of, step = STEPS[name]
+    assert seen(of)["rotation"]["step"] == step
+
+
+PLACES: dict[str, tuple[Case, tuple[Any, ...]]] = {
+    "a promotion has read it back": (case(S.REVOKED, S.CURRENT), (NEW, AGO, True, None)),
+    "a later sweep saw it": (
+        case(S.REVOKED, S.CURRENT, looks=(Look(target=B.key, at=NOW, shown=NEW),)),
+        (NEW, NOW, True, None),
+    ),
+    "a later sweep saw nothing of ours": (
+        case(
+            S.REVOKED,
+            S.CURRENT,
+            looks=(Look(target=B.key, at=NOW),),
+            drift=(Drift(target=B.key, kind="missing", since=NOW),),
+        ),
+        (None, NOW, False, "missing"),
+    ),
+    "a look from before the promotion counts no more": (
+        case(S.REVOKED, S.CURRENT, looks=(Look(target=B.key, at=AGO - timedelta(1), shown=OLD),)),
+        (NEW, AGO, True, None),
+    ),
+    "a refused value is not in sync": (
+        case(S.REVOKED, looks=(Look(target=B.key, at=NOW, shown=OLD),), withheld=("leaky",)),
+        (OLD, NOW, False, "withheld"),
+    ),
+    "a rotation waits there": (
+        case(S.CURRENT, rotating={"state": RotationState.WAITING, "waiting": UNREAD}),
+        (OLD, AGO, True, "denied"),
+    ),
+    "a rotation stalled there": (
+        case(
+            S.CURRENT,
+            rotating={
+                "state": RotationState.STALLED,
+                "error_code": "not-ours",
+                "error_where": B.key,
+            },
+        ),
+        (OLD, AGO, True, "not-ours"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_destination_shows_what_was_read_last(name: str) -> None:
+    """Version, time, sync and code are those of the newest read, whoever made it."""
+    of, (shown, at, in_sync, code) = PLACES[name]
+    found = seen(of)["destinations"][1]
+    when = at.isoformat().replace("+00:00", "Z") if at else None
+    assert (found["shows_version"], found["read_back_at"]) == (shown, when)
+    assert (found["in_sync"], found["error_code"]) == (in_sync, code)
+
+
+def ending(**more: Any) -> Case:
+    """Return a case whose previous version has something to wait for."""
+    deadline = more.pop("deadline", None)
+    of = case(S.PREVIOUS, S.CURRENT, **more)
+    return replace(of, versions=(replace(of.versions[0], deadline=deadline), of.versions[1]))
+
+
+PREVIOUS = version(UID, 1, S.PREVIOUS)
+GONE = target("old", to="gone")
+BOTH = (Look(target=A.key, at=NOW, shown=NEW), Look(target=B.key, at=NOW, shown=NEW))
+HELD: dict[str, tuple[Case, str]] = {
+    "nothing is old": (case(S.CURRENT), ""),
+    "a write is not settled": (ending(intents=[intent(PREVIOUS)]), "not settled"),
+    "grace": (ending(deadline=SOON), "has not passed"),
+    "shown": (
+        ending(looks=(BOTH[0], Look(target=B.key, at=NOW, shown=OLD))),
+        "leaky:b shows",
+    ),
+    "unread": (ending(looks=(*BOTH,), leaving=(GONE,)), "gone:old cannot be read"),
+    "not begun": (ending(looks=BOTH), "has not begun"),
+    "over": (ending(looks=BOTH, deadline=AGO), ""),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_what_keeps_an_old_version_is_told(name: str) -> None:
+    """`safe_to_retire` names the one thing that holds an old version."""
+    of, reason = HELD[name]
+    found = seen(of)["safe_to_retire"]
+    assert found["ok"] is (reason == "")
+    assert reason in found["reason"]
+
+
+HINTS: dict[str, tuple[Case, str]] = {
+    "all is well": (case(S.CURRENT, looks=BOTH), ""),
+    "suspended": (case(S.CURRENT, agent=AgentState.SUSPENDED), "keyturn resume bot"),
+    "unmanaged": (case(S.CURRENT, agent=AgentState.UNMANAGED), "keyturn agents remove bot"),
+    "stalled": (
+        case(S.CURRENT, rotating={"state": RotationState.STALLED, "error_code": "denied"}),
+        "keyturn rotation retry bot",
+    ),
+    "leaving": (
+        ending(looks=BOTH, leaving=(GONE,)),
+        "keyturn destinations forget bot gone:old",
+    ),
+    "unreadable": (
+        case(S.CURRENT, drift=(Drift(target=A.key, kind="unreadable", since=AGO),)),
+        "keyturn check --probe",
+    ),
+    "withheld": (case(S.CURRENT, withheld=("leaky",)), "keyturn resume bot --destination leaky"),
+    "overdue": (case(S.CURRENT, next_rotation_at=AGO), "keyturn rotate bot"),
+}
+
+
+@pytest.mark.parametrize("name", HINTS)
+def test_the_hint_is_the_next_command(name: str) -> None:
+    """Whatever is wrong, the command that mends it can be copied."""
+    of, hint = HINTS[name]
+    assert seen(of)["hint"].partition("   #")[0] == hint
