@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 
 from keyturn.config import is_id
 from keyturn.core import lifecycle
-from keyturn.core.model import Case, Request, Version, VersionState
+from keyturn.core.model import Case, Request, RotationState, Version, VersionState
 from keyturn.core.secret import is_version_id, mask
 from keyturn.errors import Refused, StoreFull, StoreUnavailable, UnknownAgent, UnknownVersion
-from keyturn.ports import AuditEntry, Authority, Clock
+from keyturn.ports import AuditEntry, Authority, Clock, Saved
 from keyturn.storage.ledger import Ledger
 from keyturn.storage.requests import KEPT, Begun, Once
-from keyturn.storage.store import Store
+from keyturn.storage.store import Change, Store
 from keyturn.verifier.spool import Spool
 
 STORE_PATIENCE = timedelta(seconds=5)  # how long a revoke waits for a locked store
@@ -82,6 +82,7 @@ class Administration:
     authority: Authority
     clock: Clock
     schedule: Callable[[Case, datetime], datetime | None]
+    on_rotation_end: Callable[[str], None] = lambda _outcome: None
     make_room: Callable[[], bool] = lambda: False  # on a full disk; tells whether it did
     patience: timedelta = STORE_PATIENCE
     applied: set[str] = field(default_factory=set)  # spool files that the store knows of
@@ -194,6 +195,19 @@ class Administration:
                 hint=f"`keyturn revoke {leak.agent}` without --reissue",
             )
 
+    def queued(self) -> int:
+        """Count the revocations in the spool that the store and its audit do not have yet."""
+        return sum(1 for version_id, _ in self.spool.pending() if self._waits(version_id))
+
+    def _waits(self, version_id: str) -> bool:
+        if version_id in self.applied:
+            return False
+        try:
+            known = self.store.find_version(version_id)
+        except StoreUnavailable:
+            return True
+        return known is not None and known[1].state is not VersionState.REVOKED
+
     def _resolve(self, leak: Leak) -> list[str]:
         """Find the version ids without the store: it may be locked, and that is no excuse.
 
@@ -244,7 +258,7 @@ class Administration:
 
         case = self._with_patience(lambda: self._target_case(leak))
         uid = case.credential.uid
-        saved = self._with_room(lambda: self.store.amend(uid, change, once=once))
+        saved = self._with_room(lambda: self._amend(uid, change, once))
         if once is not None and once.repeated:
             revoked[:] = once.outcome["revoked"]
         return saved.case, saved.epoch, revoked
@@ -431,9 +445,23 @@ class Administration:
 
         case = self._case(agent)
         uid = case.credential.uid
-        saved = self._with_patience(lambda: self.store.amend(uid, amended, once=once))
+        saved = self._with_patience(lambda: self._amend(uid, amended, once))
         self._await_verifiers(saved.epoch)
         return {"agent": agent, "state": str(saved.case.agent.state)}
+
+    def _amend(self, uid: str, change: Change, once: Once | None) -> Saved:
+        """Change a case in one transaction, and tell where that ended its rotation."""
+        ends: list[str] = []
+
+        def noting(case: Case) -> tuple[Case, Sequence[AuditEntry]]:
+            after, entries = change(case)
+            ends[:] = [_END[state] for state in _ended(case, after)]
+            return after, entries
+
+        saved = self.store.amend(uid, noting, once=once)
+        for outcome in ends:
+            self.on_rotation_end(outcome)
+        return saved
 
     def _case(self, agent: str) -> Case:
         return self.store.case_of(agent)
@@ -446,6 +474,16 @@ class Administration:
             for i, known in found
             if known is not None
         ]
+
+
+_END = {RotationState.ABANDONED: "abandoned", RotationState.CLOSED: "revoked"}
+
+
+def _ended(before: Case, after: Case) -> list[RotationState]:
+    """Return the state in which a change ended the open rotation, if it did."""
+    was, now = before.rotation, after.rotation
+    ended = was is not None and was.open and now is not None and now.state in _END
+    return [now.state] if ended and now is not None else []
 
 
 def _state(case: Case, version: Version) -> VersionState | None:

@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.error
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,8 @@ def test_a_token_that_runs_out_is_replaced(server: openbao.Server, tmp_path: Pat
         time.sleep(1)
 
     assert destination.observe(PLACE).version_id == entry.version_id
+    assert destination.login_ends_in is not None
+    assert timedelta(0) < destination.login_ends_in <= timedelta(seconds=2)
     destination.close()
 
 

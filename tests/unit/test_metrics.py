@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from keyturn import __version__
@@ -13,7 +16,8 @@ NAMES = [
     "destination_last_success_timestamp_seconds", "destination_requests_total",
     "destination_drift", "revocations_total", "revocation_duration_seconds",
     "revocation_cleanup_pending", "build_info", "store_up", "config_last_reload_successful",
-    "audit_head_sequence",
+    "audit_head_sequence", "store_ballast_bytes", "agents_over_max_age", "audit_queue_length",
+    "own_credential_expiry_timestamp_seconds", "store_schema_version",
 ]  # fmt: skip
 
 
@@ -22,6 +26,21 @@ def test_the_promised_names_exist(name: str) -> None:
     """Dashboards and alerts are written against these names."""
     family = f"keyturn_{name.removesuffix('_total')}"
     assert f"# HELP {family}" in Metrics().text().replace("_total ", " ")
+
+
+def test_every_metric_stands_on_the_page() -> None:
+    """The reference names each metric with its labels and what it says, and no other."""
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "metrics.md").read_text()
+    rows = re.findall(r"^\| `(keyturn_\w+)(?:\{([\w,]+)\})?` \| (.+) \|$", page, re.MULTILINE)
+    known = [
+        (
+            one._name + ("_total" if one._type == "counter" else ""),
+            ",".join(one._labelnames),
+            one._documentation,
+        )
+        for one in Metrics().registry._collector_to_names
+    ]
+    assert sorted(rows) == sorted(known)
 
 
 def test_counts_show_in_the_text() -> None:

@@ -17,6 +17,7 @@ _REVOKE_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 15, 30, 60)
 OPEN_STATES = tuple(state.value for state in OPEN)
 AGENT_STATES = tuple(state.value for state in AgentState)
 VERSION_STATES = tuple(state.value for state in VersionState)
+OUTCOMES = ("promoted", "stalled", "abandoned", "revoked", "kept", "retired")
 DRIFT_KINDS = ("older", "revoked", "unknown", "missing")
 
 
@@ -31,13 +32,18 @@ class Metrics:
         self._process()
 
     def _rotations(self) -> None:
-        self.rotations = self._counter("rotations", "Rotations that ended", "outcome")
+        self.rotations = self._counter(
+            "rotations", "Ends of rotations and of their attempts", "outcome"
+        )
         self.rotations_open = self._gauge("rotations_open", "Rotations not ended", "state")
         self.step_duration = self._histogram(
             "step_duration_seconds", "Time of one step", _STEP_BUCKETS, "step", "destination"
         )
         self.agents = self._gauge("agents", "Agents", "state")
         self.agents_overdue = self._gauge("agents_overdue", "Agents past their next rotation")
+        self.agents_over_max_age = self._gauge(
+            "agents_over_max_age", "Agents whose current version is older than their policy allows"
+        )
         self.versions = self._gauge("versions", "Versions", "state")
         self.last_tick = self._gauge(
             "scheduler_last_tick_timestamp_seconds", "When the due-queue was last looked at"
@@ -56,6 +62,11 @@ class Metrics:
         self.destination_drift = self._gauge(
             "destination_drift", "Entries that are not as they should be", "kind"
         )
+        self.own_credential_expiry = self._gauge(
+            "own_credential_expiry_timestamp_seconds",
+            "When our own login ends unless it is renewed",
+            "connection",
+        )
 
     def _revocations(self) -> None:
         self.revocations = self._counter("revocations", "Revocations", "trigger")
@@ -63,7 +74,7 @@ class Metrics:
             "revocation_duration_seconds", "From the request until refused", _REVOKE_BUCKETS
         )
         self.revocation_cleanup_pending = self._gauge(
-            "revocation_cleanup_pending", "Revoked versions not yet cleaned up at destinations"
+            "revocation_cleanup_pending", "Destinations that hold a revoked version still"
         )
 
     def _process(self) -> None:
@@ -76,8 +87,12 @@ class Metrics:
             "config_last_reload_successful", "1 if the last reload was taken over"
         )
         self.audit_head_sequence = self._gauge(
-            "audit_head_sequence", "Number of this writer's newest audit entry"
+            "audit_head_sequence", "Number of the newest audit entry"
         )
+        self.audit_queue_length = self._gauge(
+            "audit_queue_length", "Revocations that wait in the spool for the store and its audit"
+        )
+        self.store_schema_version = self._gauge("store_schema_version", "Revision of the schema")
 
     def set_states(self, gauge: Gauge, counts: Mapping[str, int], states: tuple[str, ...]) -> None:
         """Set one gauge for all its states, to 0 where `counts` names none."""

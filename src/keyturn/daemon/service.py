@@ -24,15 +24,15 @@ from apscheduler.schedulers.background import BackgroundScheduler
 
 from keyturn import __version__, config, rotation, wiring
 from keyturn.administration import Caller, Leak
-from keyturn.core.model import Case, Drift
 from keyturn.core.revocations import RevocationEntry, parse_revocations
 from keyturn.daemon import logs
 from keyturn.daemon.commands import Commands
 from keyturn.daemon.cron import Crontab
-from keyturn.daemon.metrics import AGENT_STATES, DRIFT_KINDS, OPEN_STATES, VERSION_STATES, Metrics
+from keyturn.daemon.metrics import Metrics
 from keyturn.daemon.peer import Roles
 from keyturn.daemon.signals import Signals
 from keyturn.daemon.socket import AdminServer
+from keyturn.daemon.watching import Watching
 from keyturn.errors import ClaimLost, ConfigError, KeyturnError, StoreUnavailable
 from keyturn.ports import AuditEntry
 from keyturn.storage.membership import Membership
@@ -82,7 +82,9 @@ class Service:
         self._socket = socket
         self.metrics = Metrics()
         self.parts: Parts = wiring.build(settings, cron=Crontab(), create=True)
-        self.parts.on_revocation = self._count_revocation
+        self.watching = Watching(self.metrics, self.parts)
+        self.parts.on_revocation = self.watching.revocation
+        self.parts.on_rotation_end = self.watching.rotation_ended
         self._stop = threading.Event()
         self._ready = threading.Event()
         self._parked = threading.Event()
@@ -93,8 +95,6 @@ class Service:
         self._revoking = threading.Lock()
         self._applied: set[RevocationEntry] = set()
         self._problems: tuple[str, ...] = ()
-        self._drifts: set[tuple[str, Drift]] = set()
-        self._ballast = 0
         self._pool = ThreadPoolExecutor(WORKERS_AT_MOST, thread_name_prefix="saga")
         self._scheduler = BackgroundScheduler(
             timezone="UTC",
@@ -146,7 +146,7 @@ class Service:
     def _schedule(self, membership: Membership) -> None:
         every = self._scheduler.add_job
         every(self._tick, "interval", seconds=TICK, id="tick")
-        every(self._measure, "interval", seconds=MEASURE, id="measure")
+        every(self.watching.measure, "interval", seconds=MEASURE, id="measure")
         every(self._poll_revocations, "interval", seconds=REVOCATIONS_POLL, id="revocations")
         every(self._forget_requests, "interval", seconds=FORGET_REQUESTS, id="requests")
         every(self._renew, "interval", seconds=LEAD_RENEW, id="lead", args=[membership])
@@ -252,7 +252,7 @@ class Service:
 
     def _work(self, credential_uid: str, connections: tuple[str, ...]) -> None:
         try:
-            world = self.parts.world(self, self._parked.is_set)
+            world = self.parts.world(self.watching, self._parked.is_set)
             holder = f"{self.parts.store.writer}/{threading.get_ident()}"
             rotation.run(world, credential_uid, holder=holder)
         except StoreUnavailable as error:
@@ -271,56 +271,6 @@ class Service:
     def _busy_with_others(self) -> bool:
         """Whether something may wait for the room that was just given back."""
         return not self._stop.is_set() and len(self._running) < WORKERS_AT_MOST
-
-    def step(self, *, step: str, case: Case, where: str, seconds: float, code: str) -> None:
-        """Watch a saga's steps: logs and metrics."""
-        name = where.partition(":")[0]
-        self.metrics.step_duration.labels(step, name).observe(seconds)
-        if name:
-            self._measure_call(name, step, code)
-        if step == "promote" and not code:
-            self.metrics.rotations.labels("promoted").inc()
-        if step == "stall":
-            self.metrics.rotations.labels("stalled").inc()
-        level = "warning" if code else "info" if step in _LOUD else "debug"
-        getattr(_log, level)(
-            f"rotation.{step}", agent=case.agent.name, where=where or None, code=code or None
-        )
-
-    def _measure_call(self, name: str, step: str, code: str) -> None:
-        self.metrics.destination_requests.labels(step, code or "ok").inc()
-        answered = code not in ("destination-unavailable", "throttled")
-        self.metrics.destination_up.labels(name).set(1 if answered else 0)
-        if not code:
-            self.metrics.destination_last_success.labels(name).set(time.time())
-
-    def _measure(self) -> None:
-        """Count for the metrics, and say what the sweeps found that is new."""
-        self._keep_ballast()
-        try:
-            counts, found = self.parts.store.counts(), self.parts.store.drifts()
-        except StoreUnavailable:
-            return  # the tick says so
-        metrics = self.metrics
-        metrics.set_states(metrics.agents, counts.agents, AGENT_STATES)
-        metrics.set_states(metrics.versions, counts.versions, VERSION_STATES)
-        metrics.set_states(metrics.rotations_open, counts.rotations, OPEN_STATES)
-        metrics.agents_overdue.set(counts.overdue)
-        kinds = Counter(drift.kind for _, drift in found)
-        metrics.set_states(metrics.destination_drift, kinds, DRIFT_KINDS)
-        for agent, drift in set(found) - self._drifts:
-            _log.warning("drift.found", agent=agent, where=drift.target, kind=drift.kind)
-        self._drifts = set(found)
-
-    def _keep_ballast(self) -> None:
-        """Take the room back that a revoke needed on a full disk, as soon as there is some."""
-        kept, before = self.parts.ballast.keep(), self._ballast
-        self.metrics.store_ballast.set(kept)
-        if kept < before:
-            _log.error("ballast.used", left=kept, hint="the store's disk is full: free some space")
-        elif kept > before:
-            _log.info("ballast.kept", size=kept)
-        self._ballast = kept
 
     # --- revocations ------------------------------------------------------------------------
 
@@ -395,18 +345,6 @@ class Service:
         self.kick()
         return not result["incomplete"]
 
-    def _count_revocation(self, result: Any, trigger: str) -> None:
-        self.metrics.revocations.labels(trigger).inc()
-        self.metrics.revocation_duration.observe(result["delay_seconds"])
-        _log.warning(
-            "revoked",
-            target=result["target"],
-            versions=len(result["versions"]),
-            trigger=trigger,
-            incomplete=result["incomplete"],
-            seconds=result["delay_seconds"],
-        )
-
     # --- reload -----------------------------------------------------------------------------
 
     def reload_by_signal(self) -> None:
@@ -457,8 +395,5 @@ class Service:
 
     def metrics_text(self) -> str:
         """Return the metrics in the Prometheus text format."""
-        self._measure()
+        self.watching.measure()
         return self.metrics.text()
-
-
-_LOUD = frozenset({"open", "promote", "retire", "stall", "wait", "dropattempt"})

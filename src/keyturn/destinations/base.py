@@ -137,6 +137,11 @@ class DestinationBase(ABC):
         """How many agents may be under way on this connection at once."""
         return int(self.options.parallel)
 
+    @property
+    def login_ends_in(self) -> timedelta | None:
+        """How long our own login lives unless it is renewed; None where it does not end."""
+        return None
+
     # --- the port ---------------------------------------------------------------------------
 
     def identity(self, target: Target) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from typing import Annotated, Any
 
 import hvac.exceptions as vendor
@@ -90,6 +91,11 @@ class VaultDestination(DestinationBase):
         space = self.options.namespace or ""
         mount = self.options.mount.strip("/")
         return f"vault:{self.options.address.lower()}/{space}/{mount}/{self.place(target)}"
+
+    @property
+    def login_ends_in(self) -> timedelta | None:
+        """How long our token lives unless it is renewed."""
+        return self._login.ends_in
 
     def close(self) -> None:
         """Give the token back, where we got one by a login."""

@@ -117,6 +117,7 @@ class Login:
         self._client.token = None
         self._guard = threading.Lock()
         self._renew_at = 0.0
+        self._ends_at: float | None = None
         self._ours = False
 
     def request(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
@@ -128,6 +129,12 @@ class Login:
             if not self._again(token):
                 raise
         return self._send(method, path, body)
+
+    @property
+    def ends_in(self) -> timedelta | None:
+        """How long the token lives unless it is renewed; None if for ever, or before a login."""
+        ends_at = self._ends_at
+        return None if ends_at is None else timedelta(seconds=ends_at - time.monotonic())
 
     def check(self) -> str:
         """Log in and say how long the token lives."""
@@ -265,6 +272,7 @@ class Login:
 
     def _lives(self, seconds: object, *, renewable: bool) -> None:
         life = float(seconds) if isinstance(seconds, int | float) and seconds else 0.0
+        self._ends_at = time.monotonic() + life if life else None
         forever = not life or (not renewable and not self._ours)
         self._renew_at = float("inf") if forever else time.monotonic() + life * RENEW_AT
 

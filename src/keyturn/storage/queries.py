@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from collections.abc import Mapping
+from datetime import datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 from sqlalchemy.sql.elements import ColumnElement
 
-from keyturn.core.model import Agent, AgentState, Case, Drift, Rotation, Version
+from keyturn.core.model import Agent, AgentState, Case, Drift, Rotation, Version, VersionState
 from keyturn.errors import UnknownAgent
 from keyturn.storage.cases import BY_NAME, columns, from_row, is_open, load
 from keyturn.storage.codec import micros
 from keyturn.storage.results import Counts, Due, History
 from keyturn.storage.tables import agents as agents_table
-from keyturn.storage.tables import credentials, daemons, rotations, versions
+from keyturn.storage.tables import audit, credentials, daemons, placements, rotations, versions
 
 _LIVES = agents_table.c.state != AgentState.REMOVED
 
@@ -115,8 +116,8 @@ def next_wake(connection: Connection) -> datetime | None:
     return connection.execute(query.where(credentials.c.wake_at.is_not(None))).scalar()
 
 
-def counts(connection: Connection, now: datetime) -> Counts:
-    """Return the numbers by state."""
+def counts(connection: Connection, now: datetime, max_ages: Mapping[str, timedelta]) -> Counts:
+    """Return the numbers by state; `max_ages` is the maximum age by policy."""
     overdue = (
         sa.select(sa.func.count())
         .select_from(credentials)
@@ -131,7 +132,42 @@ def counts(connection: Connection, now: datetime) -> Counts:
         versions=_by_state(connection, versions),
         rotations=_by_state(connection, rotations, is_open(rotations.c.state)),
         overdue=connection.execute(overdue).scalar_one(),
+        over_max_age=_over_max_age(connection, now, max_ages),
+        cleanup_pending=_cleanup_pending(connection),
+        audit_head=connection.execute(sa.select(sa.func.max(audit.c.position))).scalar() or 0,
     )
+
+
+def _over_max_age(connection: Connection, now: datetime, max_ages: Mapping[str, timedelta]) -> int:
+    minted = versions.c.minted_at
+    old = [
+        sa.and_(agents_table.c.policy == name, minted < sa.literal(now - age, minted.type))
+        for name, age in max_ages.items()
+    ]
+    query = (
+        sa.select(sa.func.count())
+        .select_from(versions)
+        .join(credentials, versions.c.credential_uid == credentials.c.uid)
+        .join(agents_table, credentials.c.agent_uid == agents_table.c.uid)
+        .where(versions.c.state == VersionState.CURRENT, _LIVES, sa.or_(sa.false(), *old))
+    )
+    found: int = connection.execute(query).scalar_one()
+    return found
+
+
+def _cleanup_pending(connection: Connection) -> int:
+    """Count destinations with a copy of a revoked version, or that showed one to the last sweep."""
+    copies = (
+        sa.select(placements.c.credential_uid, placements.c.target)
+        .join_from(placements, versions, placements.c.version_id == versions.c.id)
+        .where(~placements.c.gone, versions.c.state == VersionState.REVOKED)
+    )
+    drifting = credentials.c.drift != sa.literal((), credentials.c.drift.type)
+    shown = sa.select(credentials.c.uid, credentials.c.drift).where(drifting)
+    found = {(row.credential_uid, row.target) for row in connection.execute(copies)}
+    for row in connection.execute(shown):
+        found |= {(row.uid, drift.target) for drift in row.drift if drift.kind == "revoked"}
+    return len(found)
 
 
 def drifts(connection: Connection) -> list[tuple[str, Drift]]:

@@ -33,3 +33,6 @@ class Counts:
     versions: Mapping[str, int] = field(default_factory=dict)
     rotations: Mapping[str, int] = field(default_factory=dict)
     overdue: int = 0
+    over_max_age: int = 0
+    cleanup_pending: int = 0  # destinations that hold a revoked version
+    audit_head: int = 0  # number of the newest audit entry

@@ -311,10 +311,11 @@ class Store:
         """Look at a credential at `at` or earlier, also if a run that goes on now says later."""
         self.database.write(lambda connection: claims.wake(connection, credential_uid, at))
 
-    def counts(self) -> Counts:
-        """Return the numbers for status and metrics."""
+    def counts(self, *, max_ages: Mapping[str, timedelta] | None = None) -> Counts:
+        """Return the numbers for metrics; `max_ages` is the maximum age by policy."""
+        ages = max_ages or {}
         return self.database.read(
-            lambda connection: queries.counts(connection, self.now_in(connection))
+            lambda connection: queries.counts(connection, self.now_in(connection), ages)
         )
 
     def drifts(self) -> list[tuple[str, Drift]]:

@@ -1,0 +1,139 @@
+"""What the running daemon sees of itself, as metrics and log lines: steps, ends, and the store."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import structlog
+
+from keyturn.core.model import Case, Drift, VersionState
+from keyturn.daemon.metrics import (
+    AGENT_STATES,
+    DRIFT_KINDS,
+    OPEN_STATES,
+    OUTCOMES,
+    VERSION_STATES,
+    Metrics,
+)
+from keyturn.errors import StoreUnavailable
+from keyturn.storage.migrations import HEAD
+from keyturn.wiring import Parts
+
+_CALLS = frozenset({"observe", "recover", "stage", "readback", "activate", "clean"})
+_LOUD = frozenset({"open", "promote", "retire", "stall", "wait", "dropattempt"})
+_log = structlog.get_logger(__name__)
+
+
+class Watching:
+    """Implements `world.Watcher`. Thread-safe; nothing here raises."""
+
+    def __init__(self, metrics: Metrics, parts: Parts) -> None:
+        self.metrics = metrics
+        self._parts = parts
+        self._drifts: set[tuple[str, Drift]] = set()
+        self._ballast = 0
+        metrics.store_schema_version.set(int(HEAD))
+        for outcome in OUTCOMES:  # an alert on a rate needs the zero before the first one
+            metrics.rotations.labels(outcome)
+
+    # --- as it happens ----------------------------------------------------------------------
+
+    def step(self, *, step: str, case: Case, where: str, seconds: float, code: str) -> None:
+        """Watch a saga's steps: logs and metrics."""
+        name = where.partition(":")[0]
+        self.metrics.step_duration.labels(step, name).observe(seconds)
+        if step in _CALLS:
+            self._call(name, step, code)
+        outcome = "" if code else _outcome(step, case)
+        if outcome:
+            self.rotation_ended(outcome)
+        level = "warning" if code else "info" if step in _LOUD else "debug"
+        getattr(_log, level)(
+            f"rotation.{step}", agent=case.agent.name, where=where or None, code=code or None
+        )
+
+    def rotation_ended(self, outcome: str) -> None:
+        """Count the end of a rotation or of an attempt."""
+        self.metrics.rotations.labels(outcome).inc()
+
+    def revocation(self, result: Mapping[str, Any], trigger: str) -> None:
+        """Count a revocation and log it."""
+        self.metrics.revocations.labels(trigger).inc()
+        self.metrics.revocation_duration.observe(result["delay_seconds"])
+        _log.warning(
+            "revoked",
+            target=result["target"],
+            versions=len(result["versions"]),
+            trigger=trigger,
+            incomplete=result["incomplete"],
+            seconds=result["delay_seconds"],
+        )
+
+    def _call(self, name: str, step: str, code: str) -> None:
+        self.metrics.destination_requests.labels(step, code or "ok").inc()
+        answered = code not in ("destination-unavailable", "throttled")
+        self.metrics.destination_up.labels(name).set(1 if answered else 0)
+        if not code:
+            self.metrics.destination_last_success.labels(name).set(time.time())
+
+    # --- now and then -----------------------------------------------------------------------
+
+    def measure(self) -> None:
+        """Count for the metrics, and say what the sweeps found that is new."""
+        self._keep_ballast()
+        self._read_logins()
+        self.metrics.audit_queue_length.set(self._parts.administration.queued())
+        try:
+            self._count()
+        except StoreUnavailable:
+            return  # the tick says so
+
+    def _count(self) -> None:
+        store, metrics = self._parts.store, self.metrics
+        policies = self._parts.settings.policies.values()
+        counts = store.counts(max_ages={p.name: p.max_age for p in policies if p.max_age})
+        metrics.set_states(metrics.agents, counts.agents, AGENT_STATES)
+        metrics.set_states(metrics.versions, counts.versions, VERSION_STATES)
+        metrics.set_states(metrics.rotations_open, counts.rotations, OPEN_STATES)
+        metrics.agents_overdue.set(counts.overdue)
+        metrics.agents_over_max_age.set(counts.over_max_age)
+        metrics.revocation_cleanup_pending.set(counts.cleanup_pending)
+        metrics.audit_head_sequence.set(counts.audit_head)
+        found = set(store.drifts())
+        kinds = Counter(drift.kind for _, drift in found)
+        metrics.set_states(metrics.destination_drift, kinds, DRIFT_KINDS)
+        for agent, drift in found - self._drifts:
+            _log.warning("drift.found", agent=agent, where=drift.target, kind=drift.kind)
+        self._drifts = found
+
+    def _read_logins(self) -> None:
+        for name, destination in self._parts.destinations.items():
+            left = destination.login_ends_in
+            if left is not None:
+                expiry = self.metrics.own_credential_expiry.labels(name)
+                expiry.set(time.time() + left.total_seconds())
+
+    def _keep_ballast(self) -> None:
+        """Take the room back that a revoke needed on a full disk, as soon as there is some."""
+        kept, before = self._parts.ballast.keep(), self._ballast
+        self.metrics.store_ballast.set(kept)
+        if kept < before:
+            _log.error("ballast.used", left=kept, hint="the store's disk is full: free some space")
+        elif kept > before:
+            _log.info("ballast.kept", size=kept)
+        self._ballast = kept
+
+
+def _outcome(step: str, case: Case) -> str:
+    """Name what a step ends: a rotation, or an attempt whose version is kept or retired."""
+    if step == "promote":
+        return "promoted"
+    if step == "stall":
+        return "stalled"
+    own = case.version(case.rotation.version_id) if case.rotation else None
+    if step != "dropattempt" or own is None or own.state is not VersionState.PENDING:
+        return ""
+    return "kept" if own.exposed else "retired"

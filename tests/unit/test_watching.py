@@ -1,0 +1,90 @@
+"""The daemon's own view of sagas: which steps are ends, which are calls, and our own logins."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from keyturn.core.model import Agent, Case, Credential, VersionState
+from keyturn.daemon.metrics import OUTCOMES, Metrics
+from keyturn.daemon.watching import Watching
+from keyturn.wiring import Parts
+from support.stores import rotation, target, version
+
+S = VersionState
+
+
+def case(state: VersionState = S.PENDING, *, exposed: bool = False) -> Case:
+    """Return a case whose rotation has a version of its own."""
+    own = replace(version("cred", 1, state), exposed=exposed)
+    return Case(
+        agent=Agent(uid="a", name="bot", login="bot", targets=(target(),)),
+        credential=Credential(uid="cred", agent_uid="a"),
+        versions=(own,),
+        rotation=rotation("cred", version_id=own.id),
+    )
+
+
+@pytest.fixture
+def watching() -> Watching:
+    """Watch without any store."""
+    return Watching(Metrics(), cast("Parts", SimpleNamespace(destinations={})))
+
+
+def counted(watching: Watching, metric: str, **labels: str) -> float | None:
+    """Return one sample."""
+    return watching.metrics.registry.get_sample_value(f"keyturn_{metric}", labels)
+
+
+ENDS: list[tuple[str, Case, str, str]] = [
+    ("promote", case(), "", "promoted"),
+    ("promote", case(), "stale-revision", ""),
+    ("stall", case(), "", "stalled"),
+    ("dropattempt", case(exposed=True), "", "kept"),
+    ("dropattempt", case(), "", "retired"),
+    ("dropattempt", case(S.REVOKED), "", ""),
+    ("activate", case(), "", ""),
+]
+
+
+@pytest.mark.parametrize(("step", "of", "code", "outcome"), ENDS)
+def test_each_end_has_one_outcome(
+    watching: Watching, step: str, of: Case, code: str, outcome: str
+) -> None:
+    """A rotation or an attempt is counted once, where it ended; what is not there is zero."""
+    watching.step(step=step, case=of, where="", seconds=0.1, code=code)
+    found = {name: counted(watching, "rotations_total", outcome=name) for name in OUTCOMES}
+    assert found == {name: float(name == outcome) for name in OUTCOMES}
+
+
+def test_only_calls_tell_whether_a_destination_is_up(watching: Watching) -> None:
+    """An answer, even a refusal, is a sign of life; silence is none; a decision is no call."""
+    for step, code, up in [
+        ("observe", "destination-unavailable", 0.0),
+        ("leave", "", 0.0),
+        ("activate", "denied", 1.0),
+        ("observe", "throttled", 0.0),
+        ("observe", "", 1.0),
+    ]:
+        watching.step(step=step, case=case(), where="v:p", seconds=0.1, code=code)
+        assert counted(watching, "destination_up", destination="v") == up, step
+    labels = {"operation": "activate", "result": "denied"}
+    assert counted(watching, "destination_requests_total", **labels) == 1.0
+    assert counted(watching, "destination_requests_total", operation="leave", result="ok") is None
+
+
+def test_the_end_of_our_own_login_is_shown(watching: Watching) -> None:
+    """A login that ends is a gauge with its connection; one that does not is not there."""
+    ends: dict[str, Any] = {"v": timedelta(hours=1), "files": None}
+    parts = cast("Any", watching)._parts
+    parts.destinations = {n: SimpleNamespace(login_ends_in=left) for n, left in ends.items()}
+    watching._read_logins()
+
+    name = "own_credential_expiry_timestamp_seconds"
+    assert counted(watching, name, connection="v") == pytest.approx(time.time() + 3600, abs=5)
+    assert counted(watching, name, connection="files") is None
