@@ -75,7 +75,6 @@ class Parts:
     clock: SystemClock
     destinations: dict[str, DestinationBase] = field(default_factory=dict)
     on_revocation: Callable[[Mapping[str, Any], str], None] = lambda _result, _trigger: None
-    on_rotation_end: Callable[[str], None] = lambda _outcome: None
     cron: CronCalculator
     _store_clock: StoreClock | None = None
     _carried: Carried = field(default_factory=Carried)
@@ -324,6 +323,7 @@ def build(settings: Settings, *, cron: CronCalculator, create: bool) -> Parts:
     ballast = Ballast(folder / "ballast")
     if create:
         ballast.keep()
+        (folder / "revoked.d").mkdir(mode=0o700, exist_ok=True)  # for a person who has only `touch`
     spool = Spool(folder / "revoked.d", make_room=ballast.release)
     authority = BuiltinAuthority()
     parts: Parts
@@ -347,7 +347,6 @@ def build(settings: Settings, *, cron: CronCalculator, create: bool) -> Parts:
         authority=authority,
         clock=clock,
         schedule=lambda case, now: parts.schedule(case, now),  # noqa: PLW0108 - bound below
-        on_rotation_end=lambda outcome: parts.on_rotation_end(outcome),  # noqa: PLW0108 - as above
         make_room=ballast.release,
     )
     parts = Parts(

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,32 @@ def run_all(folder: Path, cases: Sequence[tuple[str, str]], *, agents: int, at_o
     shown += f"median {delays[len(delays) // 2] * 1000:.1f} ms"
     print(shown)
     assert delays[-1] <= WITHIN, shown
+
+
+def test_a_lock_keeps_no_line_of_the_revocations_file_from_refusing(tmp_path: Path) -> None:
+    """With the store locked and a tombstone waiting for it, file and signal refuse all the same."""
+    with Keyturn(tmp_path) as keyturn:
+        keyturn.wait_first()
+        watched = Watched(keyturn, 2)
+        first, second = (watched.held[name]["version"] for name in watched.names)
+        now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+        with holding(keyturn.store, "exclusive"):
+            (keyturn.store.parent / "revoked.d" / first).touch()
+            lines = f"version:{second} at={now} INC-1\nagent:agent-1 at={now} INC-1\n"
+            keyturn.revocations.write_text(lines)
+            keyturn.signal(signal.SIGUSR1)
+            for name in watched.names:
+                verifier, held = watched.verifiers[name], watched.held[name]
+                keyturn.wait_for(lambda: accepts(verifier, held) is False, seconds=40)  # noqa: B023
+        keyturn.wait_for(lambda: is_revoked(keyturn, "agent-1"), seconds=40)
+        for verifier in watched.verifiers.values():
+            verifier.close()
+
+
+def is_revoked(keyturn: Keyturn, agent: str) -> bool:
+    """Tell whether the store has a revocation of an agent in its audit."""
+    code, result = keyturn.ask("audit", agent)
+    return code == 0 and "revoke" in [entry["action"] for entry in result["entries"]]
 
 
 LOCKS = [(lock, daemon) for lock in ("exclusive", "cursor") for daemon in ("up", "down")]

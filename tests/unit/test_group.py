@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -105,6 +106,28 @@ def test_a_database_error_concerns_its_own_write_only(engine: Engine) -> None:
     with pytest.raises(exc.IntegrityError):
         queued[1].result()
     assert numbers(engine) == [1, 2]
+
+
+def test_a_lock_is_waited_for_once(
+    engine: Engine, commits: list[Connection], tmp_path: Path
+) -> None:
+    """Somebody's read keeps a commit out: all of the group hear it, none waits for it again."""
+    event.listen(engine, "connect", lambda raw, _: raw.execute("PRAGMA busy_timeout=50"))
+    engine.dispose()
+    reader = sqlite3.connect(tmp_path / "g.db", isolation_level=None, check_same_thread=False)
+
+    def read(_connection: Connection) -> None:
+        reader.execute("BEGIN")
+        reader.execute("SELECT n FROM t").fetchall()
+
+    bodies = [read, *(insert(n) for n in range(1, 11))]
+    for write in behind_one(Group(engine, patience=5), bodies):
+        with pytest.raises(exc.OperationalError):
+            write.result()
+
+    assert len(commits) == 2  # the one in front, and the one try of all the others
+    reader.close()
+    assert numbers(engine) == []
 
 
 def test_a_write_whose_turn_does_not_come_is_not_done_later(engine: Engine) -> None:

@@ -104,8 +104,10 @@ class Group:
     def _together(self, jobs: list[_Job]) -> bool:
         """Carry out several in one commit; False where each must try alone, nothing being done."""
         failed: dict[_Job, Exception] = {}
+        inside = False
         try:
             with self._engine.connect() as connection, connection.begin():
+                inside = True
                 for job in jobs:
                     try:
                         with connection.begin_nested():
@@ -114,8 +116,13 @@ class Group:
                         raise  # a full disk or a broken file may have ended the whole transaction
                     except Exception as error:  # noqa: BLE001 - raised in the thread that asked
                         failed[job] = error
-        except exc.SQLAlchemyError:
-            return False
+                inside = False
+        except exc.SQLAlchemyError as error:
+            if inside or not isinstance(error, exc.OperationalError):
+                return False
+            # Locked out at the begin or the commit: one after the other would each wait as long
+            # again, and a revoke among them would return minutes later.
+            failed = dict.fromkeys(jobs, error)
         for job in jobs:
             job.finish(failed.get(job))
         return True
