@@ -75,6 +75,7 @@ class Parts:
     clock: SystemClock
     destinations: dict[str, DestinationBase] = field(default_factory=dict)
     on_revocation: Callable[[Mapping[str, Any], str], None] = lambda _result, _trigger: None
+    on_rotation_end: Callable[[str], None] = lambda _outcome: None
     cron: CronCalculator
     _store_clock: StoreClock | None = None
     _carried: Carried = field(default_factory=Carried)
@@ -347,6 +348,7 @@ def build(settings: Settings, *, cron: CronCalculator, create: bool) -> Parts:
         authority=authority,
         clock=clock,
         schedule=lambda case, now: parts.schedule(case, now),  # noqa: PLW0108 - bound below
+        on_rotation_end=lambda outcome: parts.on_rotation_end(outcome),  # noqa: PLW0108 - as above
         make_room=ballast.release,
     )
     parts = Parts(
