@@ -12,6 +12,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
@@ -108,6 +109,17 @@ def binaries() -> Path | None:
     """Return the folder of the newest installed PostgreSQL."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: int(p.parts[-3]))
     return found[-1].parent if found else None
+
+
+def left_databases() -> Iterator[str]:
+    """Yield the URL of every database that tests have left in the one server."""
+    folder = binaries()
+    if folder is not None and _shared.cache_info().currsize:
+        cluster = _shared(folder)
+        with psycopg.connect(cluster.url("postgres")) as connection:
+            query = "SELECT datname FROM pg_database WHERE datname LIKE 'test%'"
+            names = [name for (name,) in connection.execute(query).fetchall()]
+        yield from (cluster.url(name) for name in names)
 
 
 @functools.cache
