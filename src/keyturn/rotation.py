@@ -58,6 +58,7 @@ from keyturn.errors import (
     DestinationError,
     DestinationUnavailable,
     IllegalTransition,
+    Rejected,
     StaleRevision,
 )
 from keyturn.ports import (
@@ -269,8 +270,11 @@ class _Saga:
 
     def observe(self, action: steps.Observe) -> None:
         """2. and 7. Read what agents read."""
-        found = self._destination(action.target).observe(action.target)
-        self.seen = self.seen.saw(action.target.key, self._sight(action.target, found))
+        key = action.target.key
+        sight = self._sight(action.target, self._destination(action.target).observe(action.target))
+        self.seen = self.seen.saw(key, sight)
+        if sight.shown is not None and sight.locator:  # also one that nobody lived to report
+            self.case = lifecycle.place(self.case, sight.shown, key, sight.locator)
 
     def mint(self, action: steps.Mint) -> None:
         """3. and 4. Mint in memory, have it accepted, commit its hash."""
@@ -339,17 +343,23 @@ class _Saga:
             exposes=action.exposes,
             call=lambda d, e: d.stage(action.target, e, expected=action.expected),
         )
-        seen = self.seen.wrote(key, Effect.STAGE)
+        seen = replace(self.seen.wrote(key, Effect.STAGE), settled=not action.exposes)
         staged = replace(seen.sights[key], staged=self._own_id(), empty=False)
         self.seen = seen.unsaw(key) if action.exposes else seen.saw(key, staged)
 
     def read_back(self, action: steps.ReadBack) -> None:
         """6. Read the staged copy by its version id and compare it byte for byte."""
+        key = action.target.key
         found = self._destination(action.target).read(action.target, self._own_id())
-        if self.plain is None or found.secret != self.plain:
+        if found.secret is None and (key, Effect.STAGE) not in self.seen.written:
+            # Its label is there and its value is not: staged again, under the same id.
+            self.seen = self.seen.saw(key, replace(self.seen.sights[key], staged=None))
+        elif self.plain is None or found.secret is None:
             raise DestinationUnavailable("the staged copy cannot be read back yet", sent=False)
-        back = self.seen.read_back | {action.target.key}
-        self.seen = replace(self.seen, read_back=back)
+        elif found.secret != self.plain:
+            raise Rejected("the staged copy is not what was staged")
+        else:
+            self.seen = replace(self.seen, read_back=self.seen.read_back | {key})
 
     def activate(self, action: steps.Activate) -> None:
         """7. Make it what agents read; the next step reads that again."""
@@ -360,17 +370,19 @@ class _Saga:
             exposes=True,
             call=lambda d, e: d.activate(action.target, e, expected=action.expected),
         )
-        self.seen = self.seen.wrote(action.target.key, Effect.ACTIVATE).unsaw(action.target.key)
+        # Before each further one every verifier is asked anew (rule 18).
+        seen = replace(self.seen, settled=False).wrote(action.target.key, Effect.ACTIVATE)
+        self.seen = seen.unsaw(action.target.key)
 
     def promote(self, action: steps.Promote) -> None:
         """8. One transaction: new is current, old is previous."""
         del action
         own, now = self._own_id(), self._now()
+        rotation = self.case.rotation
+        grace = rotation.grace if rotation and rotation.grace is not None else None
         for key, sight in self.seen.sights.items():
             if sight.shown == own:
                 self.case = lifecycle.place(self.case, own, key, sight.locator)
-        rotation = self.case.rotation
-        grace = rotation.grace if rotation and rotation.grace is not None else None
         held = {v.id for v in self.case.versions if not nowhere(self.case, v, self.seen)}
         self.case = lifecycle.promote(
             self.case,
@@ -407,23 +419,26 @@ class _Saga:
     def clean(self, action: steps.Clean) -> None:
         """9. Disable or destroy an old copy, never the one shown."""
         placement, how = action.placement, self.plan.policy.retire
-        intent = self._intent(action.target, Effect.RETIRE, placement.version_id, expected="")
-        self.case = lifecycle.intend(self.case, intent, exposes=False)
-        self._commit()
-        destination = self._destination(action.target)
-        self._reported(
-            intent,
-            lambda: destination.retire(
+
+        def retire() -> str:
+            destination.retire(
                 action.target,
                 version_id=placement.version_id,
                 locator=placement.locator,
                 how=how,
-            ),
-        )
+            )
+            return placement.locator
+
+        intent = self._intent(action.target, Effect.RETIRE, placement.version_id, expected="")
+        self.case = lifecycle.intend(self.case, intent, exposes=False)
+        self._commit()
+        destination = self._destination(action.target)
+        self._reported(intent, retire)
 
     def forget(self, action: steps.Forget) -> None:
         """Leave a copy where it is, by policy."""
-        self.case = lifecycle.gone(self.case, action.placement.version_id, action.placement.target)
+        place = action.placement
+        self.case = lifecycle.gone(self.case, place.version_id, place.target, place.locator)
 
     def leave(self, action: steps.Leave) -> None:
         """A dropped destination is empty: stop looking at it."""
@@ -509,10 +524,10 @@ class _Saga:
             at=self._now(),
         )
 
-    def _reported(self, intent: Intent, call: Callable[[], str | None]) -> None:
+    def _reported(self, intent: Intent, call: Callable[[], str]) -> None:
         """Make the call and note how its intent ended; an unknown end leaves it unresolved."""
         try:
-            locator = call() or ""
+            locator = call()
         except DestinationUnavailable as error:
             if not error.sent:
                 self._outcome(intent, Outcome.FAILED)

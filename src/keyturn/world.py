@@ -66,7 +66,7 @@ class Carried:
             with self._guard:
                 self._calls.pop(intent_uid, None)
             error = None if ended.cancelled() else ended.exception()
-            if isinstance(error, DestinationUnavailable):
+            if isinstance(error, DestinationUnavailable) and error.sent:
                 return  # still unknown: it settles by time
             try:
                 journal.report(intent_uid, landed=error is None and not ended.cancelled())

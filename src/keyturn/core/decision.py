@@ -106,14 +106,10 @@ def _rotation(case: Case, run: Run, plan: Plan, now: datetime) -> Action | None:
         return _mint(case, plan, now)
     if run.holding != own.id:
         return _recover(own, rotation.targets, run)
-    if not run.settled:
-        return AwaitVerifiers()
-    return (
-        _stage(own, rotation.targets, run, plan)
-        or _show(case, own, run)
-        or _observe_others(case, run)
-        or Promote()
-    )
+    publish = _stage(own, rotation.targets, run, plan) or _show(case, own, run)
+    if isinstance(publish, Stage | Activate) and not run.settled:
+        return AwaitVerifiers()  # no destination shows it before every verifier accepts it
+    return publish or _observe_others(case, run) or Promote()
 
 
 def _observe_all(targets: Iterable[Target], run: Run) -> Action | None:

@@ -122,28 +122,37 @@ def resolve(
     if outcome is not Outcome.DONE:
         return case
     if intent.effect is Effect.RETIRE:
-        return gone(case, intent.version_id, intent.target)
+        return gone(case, intent.version_id, intent.target, locator)
     return place(case, intent.version_id, intent.target, locator)
 
 
 def place(case: Case, version_id: str, target: str, locator: str) -> Case:
-    """Note that a destination holds a copy of a version, under this name."""
+    """Note that a destination holds a copy of a version, under this name.
+
+    A write whose answer was lost and that was repeated may leave two copies: each has its name.
+    """
+    here = [p for p in case.placements if (p.version_id, p.target) == (version_id, target)]
+    known = {p.locator for p in here if not p.gone}
+    if locator in known or (known and not locator):
+        return case
     placement = Placement(
         version_id=version_id,
         credential_uid=case.credential.uid,
         target=target,
         locator=locator,
     )
-    others = tuple(p for p in case.placements if (p.version_id, p.target) != (version_id, target))
+    nameless = [p for p in here if p.locator in ("", locator)]
+    others = tuple(p for p in case.placements if p not in nameless)
     return replace(case, placements=(*others, placement))
 
 
-def gone(case: Case, version_id: str, target: str) -> Case:
+def gone(case: Case, version_id: str, target: str, locator: str) -> Case:
     """Note that a destination holds that copy no more (or that policy leaves it there)."""
+    copy = version_id, target, locator
     return replace(
         case,
         placements=tuple(
-            replace(p, gone=True) if (p.version_id, p.target) == (version_id, target) else p
+            replace(p, gone=True) if (p.version_id, p.target, p.locator) == copy else p
             for p in case.placements
         ),
     )

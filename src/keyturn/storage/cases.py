@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 from sqlalchemy.sql.elements import ColumnElement
 
@@ -179,7 +180,16 @@ _THIS_PLACEMENT = sa.and_(
 )
 _PLACEMENT = sa.update(placements).where(_THIS_PLACEMENT)
 _NO_PLACEMENT = sa.delete(placements).where(_THIS_PLACEMENT)
-_INSERT = {table: sa.insert(table) for table in (versions, rotations, intents, placements)}
+# A copy that was given up may turn up again: its row is still there, and was not loaded.
+_AGAIN: dict[str, Any] = {
+    "index_elements": [placements.c.version_id, placements.c.target, placements.c.locator],
+    "set_": {"gone": False},
+}
+_NEW_PLACEMENT: dict[str, sa.Insert] = {
+    "sqlite": sqlite.insert(placements).on_conflict_do_update(**_AGAIN),
+    "postgresql": postgresql.insert(placements).on_conflict_do_update(**_AGAIN),
+}
+_INSERT = {table: sa.insert(table) for table in (versions, rotations, intents)}
 
 
 def epoch_moves(before: Case | None, after: Case) -> bool:
@@ -290,7 +300,8 @@ def _write_placements(
                 connection.execute(_PLACEMENT, {"gone": now[key].gone, **where})
             else:
                 connection.execute(_NO_PLACEMENT, where)
-    _insert(connection, placements, (p for key, p in now.items() if key not in known))
+    for new in (p for key, p in now.items() if key not in known):
+        connection.execute(_NEW_PLACEMENT[connection.dialect.name], to_row(new))
 
 
 def _free_identities(connection: Connection, case: Case) -> None:
