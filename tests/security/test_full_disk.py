@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import errno
 import os
+import sqlite3
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from keyturn.administration import Administration, Leak
+from keyturn.daemon import service
+from keyturn.daemon.service import Service
+from keyturn.errors import StoreFull, StoreUnavailable
 from keyturn.storage import ballast as module
 from keyturn.storage.ballast import PIECE, PIECES, Ballast
+from keyturn.storage.store import Store
+from keyturn.verifier.spool import Spool
+from support.cutter import CALLER, administration, open_store
 from support.peers import needs_root
 from support.running import Keyturn, accepts
+from support.stores import NOW, add
+
+VERSION = "0" * 14
 
 SIZE = 16  # MiB of the small disk
 
@@ -138,6 +152,201 @@ def test_everything_else_says_that_the_disk_is_full(keyturn: Keyturn) -> None:
     assert accepts(verifier, keyturn.held("agent-0")) is True
     assert keyturn.ask("audit", "--verify")[1]["chain"]["ok"]
     verifier.close()
+
+
+# --- who may use it -----------------------------------------------------------------------
+
+
+class Full:
+    """A disk that is full until so many pieces of the ballast were given up."""
+
+    def __init__(self, pieces: int, most: int = PIECES) -> None:
+        self.pieces, self.given, self.most = pieces, 0, most
+
+    def check(self) -> None:
+        """Raise what a full disk raises."""
+        if self.given < self.pieces:
+            raise OSError(errno.ENOSPC, "no")
+
+    def make_room(self) -> bool:
+        """Give up one more piece."""
+        self.given += 1
+        return self.given <= self.most
+
+    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Let a call of the operating system meet the full disk."""
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            self.check()
+            return call(*args, **kwargs)
+
+        return checked
+
+
+@pytest.mark.parametrize("call", ["write", "open", "mkdir"])
+def test_a_tombstone_with_its_note_gets_its_room_from_the_ballast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Wherever the disk is found full, pieces go until it works, and no more of them."""
+    disk = Full(3)
+    spool = Spool(tmp_path / "revoked.d", make_room=disk.make_room)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, disk.around(getattr(os, call)))
+        spool.revoke(VERSION, {"reason": "why"})
+
+    assert list(spool.pending()) == [(VERSION, {"reason": "why"})]
+    assert disk.given == 3
+
+
+def test_a_tombstone_without_its_note_refuses_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No block is left for the note and no ballast: the file is there, and a later try adds it."""
+    disk = Full(1 << 20, most=0)
+    spool = Spool(tmp_path / "revoked.d", make_room=disk.make_room)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", disk.around(os.write))
+        spool.revoke(VERSION, {"reason": "why"})
+    assert spool.holds(VERSION)
+    assert list(spool.pending()) == [(VERSION, {})]
+
+    spool.revoke(VERSION, {"reason": "why"})
+    assert list(spool.pending()) == [(VERSION, {"reason": "why"})]
+
+
+def test_a_note_that_was_cut_off_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a note would lose who, why and how much was revoked."""
+    disk, write = Full(1), os.write
+
+    def short(number: int, data: bytes) -> int:
+        return write(number, data if disk.given else data[:5])
+
+    spool = Spool(tmp_path / "revoked.d", make_room=disk.make_room)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", short)
+        spool.revoke(VERSION, {"scope": "agent"})
+
+    assert list(spool.pending()) == [(VERSION, {"scope": "agent"})]
+
+
+def test_what_is_no_file_under_a_versions_name_refuses(tmp_path: Path) -> None:
+    """A link, a folder or a pipe there is a tombstone; nothing follows it or waits for it."""
+    spool, folder = Spool(tmp_path), tmp_path
+    (folder / "target").touch()
+    for number, make in enumerate(
+        (lambda path: path.symlink_to("target"), lambda path: path.mkdir(), os.mkfifo)
+    ):
+        version = f"{number:014}"
+        make(folder / version)
+        spool.revoke(version, {"reason": "why"})
+        assert spool.holds(version)
+    assert (folder / "target").read_bytes() == b""
+
+
+def test_a_long_reason_does_not_cost_the_note(tmp_path: Path) -> None:
+    """The longest reason that the socket takes, escaped, comes back whole."""
+    note = {"reason": "ж" * 32_000, "scope": "agent"}
+    spool = Spool(tmp_path)
+    spool.revoke(VERSION, note)
+
+    assert list(spool.pending()) == [(VERSION, note)]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """Give a store with one agent and one version of it."""
+    one = open_store(tmp_path, writer="w1")
+    add(one, "a")
+    with sqlite3.connect(tmp_path / "keyturn.db") as raw:
+        raw.execute(
+            "INSERT INTO versions (id, credential_uid, seq, state, scheme, digest, origin, exposed,"
+            " fence, minted_at) VALUES (?, 'cred-a', 1, 'kept', 'argon2id', '', 'minted', 1, 1, 1)",
+            [VERSION],
+        )
+    raw.close()
+    yield one
+    one.close()
+
+
+def verbs_on(tmp_path: Path, store: Store, disk: Full) -> Administration:
+    """Return the verbs over a store that is full as long as the disk is."""
+
+    def amend(*args: Any, **kwargs: Any) -> Any:
+        try:
+            disk.check()
+        except OSError:
+            raise StoreFull from None
+        return Store.amend(store, *args, **kwargs)
+
+    store.amend = amend  # type: ignore[method-assign]
+    verbs = administration(tmp_path, store, patience=0.0)
+    return replace(verbs, make_room=disk.make_room)
+
+
+def test_the_store_gets_its_room_for_a_revoke_from_the_ballast(
+    tmp_path: Path, store: Store
+) -> None:
+    """Piece by piece until the commit goes through; without any it is incomplete, and refused."""
+    disk = Full(3)
+    result = verbs_on(tmp_path, store, disk).revoke(Leak(version=VERSION), CALLER)
+    assert (result["incomplete"], disk.given) == (False, 3)
+
+    empty = Full(1 << 20, most=0)
+    result = verbs_on(tmp_path, store, empty).revoke(Leak(version=VERSION), CALLER)
+    assert result["incomplete"]
+    assert Spool(tmp_path / "revoked.d").holds(VERSION)
+
+
+def test_nothing_but_a_revoke_uses_the_ballast(tmp_path: Path, store: Store) -> None:
+    """A suspension says that the disk is full, and changes nothing."""
+    disk = Full(3)
+    with pytest.raises(StoreFull, match="no space left"):
+        verbs_on(tmp_path, store, disk).suspend("a", CALLER)
+    assert disk.given == 0
+    assert store.agent("a").state == "enabled"
+
+
+def test_a_spool_that_takes_nothing_is_no_veto(tmp_path: Path, store: Store) -> None:
+    """Where no tombstone can be made the store refuses; where neither works nothing is promised."""
+    (tmp_path / "revoked.d").write_text("")
+    verbs = verbs_on(tmp_path, store, Full(0))
+    result = verbs.revoke(Leak(version=VERSION), CALLER)
+    assert (result["incomplete"], len(result["warnings"])) == (False, 1)
+
+    with pytest.raises(StoreUnavailable, match="no tombstone"):
+        verbs_on(tmp_path, store, Full(1, most=0)).revoke(Leak(version=VERSION), CALLER)
+
+
+def test_a_revoke_that_nothing_remembers_is_an_error(tmp_path: Path, store: Store) -> None:
+    """No version yet and no room for the row: nobody would write the rest, so nobody says so."""
+    with pytest.raises(StoreFull):
+        verbs_on(tmp_path, store, Full(1, most=0)).revoke(Leak(agent="a"), CALLER)
+
+
+def test_a_full_store_makes_no_busy_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is due stays due on a full disk: it is tried again every second, not all the time."""
+    tries = []
+
+    def run(*args: Any, **kwargs: Any) -> None:
+        tries.append(args)
+        raise StoreFull
+
+    monkeypatch.setattr(service.rotation, "run", run)
+    settings = service.load(Keyturn(tmp_path).config)
+    daemon = Service(settings, socket=tmp_path / "socket")
+    due = SimpleNamespace(credential_uid="c", connections=())
+    daemon.parts._store = SimpleNamespace(  # type: ignore[assignment]
+        now=lambda: NOW, due=lambda now, limit: [due], writer="w", close=lambda: None
+    )
+    daemon._tick()
+    time.sleep(0.5)
+    daemon.stop()
+    daemon._pool.shutdown()
+    daemon.parts.close()
+
+    assert len(tries) == 1
 
 
 # --- the ballast itself -------------------------------------------------------------------
