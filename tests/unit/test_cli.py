@@ -31,7 +31,7 @@ RANDOM_PART = CANARY.split("_")[2]
 NAMES = [
     "status", "agents.list", "agents.show", "agents.add", "agents.remove", "rotate", "suspend",
     "resume", "revoke", "reload", "rotation.retry", "rotation.abandon", "identify", "audit",
-    "metrics", "names", "destinations.forget",
+    "metrics", "names", "destinations.forget", "rotate.forced",
 ]  # fmt: skip
 
 
@@ -153,11 +153,11 @@ ASKED: list[tuple[str, str, dict[str, Any], Any]] = [
         {"agent": "a", "destination": "v:p"},
         STATE,
     ),
-    ("rotate a b", "rotate", {"agents": ["a", "b"], "force": False, "wait": False}, DONE),
+    ("rotate a b", "rotate", {"agents": ["a", "b"], "wait": False}, DONE),
     (
         "rotate a --grace 15m --force --wait",
-        "rotate",
-        {"agents": ["a"], "force": True, "wait": True, "grace_seconds": 900.0},
+        "rotate.forced",
+        {"agents": ["a"], "wait": True, "grace_seconds": 900.0},
         DONE,
     ),
     ("suspend a --reason why", "suspend", {"agent": "a", "reason": "why"}, STATE),

@@ -39,14 +39,14 @@ def rotate(
     """
     args: dict[str, Any] = {
         "agents": agents,
-        "force": force,
         "wait": wait,
         "request_id": request_id or uuid.uuid4().hex,
     }
     if grace:
         args["grace_seconds"] = options.duration(grace).total_seconds()
     shown = output.progress(as_json=json) if wait else None
-    result = ask("rotate", args, socket=socket, config=config, on_progress=shown)
+    command = "rotate.forced" if force else "rotate"  # the second one needs the role admin
+    result = ask(command, args, socket=socket, config=config, on_progress=shown)
     output.show(result, as_json=json, people=lambda data: render.rotations(data["results"]))
     output.end_with(output.code_of(result["results"]))
 

@@ -59,6 +59,7 @@ class Commands:
             "agents.remove": Command(role=admin, function=self.agents_remove),
             "destinations.forget": Command(role=admin, function=self.destinations_forget),
             "rotate": Command(role=respond, function=self.rotate),
+            "rotate.forced": Command(role=admin, function=self.rotate_forced),
             "suspend": Command(role=respond, function=self.suspend),
             "resume": Command(role=respond, function=self.resume),
             "revoke": Command(role=respond, function=self.revoke),
@@ -166,6 +167,13 @@ class Commands:
 
     def rotate(self, args: Args, peer: Peer, progress: Progress) -> Any:
         """Ask for rotations; with `wait`, follow them to their end."""
+        return self._rotate(args | {"force": False}, peer, progress)
+
+    def rotate_forced(self, args: Args, peer: Peer, progress: Progress) -> Any:
+        """Ask for rotations, also with a grace below the floor: that cuts agents off."""
+        return self._rotate(args | {"force": True}, peer, progress)
+
+    def _rotate(self, args: Args, peer: Peer, progress: Progress) -> Any:
         names = [str(name) for name in args.get("agents", ())]
         results = [self._ask_rotation(name, args, peer, _once("rotate", args)) for name in names]
         self._kick()
