@@ -46,7 +46,6 @@ from keyturn.core.model import (
     Intent,
     Look,
     Outcome,
-    RotationState,
     Target,
     WaitReason,
 )
@@ -271,7 +270,9 @@ class _Saga:
     def observe(self, action: steps.Observe) -> None:
         """2. and 7. Read what agents read."""
         key = action.target.key
-        sight = self._sight(action.target, self._destination(action.target).observe(action.target))
+        sight = self._sight(
+            action.target, self.world.destination(action.target).observe(action.target)
+        )
         self.seen = self.seen.saw(key, sight)
         if sight.shown is not None and sight.locator:  # also one that nobody lived to report
             self.case = lifecycle.place(self.case, sight.shown, key, sight.locator)
@@ -284,7 +285,7 @@ class _Saga:
         )
         accepted = self.world.authority.accept(version_id=version_id, secret=plain)
         self.case = lifecycle.accept(
-            self._running_again(),
+            lifecycle.go_on(self.case),
             version_id=version_id,
             scheme=accepted.scheme,
             digest=accepted.digest,
@@ -300,7 +301,7 @@ class _Saga:
     def recover(self, action: steps.Recover) -> None:
         """Take the secret from a copy, if the full check says that it is this very version."""
         own = self._own_id()
-        found = self._destination(action.target).read(action.target, own)
+        found = self.world.destination(action.target).read(action.target, own)
         version = self.case.version(own)
         if (
             version is None
@@ -314,7 +315,7 @@ class _Saga:
         self._hold(own, found.secret)
         # What is shown elsewhere is compared with the plaintext now: read it again.
         self.seen = replace(self.seen, sights={})
-        self.case = self._running_again()
+        self.case = lifecycle.go_on(self.case)
 
     def drop_attempt(self, action: steps.DropAttempt) -> None:
         """Let an attempt go that no destination can give back."""
@@ -350,7 +351,7 @@ class _Saga:
     def read_back(self, action: steps.ReadBack) -> None:
         """6. Read the staged copy by its version id and compare it byte for byte."""
         key = action.target.key
-        found = self._destination(action.target).read(action.target, self._own_id())
+        found = self.world.destination(action.target).read(action.target, self._own_id())
         if found.secret is None and (key, Effect.STAGE) not in self.seen.written:
             # Its label is there and its value is not: staged again, under the same id.
             self.seen = self.seen.saw(key, replace(self.seen.sights[key], staged=None))
@@ -432,7 +433,7 @@ class _Saga:
         intent = self._intent(action.target, Effect.RETIRE, placement.version_id, expected="")
         self.case = lifecycle.intend(self.case, intent, exposes=False)
         self._commit()
-        destination = self._destination(action.target)
+        destination = self.world.destination(action.target)
         self._reported(intent, retire)
 
     def forget(self, action: steps.Forget) -> None:
@@ -498,7 +499,7 @@ class _Saga:
         if own is None or self.plain is None:
             raise IllegalTransition("there is no plaintext to publish")
         intent = self._intent(target, effect, own.id, expected=expected)
-        self.case = lifecycle.intend(self._running_again(), intent, exposes=exposes)
+        self.case = lifecycle.intend(lifecycle.go_on(self.case), intent, exposes=exposes)
         self._commit()
         entry = Entry(
             login=self.case.agent.login,
@@ -507,7 +508,7 @@ class _Saga:
             owner=self.world.journal.store_id,
             fence=own.fence,
         )
-        destination = self._destination(target)
+        destination = self.world.destination(target)
         self._reported(intent, lambda: call(destination, entry))
 
     def _intent(self, target: Target, effect: Effect, version_id: str, *, expected: str) -> Intent:
@@ -547,16 +548,6 @@ class _Saga:
 
     # --- small things -----------------------------------------------------------------------
 
-    def _destination(self, target: Target) -> Destination:
-        destination = self.world.destinations.get(target.to)
-        if destination is None:
-            raise DestinationUnavailable(
-                f"no connection is called {target.to}",
-                hint="add it under `connections:` and `keyturn reload`",
-                sent=False,
-            )
-        return destination
-
     def _hold(self, version_id: str, plain: Secret) -> None:
         self.plain = plain
         self.seen = replace(self.seen, holding=version_id)
@@ -573,14 +564,6 @@ class _Saga:
         if rotation is None or rotation.version_id is None:
             raise IllegalTransition("the rotation has no version")
         return rotation.version_id
-
-    def _running_again(self) -> Case:
-        """Return the case with its rotation running: it got past what it waited for."""
-        rotation = self.case.rotation
-        if rotation is None or rotation.state is not RotationState.WAITING:
-            return self.case
-        running = replace(rotation, state=RotationState.RUNNING, waiting=None)
-        return replace(self.case, rotation=running)
 
 
 def _where(action: Action) -> str:

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from typing import Any, Protocol
 
 from keyturn.core import secret
-from keyturn.core.model import Case
+from keyturn.core.model import Case, Target
 from keyturn.core.secret import Secret
 from keyturn.core.steps import Plan
 from keyturn.errors import DestinationUnavailable, StorageError
@@ -99,3 +99,14 @@ class World:
     stopping: Callable[[], bool] = lambda: False
     prefix: str = secret.DEFAULT_PREFIX
     carried: Carried = field(default_factory=Carried)
+
+    def destination(self, target: Target) -> Destination:
+        """Return where a target is. Raises DestinationUnavailable: nothing was sent."""
+        found = self.destinations.get(target.to)
+        if found is None:
+            raise DestinationUnavailable(
+                f"no connection is called {target.to}",
+                hint="add it under `connections:` and `keyturn reload`",
+                sent=False,
+            )
+        return found

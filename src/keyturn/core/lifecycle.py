@@ -218,6 +218,15 @@ def wait(case: Case, waiting: Waiting) -> Case:
     return replace(case, rotation=replace(rotation, state=RotationState.WAITING, waiting=waiting))
 
 
+def go_on(case: Case) -> Case:
+    """Return the case with its rotation running: it got past what it waited for."""
+    rotation = case.rotation
+    if rotation is None or rotation.state is not RotationState.WAITING:
+        return case
+    running = replace(rotation, state=RotationState.RUNNING, waiting=None)
+    return replace(case, rotation=running)
+
+
 def stall(case: Case, *, code: str, where: str) -> Case:
     """Stop until a person retries or abandons; current stays current."""
     rotation = replace(

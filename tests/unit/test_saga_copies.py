@@ -1,0 +1,179 @@
+"""The saga and the copies that it leaves at destinations: staged, lost, found again, doubled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from itertools import pairwise
+
+import pytest
+
+from keyturn.core.model import RotationState, VersionState
+from keyturn.errors import DestinationUnavailable
+from keyturn.verifier.authority import BuiltinAuthority
+from support.bench import SETTLE, SHAPES, Bench
+
+
+@pytest.fixture
+def benches() -> Iterator[list[Bench]]:
+    """Give a list whose benches are given back."""
+    made: list[Bench] = []
+    yield made
+    for bench in made:
+        bench.close()
+
+
+def at_home(benches: list[Bench], *shapes: str) -> Bench:
+    """Return a bench whose first version is everywhere."""
+    bench = Bench(*shapes)
+    benches.append(bench)
+    bench.go()
+    bench.assert_home()
+    bench.steps.done.clear()
+    return bench
+
+
+def test_every_activation_asks_the_verifiers_anew(benches: list[Bench]) -> None:
+    """A verifier that registered meanwhile is waited for as well (rule 18)."""
+    bench = at_home(benches, "vault", "azure", "staging")
+
+    class Asked(BuiltinAuthority):
+        """A verifier comes up between the first activation and the second."""
+
+        times = 0
+
+        def settled(self, epoch: int) -> bool:
+            del epoch
+            Asked.times += 1
+            return Asked.times != 2
+
+    bench.world = replace(bench.world, authority=Asked(hashing=bench.hashing))
+    bench.ask()
+    bench.run()
+    waiting = bench.case.rotation
+
+    assert waiting is not None
+    assert waiting.waiting is not None
+    assert str(waiting.waiting.reason) == "verifiers"
+    assert sum(step.startswith("activate") for step in bench.steps.done) == 1
+    bench.go()
+    bench.assert_home()
+    acts = [s.split()[0] for s in bench.steps.done if s.startswith(("await", "activate"))]
+    for before, step in pairwise(acts):
+        assert step != "activate" or before == "awaitverifiers"
+
+
+def test_a_staged_copy_that_vanished_is_staged_again(benches: list[Bench]) -> None:
+    """The label is there and the value is gone: the same version is staged again, by nobody's hand."""
+    bench = at_home(benches, "staging")
+    minted = len(bench.versions())
+    played, target = bench.played["d0"], bench.targets["d0"]
+    bench.ask()
+    seen = bench.on_point
+
+    def cut(name: str) -> None:
+        seen(name)
+        if name == "after stage d0":
+            played.read_faults = [DestinationUnavailable("no answer")]
+
+    bench.on_point = cut
+    bench.run()
+    bench.on_point = seen
+    shelf = played.inner._shelf(target)
+    assert shelf.staged is not None
+    label, number = shelf.staged
+    del shelf.copies[number]
+    assert played.inner._observe(target).staged == label
+    bench.go()
+
+    assert len(bench.versions()) == minted + 1
+    assert sum(step.startswith("stage ") for step in bench.steps.done) == 2
+    bench.assert_home()
+
+
+def test_what_is_staged_under_our_id_and_is_not_ours_needs_a_person(benches: list[Bench]) -> None:
+    """A staged copy with another secret is never activated, and never waited for silently."""
+    bench = at_home(benches, "staging")
+    played, target = bench.played["d0"], bench.targets["d0"]
+    seen = bench.on_point
+
+    def forge(name: str) -> None:
+        seen(name)
+        if name == "after stage d0":
+            shelf = played.inner._shelf(target)
+            assert shelf.staged is not None
+            shelf.copies[shelf.staged[1]]["secret"] = "forged"
+
+    bench.ask()
+    bench.on_point = forge
+    bench.run()
+    rotation = bench.case.rotation
+
+    assert rotation is not None
+    assert rotation.state is RotationState.STALLED
+    assert rotation.error_where == "d0:bot"
+    assert not any(step.startswith("activate") for step in bench.steps.done[-4:])
+
+
+def test_a_copy_that_nobody_lived_to_report_is_put_away_in_its_time(benches: list[Bench]) -> None:
+    """A write that landed behind a dead process is found, named, and disabled at retirement."""
+    bench = at_home(benches, "vault")
+    bench.ask()
+    bench.crash_at = lambda _at, name: name == "after activate d0"
+    assert bench.crashing_run()
+    bench.go(until=bench.at_home)
+    bench.go()
+    landed = bench.case.current
+    assert landed is not None
+    bench.ask()
+    bench.go()
+
+    assert bench.version(landed.id).state is VersionState.RETIRED
+    played, target = bench.played["d0"], bench.targets["d0"]
+    copies = played.inner._shelf(target).copies
+    (number,) = (n for n, values in copies.items() if values.get("version") == landed.id)
+    assert played.inner.disabled(target, str(number))
+
+
+def test_two_copies_of_one_version_are_both_put_away(benches: list[Bench]) -> None:
+    """Without compare-and-set a repeated write may land twice: retirement finds both names."""
+    bench = at_home(benches, "azure")
+    played, target = bench.played["d0"], bench.targets["d0"]
+    bench.ask()
+    bench.run()
+    doubled = bench.case.current
+    assert doubled is not None
+    values = played.inner.raw_get(target)
+    assert values is not None
+    played.inner.raw_put(target, values)  # the same entry again, under its second name
+    bench.clock.advance(timedelta(hours=2))
+    bench.go()
+    assert len({p.locator for p in bench.case.placements if p.version_id == doubled.id}) == 2
+    bench.ask()
+    bench.go()
+
+    shelf = played.inner._shelf(target)
+    numbers = [n for n, kept in shelf.copies.items() if kept.get("version") == doubled.id]
+    assert len(numbers) == 2
+    assert all(played.inner.disabled(target, str(number)) for number in numbers)
+
+
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s != "file"])
+def test_a_late_end_that_says_nothing_was_sent_is_an_outcome(
+    benches: list[Bench], shape: str
+) -> None:
+    """A call that ends late and was never sent need not be settled by time."""
+    bench = at_home(benches, shape)
+    bench.played["d0"].faults = ["late"]
+    bench.ask()
+    bench.run()
+    (open_intent,) = bench.case.intents
+    for call, _, _ in bench.played["d0"]._taken():
+        call.set_exception(DestinationUnavailable("never sent", sent=False))
+
+    assert open_intent.outcome is None
+    assert bench.case.intents == ()
+    before = bench.clock.now()
+    bench.go(until=bench.at_home)
+    assert bench.clock.now() - before < SETTLE
