@@ -167,7 +167,7 @@ SENTENCES: dict[str, Row] = {
         plan(),
         steps.Rest(until=SOON),
     ),
-    "nor for a place where it leaked": (
+    "nothing opens where every place is left out": (
         case(S.REVOKED, S.CURRENT, withheld=("files",), placed=False),
         run(sees(OLD), sees(OLD)),
         plan(),
@@ -539,3 +539,17 @@ def test_decide_is_total(
     assert found == decide(given_case, seen, plan(traits), NOW)
     if isinstance(found, steps.Rest):
         assert found.until is None or found.until > NOW
+
+
+@pytest.mark.parametrize("shown", [OLD, None])
+def test_a_place_where_it_leaked_owes_nothing(shown: str | None) -> None:
+    """Neither a revoked value nor none opens a rotation there, unless a person names the place."""
+    leaky = target("b", to="leaky")
+    of = case(S.REVOKED, S.CURRENT, placed=False, withheld=("leaky",))
+    of = replace(of, agent=replace(of.agent, targets=(A, leaky)))
+    seen = Run(writer="w1", sights={A.key: sees(NEW), leaky.key: sees(shown)})
+    traits = Plan(policy=Policy(), traits={A.key: CAS, leaky.key: CAS})
+
+    assert decide(of, seen, traits, NOW) == steps.Rest(until=SOON)
+    named = replace(of, credential=replace(of.credential, withheld=()))
+    assert isinstance(decide(named, seen, traits, NOW), steps.Open)
