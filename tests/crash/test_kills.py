@@ -53,12 +53,7 @@ def write_config(folder: Path, server: openbao.Server) -> Path:
                 "grace": "6s",
                 "consumer_cache": "2s",
                 "jitter": "30%",
-                "retry": {
-                    "first": "100ms",
-                    "max": "1s",
-                    "call_deadline": "2s",
-                    "settle_after": "3s",
-                },
+                "retry": {"first": "100ms", "max": "1s", "settle_after": "3s"},
             }
         },
         "agents": {

@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from support.running import Keyturn, accepts
+from support.running import Keyturn, accepts, file_at
 
 
 @pytest.fixture
 def keyturn(tmp_path: Path) -> Iterator[Keyturn]:
     """Give a running Keyturn whose only agent reads at two connections."""
     one = Keyturn(tmp_path, agents=1)
-    one.content["connections"]["leaky"] = {"type": "file", "root": str(tmp_path / "leaky")}
+    one.content["connections"]["leaky"] = file_at(tmp_path / "leaky")
     one.content["agents"]["agent-0"]["destinations"].append({"to": "leaky", "path": "agent-0"})
     one.write()
     one.start()

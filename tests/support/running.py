@@ -20,8 +20,13 @@ from keyturn.verifier.decision import Verifier
 from keyturn.wiring import SystemClock
 
 TESTS = Path(__file__).parents[1]
-RETRY = {"first": "100ms", "max": "1s", "call_deadline": "1s", "settle_after": "2s"}
+RETRY = {"first": "100ms", "max": "1s", "settle_after": "2s"}
 QUIET = {"every": "1h", "grace": "10s", "consumer_cache": "2s", "jitter": "0%", "retry": RETRY}
+
+
+def file_at(root: Path) -> dict[str, Any]:
+    """Return a connection to files, quick enough for `RETRY`."""
+    return {"type": "file", "root": str(root), "call_deadline": "1s"}
 
 
 class Keyturn:
@@ -35,12 +40,15 @@ class Keyturn:
         self.revocations = folder / "revocations"
         self.log = folder / "daemon.log"
         self.process: subprocess.Popen[bytes] | None = None
+        self.python = [sys.executable]  # with the options that a test wants
+        path = os.pathsep.join([str(TESTS), *sys.path])
+        self.environ: Mapping[str, str] = {**os.environ, "PYTHONPATH": path}
         self.content: dict[str, Any] = {
             "version": 1,
             "store": {"url": f"sqlite:///{self.store}"},
             "admin": {"socket": str(folder / "run" / "admin.sock")},
             "revocations_file": str(self.revocations),
-            "connections": {"files": {"type": "file", "root": str(folder / "agents")}},
+            "connections": {"files": file_at(folder / "agents")},
             "policies": {"default": {**QUIET, **(policy or {})}},
             "agents": {
                 f"agent-{n}": {"destinations": [{"to": "files", "path": f"agent-{n}"}]}
@@ -73,10 +81,10 @@ class Keyturn:
         command = module or ("keyturn", "run", "-c", str(self.config))
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", *command],
+                [*self.python, "-m", *command],
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
+                env=self.environ,
             )
         self.wait_for(lambda: self.ask("status")[0] == 0, seconds=30)
 
@@ -111,11 +119,11 @@ class Keyturn:
     def run(self, *args: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         """Run a command as a person would."""
         environ = {
-            **os.environ,
+            **self.environ,
             "KEYTURN_CONFIG": str(self.config),
         }
         return subprocess.run(
-            [sys.executable, "-m", "keyturn", *args],
+            [*self.python, "-m", "keyturn", *args],
             input=stdin,
             capture_output=True,
             text=True,

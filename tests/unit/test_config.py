@@ -182,7 +182,7 @@ def test_the_smallest_file(write: Write) -> None:
         ("grace: 9d", "grace: 7d", "k.yaml:15: policies.weekly: grace 7d is 24h short of its floor 8d: consumer_cache 8d + lease 0s"),
         ("every: 30d", "every: 23h", "k.yaml:9: policies.default: a grace of 48h at this interval needs 5 accepted versions, and the limit is 4: rotate no more often than every 24h, or shorten the grace to 46h"),
         ("mode: enforce}", "mode: enforced}", "k.yaml:17: policies.by-hand.max_age.mode: expected alert or enforce"),
-        ("max: 15m", "max: 1s", "k.yaml:9: policies.default: retry: expected `first` up to `max`, and `settle_after` longer than `call_deadline`"),
+        ("max: 15m", "max: 1s", "k.yaml:9: policies.default: retry: expected `first` up to `max`"),
         ("extends: weekly", "extends: wekly", "k.yaml:16: policies.nightly.extends: unknown policy: did you mean weekly?"),
         ("extends: default", "extends: nightly", "k.yaml:15: policies.weekly.extends: expected no circle of policies"),
         ("policy: weekly", "policy: weakly", "k.yaml:28: agents.billing-bot.policy: unknown policy: did you mean weekly?"),

@@ -63,7 +63,7 @@ BASE: dict[str, Any] = {
             "every": "30d", "jitter": "10%", "grace": "48h", "consumer_cache": "24h", "zone": "UTC",
             "window": "Mon-Fri 02:00-05:00", "max_age": {"after": "90d", "mode": "alert"},
             "first_rotation": "now", "retire": "leave",
-            "retry": {"first": "2s", "max": "15m", "call_deadline": "10s", "settle_after": "5m"},
+            "retry": {"first": "2s", "max": "15m", "settle_after": "5m"},
         },
         "nightly": {"extends": "default", "cron": "0 3 * * tue"},
     },

@@ -321,8 +321,9 @@ def test_wrong_durations_are_refused_without_quoting(text: str) -> None:
 )
 def test_a_call_on_its_way_never_counts_as_settled(deadline: int, settle: int, good: bool) -> None:
     """`settle_after` must be longer than the deadline of a call (rule 2)."""
-    retry = Retry(call_deadline=timedelta(seconds=deadline), settle_after=timedelta(seconds=settle))
-    assert (rules.check(Policy(retry=retry), {}, timedelta(0)) == []) is good
+    policy = Policy(retry=Retry(settle_after=timedelta(seconds=settle)))
+    slow = {"vault": Traits(call_deadline=timedelta(seconds=deadline))}
+    assert (rules.check(policy, slow, timedelta(0)) == []) is good
 
 
 def test_a_window_does_not_make_a_rotation_later_than_needed() -> None:

@@ -90,7 +90,7 @@ def _vault_reader(address: str, token: str) -> Read:
 
 
 def _write_config(folder: Path, connection: dict[str, Any]) -> Path:
-    retry = {"first": "200ms", "call_deadline": "2s", "settle_after": "3s"}
+    retry = {"first": "200ms", "settle_after": "3s"}
     content = {
         "version": 1,
         "store": {"url": f"sqlite:///{folder / 'state' / 'keyturn.db'}"},

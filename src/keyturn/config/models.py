@@ -201,9 +201,6 @@ class RetrySection(Section):
 
     first: Annotated[Duration, Field(description="first wait; it doubles")] = timedelta(seconds=2)
     max: Annotated[Duration, Field(description="longest wait")] = timedelta(minutes=15)
-    call_deadline: Annotated[
-        Duration, Field(description="time for the whole answer of one call")
-    ] = timedelta(seconds=10)
     settle_after: Annotated[
         Duration, Field(description="when a call without an answer can no longer land")
     ] = timedelta(minutes=5)

@@ -345,11 +345,10 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retry:
-    """Back-off of retryable errors, the deadline of one call, and when an intent is settled."""
+    """Back-off of retryable errors, and when an intent without an answer is settled."""
 
     first: timedelta = timedelta(seconds=2)
     max: timedelta = timedelta(minutes=15)
-    call_deadline: timedelta = timedelta(seconds=10)
     settle_after: timedelta = timedelta(minutes=5)
 
 
@@ -363,6 +362,8 @@ class Traits:
     settles_with_writer a dead writer's request cannot land any more (files)
     staleness           how long an ordinary read may lag behind a write
     minimum_interval    shortest interval of rotations that its quotas carry
+    call_deadline       time for the whole answer of one call; belongs to the connection, not to a
+                        policy, since agents of several policies share its lanes
     """
 
     can_stage: bool = False
@@ -371,6 +372,7 @@ class Traits:
     settles_with_writer: bool = False
     staleness: timedelta = timedelta(0)
     minimum_interval: timedelta = timedelta(0)
+    call_deadline: timedelta = timedelta(seconds=10)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -172,16 +172,19 @@ def _check_age(policy: Policy, interval: timedelta | None) -> list[str]:
 
 
 def _check_retry(retry: Retry) -> list[str]:
-    # A call that may still be on its way must never count as settled (rule 2).
-    if retry.settle_after > retry.call_deadline and retry.first <= retry.max:
-        return []
-    return ["retry: expected `first` up to `max`, and `settle_after` longer than `call_deadline`"]
+    return [] if retry.first <= retry.max else ["retry: expected `first` up to `max`"]
 
 
 def _check_destination(
     policy: Policy, name: str, traits: Traits, lease: timedelta, shortest: timedelta | None
 ) -> list[str]:
     problems = _check_floor(policy, name, traits.staleness, lease)
+    settle_after, deadline = policy.retry.settle_after, traits.call_deadline
+    if settle_after <= deadline:  # a call on its way must never count as settled (rule 2)
+        problems.append(
+            f"retry: settle_after {text(settle_after)} is not longer than the call_deadline of {name}"
+            f" {text(deadline)}"
+        )
     if shortest is not None and shortest < traits.minimum_interval:
         problems.append(
             f"{name} carries one rotation every {text(traits.minimum_interval)} (its quota), and this "

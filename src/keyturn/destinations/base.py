@@ -14,6 +14,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import PurePath
 from queue import Empty, SimpleQueue
@@ -130,7 +131,7 @@ class DestinationBase(ABC):
     @property
     def traits(self) -> Traits:
         """What this destination can do."""
-        return self.TRAITS
+        return replace(self.TRAITS, call_deadline=self.options.call_deadline)
 
     @property
     def parallel(self) -> int:

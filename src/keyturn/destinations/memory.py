@@ -76,6 +76,7 @@ class MemoryDestination(DestinationBase):
             can_stage=self.options.can_stage,
             has_cas=self.options.has_cas,
             keeps_versions=self.options.keeps_versions,
+            call_deadline=self.options.call_deadline,
         )
 
     # --- what an agent, or somebody else, does ------------------------------------------------
