@@ -306,7 +306,7 @@ class _Saga:
         if (
             version is None
             or found.secret is None
-            or found.login != self.case.agent.login
+            or found.login != version.login
             or not self.world.authority.matches(version, found.secret)
         ):
             searched = self.seen.no_copy | {action.target.key}
@@ -502,7 +502,7 @@ class _Saga:
         self.case = lifecycle.intend(lifecycle.go_on(self.case), intent, exposes=exposes)
         self._commit()
         entry = Entry(
-            login=self.case.agent.login,
+            login=own.login,
             secret=self.plain,
             version_id=own.id,
             owner=self.world.journal.store_id,

@@ -41,12 +41,12 @@ def recognise(case: Case, found: Observed, *, authority: Authority) -> str | Non
     """Return the version that is shown, if it is one of this credential's and unaltered.
 
     SECURITY: the id in the entry is only a claim. The text itself must parse to that id and carry
-    its tag, and the login must be the agent's, or a hostile writer could pass a value off as ours.
+    its tag, and the login must be its own, or a hostile writer could pass a value off as ours.
     """
-    if found.secret is None or found.login != case.agent.login:
-        return None
     version = case.version(found.version_id)
-    if version is None or not authority.resembles(version, found.secret):
+    if version is None or found.secret is None or found.login != version.login:
+        return None
+    if not authority.resembles(version, found.secret):
         return None
     return version.id
 

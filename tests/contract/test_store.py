@@ -418,7 +418,7 @@ def test_a_writer_reports_its_own_intent_without_a_claim(place: Place) -> None:
 
 
 def test_the_epoch_moves_when_verifiers_must_know(store: Store) -> None:
-    """Acceptance, deadline, state and login move it; a promotion alone and due times do not."""
+    """Acceptance, deadline and state move it; a promotion, due times, a new login do not."""
     uid = add(store)
 
     def moves(change: Callable[[Case], Case]) -> bool:
@@ -435,7 +435,7 @@ def test_the_epoch_moves_when_verifiers_must_know(store: Store) -> None:
     assert moves(lambda c: first(c, state=VersionState.PREVIOUS, deadline=NOW))
     assert moves(lambda c: first(c, deadline=NOW + TTL))
     assert moves(lambda c: replace(c, agent=replace(c.agent, state=AgentState.SUSPENDED)))
-    assert moves(lambda c: replace(c, agent=replace(c.agent, login="other")))
+    assert not moves(lambda c: replace(c, agent=replace(c.agent, login="other")))
     assert moves(lambda c: first(c, state=VersionState.RETIRED, ended_at=NOW))
 
 
@@ -799,9 +799,10 @@ def test_unknown_names_are_unknown(store: Store) -> None:
 def test_a_reader_sees_every_commit(place: Place) -> None:
     """A look-up that starts after a commit of another connection returned shows it."""
     store, reader = place.open(), DecisionReader.open(place.url)
-    uid = add(store, login="the-login")
+    uid = add(store, login="a-newer-login")
     assert reader.lookup("unknown") is None
-    case = amend(store, uid, with_version(uid, VersionState.CURRENT))
+    known = version(uid, 1, VersionState.CURRENT, login="its-own")
+    case = amend(store, uid, lambda c: replace(c, versions=(known,)))
     for number in range(50):
         deadline = NOW + timedelta(seconds=number)
         values = {"state": VersionState.PREVIOUS, "deadline": deadline}
@@ -813,7 +814,7 @@ def test_a_reader_sees_every_commit(place: Place) -> None:
         found = reader.lookup(case.versions[0].id)
         assert found
         assert (found.state, found.deadline) == (VersionState.PREVIOUS, deadline)
-    assert (found.login, found.tag, found.agent_state) == ("the-login", b"12345678", "enabled")
+    assert (found.login, found.tag, found.agent_state) == ("its-own", b"12345678", "enabled")
     reader.close()
 
 
@@ -822,12 +823,27 @@ def test_imported_versions_are_found_by_login(place: Place) -> None:
     store, reader = place.open(), DecisionReader.open(place.url)
     uid = add(store, login="l")
     states = [VersionState.REVOKED, VersionState.CURRENT, VersionState.PENDING]
-    made = [version(uid, n, s, origin="imported") for n, s in enumerate(states, 1)]
+    made = [version(uid, n, s, origin="imported", login="l") for n, s in enumerate(states, 1)]
     made[2] = replace(made[2], origin="generated")
     amend(store, uid, lambda c: replace(c, versions=tuple(made)))
     assert [d.version_id for d in reader.imported("l")] == [made[1].id, made[0].id]
     assert reader.imported("other") == []
     reader.close()
+
+
+def test_a_login_is_taken_until_its_last_version_is_over(store: Store) -> None:
+    """Who has a new login is still known by the old one: nobody else gets it meanwhile."""
+    uid = add(store, "a", login="old")
+    amend(store, uid, lambda c: replace(c, versions=(version(uid, 1, login="old"),)))
+    case = store.case(uid)
+    moved = replace(case.agent, login="new")
+    identities = {t.key: f"file:///{t.key}" for t in moved.targets}
+    store.amend_agent(moved.uid, moved, identities=identities, audit=[])
+    with pytest.raises(Refused, match="'old' is still used by older versions of agent 'a'"):
+        add(store, "b", login="old")
+    over = {"state": VersionState.RETIRED, "ended_at": NOW}
+    amend(store, uid, lambda c: replace(c, versions=(replace(c.versions[0], **over),)))
+    add(store, "b", login="old")
 
 
 # --- membership ---------------------------------------------------------------------------

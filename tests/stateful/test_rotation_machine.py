@@ -210,7 +210,7 @@ class RotationMachine(RuleBasedStateMachine):
     def _refused(self, version_ids: list[str]) -> None:
         for version_id in version_ids:
             if version_id in self.bench.texts:
-                assert not self.bench.accepts("bot", self.bench.texts[version_id])
+                assert not self.bench.accepts(*self.bench.texts[version_id])
 
     def teardown(self) -> None:
         """When the world is whole again, everything ends at home by itself (I5)."""

@@ -303,7 +303,7 @@ class Bench:
         self.targets = {name: Target(to=name, path="bot") for name in names}
         self.edited: dict[str, dict[str, str]] = {}
         self.shown_at: dict[str, datetime] = {}
-        self.texts: dict[str, str] = {}
+        self.texts: dict[str, tuple[str, str]] = {}
         self.uid = "credential"
         agent = Agent(uid="agent", name="bot", login="bot", targets=tuple(self.targets.values()))
         now = self.clock.now()
@@ -439,10 +439,11 @@ class Bench:
             if values is None or values == self.edited.get(name):
                 continue
             version_id = values["version"]
-            self.texts[version_id], self.shown_at[version_id] = values["secret"], now
+            self.texts[version_id] = values["id"], values["secret"]
+            self.shown_at[version_id] = now
         exempt: bool | None = None
         for version_id, at in self.shown_at.items():
-            if now < at + GRACE and not self.accepts("bot", self.texts[version_id]):
+            if now < at + GRACE and not self.accepts(*self.texts[version_id]):
                 exempt = self.case.agent.state is not AgentState.ENABLED
                 state = self.version(version_id).state
                 assert exempt or state is VersionState.REVOKED, (

@@ -95,6 +95,7 @@ def version(
         more.setdefault("ended_at", NOW)
     values: dict[str, Any] = {
         "id": f"{uid.replace('-', '')}v{seq:03d}".ljust(14, "0"),
+        "login": "bot",
         "scheme": "argon2id",
         "digest": "$argon2id$…",
         "tag": b"12345678",

@@ -443,6 +443,44 @@ def test_a_new_destination_opens_a_rotation(make: Make) -> None:
     assert bench.at_home()
 
 
+@pytest.mark.parametrize("moment", [None, "after activate d0", "after save rotation.opened"])
+def test_a_new_login_is_rolled_out_like_a_new_secret(make: Make, moment: str | None) -> None:
+    """Entries keep the login that they were written with, and both are good until the grace ends."""
+    bench = make("vault", "file")
+    agent, old = bench.case.agent, bench.case.current
+    assert old is not None
+
+    def rename() -> None:
+        changed = replace(agent, login="bot@new")
+        identities = bench.identities(agent.targets)
+        bench.store.amend_agent(agent.uid, changed, identities=identities, audit=[])
+
+    if moment is None:
+        rename()
+    else:
+        bench.ask()
+        seen, done = bench.on_point, []
+
+        def at(name: str) -> None:
+            seen(name)
+            if name.startswith(moment) and not done:
+                done.append(name)
+                rename()
+
+        bench.on_point = at
+    bench.go()
+
+    bench.assert_home()
+    case = bench.case
+    assert case.current is not None
+    assert case.current.login == "bot@new"
+    assert bench.version(old.id).login == "bot"
+    values = bench.played["d0"].inner.raw_get(bench.targets["d0"])
+    assert values is not None
+    assert values["id"] == "bot@new"
+    assert not any("unknown-value" in step for step in bench.steps.done)
+
+
 # --- people, while it runs ----------------------------------------------------------------
 
 MOMENTS = [

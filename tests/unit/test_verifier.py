@@ -327,7 +327,7 @@ def test_the_authority_knows_its_own_version_only(bench: Bench) -> None:
     from keyturn.core.model import Version
 
     version = Version(
-        id=version_id, credential_uid="c", seq=1, state=VersionState.PENDING,
+        id=version_id, credential_uid="c", seq=1, login="bot", state=VersionState.PENDING,
         scheme=accepted.scheme, digest=accepted.digest, tag=accepted.tag,
         minted_at=bench.clock.now(),
     )  # fmt: skip

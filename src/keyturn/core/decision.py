@@ -227,6 +227,8 @@ def _cause(case: Case, run: Run, now: datetime) -> Cause | None:
         return credential.request.cause
     if case.current is None:
         return Cause.DRIFT if case.versions else Cause.FIRST
+    if case.current.login != case.agent.login:
+        return Cause.NEW_LOGIN
     if _has_new_destination(case, run):
         return Cause.NEW_DESTINATION
     if any(_owes(case, target, run, now) for target in case.next_targets):

@@ -88,6 +88,7 @@ def accept(
         id=version_id,
         credential_uid=case.credential.uid,
         seq=case.credential.seq + 1,
+        login=case.agent.login,
         state=S.PENDING,
         scheme=scheme,
         digest=digest,

@@ -67,6 +67,7 @@ class Cause(StrEnum):
     REISSUE = "reissue"
     DRIFT = "drift"  # a destination shows a version that is refused
     NEW_DESTINATION = "new-destination"
+    NEW_LOGIN = "new-login"
 
 
 class WaitReason(StrEnum):
@@ -197,12 +198,14 @@ class Version:
 
     `exposed` is set in the transaction that journals its first activation intent. `fence` is the
     fence that was journalled at accept: entry bytes are a function of the secret and of fields
-    like this one, so that a re-write after a takeover has the same bytes.
+    like this one, so that a re-write after a takeover has the same bytes. So is `login`, what the
+    agent presents beside it: one that still reads the old entry goes on with its old login.
     """
 
     id: str
     credential_uid: str
     seq: int
+    login: str
     state: VersionState
     scheme: str
     digest: str

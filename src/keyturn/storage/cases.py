@@ -193,14 +193,13 @@ _INSERT = {table: sa.insert(table) for table in (versions, rotations, intents)}
 
 
 def epoch_moves(before: Case | None, after: Case) -> bool:
-    """Tell whether verifiers must know: acceptance, a deadline, or the agent's state or login."""
+    """Tell whether verifiers must know: acceptance, a deadline, or the agent's state."""
     known = {v.id: (v.accepted, v.deadline) for v in before.versions} if before else {}
     if any(known.get(v.id, (False, None)) != (v.accepted, v.deadline) for v in after.versions):
         return True
     if before is None:
         return False
-    old, new = before.agent, after.agent
-    return (old.state, old.login) != (new.state, new.login)
+    return before.agent.state is not after.agent.state
 
 
 def write(connection: Connection, before: Case, after: Case) -> Case:

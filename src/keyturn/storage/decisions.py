@@ -26,14 +26,14 @@ WAIT = 0.03  # seconds for another thread's look-up
 BUSY_MS = 50  # for a writer's commit; both together stay below 100 ms
 
 _SELECT = (
-    "SELECT a.uid, a.name, a.login, a.state, v.credential_uid, v.id, v.state, v.scheme, v.digest,"
+    "SELECT a.uid, a.name, v.login, a.state, v.credential_uid, v.id, v.state, v.scheme, v.digest,"
     " v.tag, v.deadline"
     " FROM versions v JOIN credentials c ON c.uid = v.credential_uid"
     " JOIN agents a ON a.uid = c.agent_uid WHERE "
 )
 _BY_ID = _SELECT + "v.id = ?"
 _IMPORTED = _SELECT + (
-    "a.login = ? AND a.state <> 'removed' AND v.origin = 'imported' ORDER BY v.seq DESC"
+    "v.login = ? AND a.state <> 'removed' AND v.origin = 'imported' ORDER BY v.seq DESC"
 )
 
 

@@ -149,6 +149,7 @@ def _version_line(version: Version) -> dict[str, Any]:
     return {
         "version": version.id,
         "seq": version.seq,
+        "login": version.login,
         "state": version.state.value,
         "scheme": version.scheme,
         "digest": version.digest,

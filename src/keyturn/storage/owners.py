@@ -9,10 +9,19 @@ from datetime import datetime
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from keyturn.core.model import Agent, AgentState, Case, Credential, Effect, Outcome, Target
+from keyturn.core.model import (
+    ACCEPTED,
+    Agent,
+    AgentState,
+    Case,
+    Credential,
+    Effect,
+    Outcome,
+    Target,
+)
 from keyturn.errors import Refused, UnknownAgent
 from keyturn.storage import cases
-from keyturn.storage.tables import agents, credentials, identities, intents, placements
+from keyturn.storage.tables import agents, credentials, identities, intents, placements, versions
 
 
 def add(
@@ -44,6 +53,23 @@ def check(connection: Connection, agent: Agent, claimed: Mapping[str, str]) -> N
                 f"the {field} {value!r} is taken by agent {other!r}",
                 hint=f"choose another {field}",
             )
+    # An agent that has a new login is still known by the old one, until its old versions are over.
+    still = (
+        sa.select(agents.c.name)
+        .join_from(versions, credentials, versions.c.credential_uid == credentials.c.uid)
+        .join(agents, credentials.c.agent_uid == agents.c.uid)
+        .where(
+            versions.c.login == agent.login,
+            versions.c.state.in_(sorted(ACCEPTED)),
+            agents.c.uid != agent.uid,
+            agents.c.state != AgentState.REMOVED,
+        )
+    )
+    if other := connection.execute(still.limit(1)).scalar():
+        raise Refused(
+            f"the login {agent.login!r} is still used by older versions of agent {other!r}",
+            hint="wait until their grace is over, or choose another login",
+        )
     owned = (
         sa.select(identities.c.identity, agents.c.name, identities.c.target)
         .join_from(identities, agents, identities.c.agent_uid == agents.c.uid)

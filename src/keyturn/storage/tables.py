@@ -231,6 +231,7 @@ versions = sa.Table(
     sa.Column("id", sa.Text, primary_key=True),
     _text("credential_uid"),
     _number("seq"),
+    _text("login"),
     sa.Column("state", Word(model.VersionState), nullable=False),
     _text("scheme"),
     _text("digest"),
@@ -254,6 +255,7 @@ versions = sa.Table(
     sa.CheckConstraint("seq >= 1", name="versions_seq"),
 )
 _only_where("versions_one_current", versions, "credential_uid", where="state = 'current'")
+sa.Index("versions_by_login", versions.c.login, versions.c.state)
 _only_where("versions_one_pending", versions, "credential_uid", where="state = 'pending'")
 
 rotations = sa.Table(

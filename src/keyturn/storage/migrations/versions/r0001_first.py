@@ -131,7 +131,7 @@ CREATE TABLE rotations (
     PRIMARY KEY (uid),
     CONSTRAINT rotations_credential FOREIGN KEY(credential_uid) REFERENCES credentials (uid),
     CONSTRAINT rotations_state CHECK (state IN ('running', 'waiting', 'stalled', 'done', 'abandoned', 'closed')),
-    CONSTRAINT rotations_cause CHECK (cause IN ('first', 'schedule', 'request', 'reissue', 'drift', 'new-destination')),
+    CONSTRAINT rotations_cause CHECK (cause IN ('first', 'schedule', 'request', 'reissue', 'drift', 'new-destination', 'new-login')),
     CONSTRAINT rotations_waiting CHECK (state <> 'waiting' OR waiting IS NOT NULL),
     CONSTRAINT rotations_closed CHECK ((state IN ('running', 'waiting', 'stalled')) = (closed_at IS NULL))
 );
@@ -141,6 +141,7 @@ CREATE TABLE versions (
     id TEXT NOT NULL,
     credential_uid TEXT NOT NULL,
     seq BIGINT NOT NULL,
+    login TEXT NOT NULL,
     state TEXT NOT NULL,
     scheme TEXT NOT NULL,
     digest TEXT NOT NULL,
@@ -160,6 +161,7 @@ CREATE TABLE versions (
     CONSTRAINT versions_ended CHECK ((state IN ('retired', 'revoked')) = (ended_at IS NOT NULL)),
     CONSTRAINT versions_seq CHECK (seq >= 1)
 );
+CREATE INDEX versions_by_login ON versions (login, state);
 CREATE UNIQUE INDEX versions_one_current ON versions (credential_uid) WHERE state = 'current';
 CREATE UNIQUE INDEX versions_one_pending ON versions (credential_uid) WHERE state = 'pending';
 CREATE TABLE intents (
