@@ -91,7 +91,7 @@ class Ours:
             schedule=lambda _case, _now: None,
             backoff=lambda _plan, _tries: timedelta(seconds=1),
             sweep_every=timedelta(hours=1),
-            clock=StoreClock(self.store, clock),
+            clock=clock if self.store.database.is_sqlite else StoreClock(self.store, clock),
             random_bytes=secrets.token_bytes,
             new_id=lambda: uuid.uuid4().hex,
             watcher=self.steps,

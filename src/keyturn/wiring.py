@@ -10,8 +10,10 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from keyturn import config
@@ -32,11 +34,13 @@ from keyturn.core.model import (
 from keyturn.core.policy import CronCalculator
 from keyturn.core.secret import Secret
 from keyturn.core.steps import ACCEPTED_LIMIT, Plan
+from keyturn.core.timekeeping import Anchor, judge
 from keyturn.destinations import registry
 from keyturn.destinations.base import DestinationBase
-from keyturn.errors import ConfigError, Refused
-from keyturn.ports import AuditEntry
+from keyturn.errors import ConfigError, Refused, StoreUnavailable
+from keyturn.ports import AuditEntry, Clock
 from keyturn.storage.ballast import Ballast
+from keyturn.storage.decisions import DecisionReader
 from keyturn.storage.ledger import Ledger
 from keyturn.storage.requests import Begun
 from keyturn.storage.store import Store
@@ -62,6 +66,69 @@ class SystemClock:
         return timedelta(seconds=time.clock_gettime(time.CLOCK_BOOTTIME))
 
 
+class GuardedClock:
+    """A clock that is believed only as long as it agrees with the time since boot. Thread-safe.
+
+    A clock that is corrected in small steps is followed. One that has jumped is not: time goes on
+    by CLOCK_BOOTTIME until it comes back or a person trusts it.
+    """
+
+    def __init__(
+        self,
+        source: Clock,
+        *,
+        boot_id: str,
+        learn: Callable[[], Anchor | None] = lambda: None,
+    ) -> None:
+        self._source = source
+        self.boot_id = boot_id
+        self._learn = learn
+        self._learned = timedelta(0)
+        self.anchor: Anchor | None = None
+
+    def now(self) -> datetime:
+        """The time to go by, aware, UTC."""
+        return self._look()[0].wall
+
+    def boottime(self) -> timedelta:
+        """Time since boot, counting suspend."""
+        return self._source.boottime()
+
+    def look(self) -> tuple[datetime, timedelta]:
+        """Return the time to go by, and by how much the wall clock has jumped."""
+        anchor, jump = self._look()
+        return anchor.wall, jump
+
+    def _look(self) -> tuple[Anchor, timedelta]:
+        seen = self._seen()
+        anchor, jump = judge(self.anchor, seen)
+        if jump and seen.boottime - self._learned > LEARN_EVERY:
+            self._learned = seen.boottime
+            # Somebody may have trusted the clock meanwhile: whoever leads wrote that down.
+            anchor, jump = judge(self._learn() or anchor, seen)
+        self.anchor = anchor
+        return anchor, jump
+
+    def trust(self) -> timedelta:
+        """Believe the wall clock as it is now. Returns by how much it had jumped."""
+        jump = self._look()[1]
+        self.anchor = self._seen()
+        return jump
+
+    def _seen(self) -> Anchor:
+        # Boottime first: read late it would make the wall clock look slow, never fast.
+        boottime = self._source.boottime()
+        return Anchor(boot_id=self.boot_id, boottime=boottime, wall=self._source.now())
+
+
+def boot_id() -> str:
+    """Return what names this boot of the host; another one each time where it does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return uuid.uuid4().hex
+
+
 @dataclass(slots=True, kw_only=True)
 class Parts:
     """Everything of one running Keyturn. `settings` and `destinations` change with a reload."""
@@ -72,12 +139,12 @@ class Parts:
     ballast: Ballast
     authority: BuiltinAuthority
     administration: Administration
-    clock: SystemClock
+    clock: GuardedClock
     destinations: dict[str, DestinationBase] = field(default_factory=dict)
     on_revocation: Callable[[Mapping[str, Any], str], None] = lambda _result, _trigger: None
     on_rotation_end: Callable[[str], None] = lambda _outcome: None
     cron: CronCalculator
-    _store_clock: StoreClock | None = None
+    _store_clock: GuardedClock | None = None
     _carried: Carried = field(default_factory=Carried)
     _store: Store | None = None
 
@@ -89,10 +156,13 @@ class Parts:
         return self._store
 
     @property
-    def store_clock(self) -> StoreClock:
-        """The store's time."""
+    def store_clock(self) -> GuardedClock:
+        """The store's time: on SQLite this host's, else what the database says."""
+        if self.store.database.is_sqlite:
+            return self.clock
         if self._store_clock is None:
-            self._store_clock = StoreClock(self.store, self.clock)
+            learned = StoreClock(self.store, self.clock)
+            self._store_clock = GuardedClock(learned, boot_id=self.clock.boot_id)
         return self._store_clock
 
     def close(self) -> None:
@@ -118,7 +188,12 @@ class Parts:
         }
         missing = {t.key: Traits() for t in case.targets if t.key not in traits}
         limit = min(ACCEPTED_LIMIT, self.authority.abilities.max_accepted)
-        return Plan(policy=self.policy_of(case), traits={**missing, **traits}, max_accepted=limit)
+        return Plan(
+            policy=self.policy_of(case),
+            traits={**missing, **traits},
+            max_accepted=limit,
+            paused=bool(self.store_clock.look()[1]),
+        )
 
     def schedule(self, case: Case, now: datetime) -> datetime | None:
         """When a credential that was promoted `now` rotates next."""
@@ -285,21 +360,19 @@ class Parts:
 
 
 class StoreClock:
-    """The store's time: on PostgreSQL the database's, which several hosts share.
+    """A database's time, which several hosts share.
 
     Asked for at most every `LEARN_EVERY`; between two answers it goes on by CLOCK_BOOTTIME, so a jump
     of this host's wall clock changes nothing. Thread-safe: a stale pair is as good as a fresh one.
     """
 
-    def __init__(self, store: Store, clock: SystemClock) -> None:
+    def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
         self._clock = clock
         self._learned: tuple[timedelta, datetime] | None = None
 
     def now(self) -> datetime:
         """The store's time, aware, UTC. Raises StoreUnavailable."""
-        if self._store.database.is_sqlite:
-            return self._clock.now()
         boottime, learned = self._clock.boottime(), self._learned
         if learned is None or boottime - learned[0] > LEARN_EVERY:
             # Counted from before the question: never ahead of the store.
@@ -316,7 +389,7 @@ class StoreClock:
 
 def build(settings: Settings, *, cron: CronCalculator, create: bool) -> Parts:
     """Put the parts together. The store is opened at its first use, destinations by `connect`."""
-    clock = SystemClock()
+    clock = GuardedClock(SystemClock(), boot_id=boot_id())
     writer = f"{os.uname().nodename}:{os.getpid()}:{uuid.uuid4().hex[:12]}"
     folder = settings.store.folder
     if create:
@@ -364,7 +437,7 @@ def build(settings: Settings, *, cron: CronCalculator, create: bool) -> Parts:
     return parts
 
 
-def connect(settings: Settings, *, store_id: str, clock: SystemClock) -> dict[str, DestinationBase]:
+def connect(settings: Settings, *, store_id: str, clock: Clock) -> dict[str, DestinationBase]:
     """Make every destination that the settings name. None is contacted yet."""
     return {
         name: registry.load(connection.type)(
@@ -375,13 +448,21 @@ def connect(settings: Settings, *, store_id: str, clock: SystemClock) -> dict[st
 
 
 def open_verifier(settings: Settings) -> Verifier:
-    """Open the verifier of these settings, as a library."""
-    return Verifier.open(
-        settings.store.url,
-        state_dir=settings.store.folder,
-        clock=SystemClock(),
-        password=_password(settings),
-    )
+    """Open the verifier of these settings, as a library.
+
+    It starts from the time that the daemon goes by: a clock that jumped refuses nobody early.
+    """
+    this_boot, password = boot_id(), _password(settings)
+    reader = DecisionReader.open(settings.store.url, password=password)
+
+    def learn() -> Anchor | None:
+        with suppress(StoreUnavailable):
+            return reader.anchor(this_boot)
+        return None
+
+    clock = GuardedClock(SystemClock(), boot_id=this_boot, learn=learn)
+    clock.anchor = learn()
+    return Verifier(reader, Spool(settings.store.folder / "revoked.d"), clock)
 
 
 def _password(settings: Settings) -> Secret | None:

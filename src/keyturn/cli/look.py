@@ -76,6 +76,27 @@ def audit(
     output.end_with(1 if chain is not None and not chain.get("ok") else 0)
 
 
+def clock(
+    trust: Annotated[
+        bool,
+        typer.Option("--trust", help="The wall clock is right: go by it from now on."),
+    ] = False,
+    json: options.Json = False,
+    config: options.ConfigOfDaemon = options.CONFIG,
+    socket: options.Socket = options.SOCKET,
+) -> None:
+    """Show whether the clock that the daemon goes by has jumped.
+
+    After a jump of more than five minutes against the time since boot the daemon goes on by that,
+    and due rotations and retirements wait. Set the clock right, or say --trust: what it says has
+    passed then counts as passed, so look at the deadlines of `keyturn status` before. Exit 75 while
+    it waits.
+    """
+    result = ask("clock.trust" if trust else "clock", {}, socket=socket, config=config)
+    output.show(result, as_json=json, people=render.clock)
+    output.end_with(0 if result["ok"] else 75)
+
+
 def verify(
     login: Annotated[str, typer.Argument(metavar="LOGIN", help="What the agent presents.")],
     json: options.Json = False,

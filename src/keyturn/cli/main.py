@@ -42,6 +42,7 @@ app.command("revoke")(act.revoke)
 app.command("verify")(look.verify)
 app.command("identify")(look.identify)
 app.command("audit")(look.audit)
+app.command("clock")(look.clock)
 app.command("metrics")(look.metrics)
 app.add_typer(policy, name="policy")
 

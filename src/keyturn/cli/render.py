@@ -273,6 +273,16 @@ def reloaded(result: Row) -> str:
     )
 
 
+def clock(result: Row) -> str:
+    """Return what time the daemon goes by, and what is wrong with the wall clock."""
+    if result["ok"]:
+        return f"the clock is believed: {result['now']}"
+    return (
+        f"the clock jumped by {result['jump_seconds']:+.0f} s; the daemon goes by {result['now']}\n"
+        "due rotations and retirements wait: set the clock right, or `keyturn clock --trust`"
+    )
+
+
 def identified(rows: Sequence[Row]) -> str:
     """Return one line per secret that was found in a text."""
     return "\n".join(_identified(row) for row in rows)

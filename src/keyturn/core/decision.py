@@ -67,7 +67,7 @@ def decide(case: Case, run: Run, plan: Plan, now: datetime) -> Action:
     settle = _settling(case, run, plan, now)
     if settle is not None:
         return settle
-    first = _rotation(case, run, plan, now) if _goes_on(case) else _opening(case, run, now)
+    first = _rotation(case, run, plan, now) if _goes_on(case) else _opening(case, run, plan, now)
     if first is not None and not isinstance(first, Wait | Rest):
         return first
     chore = _housekeeping(case, run, plan, now)
@@ -212,10 +212,12 @@ def _unseen(target: Target) -> Action:
 # --- what opens a rotation ----------------------------------------------------------------
 
 
-def _opening(case: Case, run: Run, now: datetime) -> Action | None:
+def _opening(case: Case, run: Run, plan: Plan, now: datetime) -> Action | None:
     if case.agent.state is not AgentState.ENABLED or not case.next_targets:
         return None
     cause = _cause(case, run, now)
+    if cause is Cause.SCHEDULE and plan.paused:
+        return None
     return Open(cause=cause) if cause is not None else None
 
 
@@ -313,7 +315,7 @@ def _housekeeping(case: Case, run: Run, plan: Plan, now: datetime) -> Action | N
     return (
         _observe_others(case, run)
         or _deadline(case, run)
-        or _retirement(case, run, now)
+        or (None if plan.paused else _retirement(case, run, now))
         or _cleaning(case, run, plan)
         or _leaving(case, run)
         or _sweep(case, run, now)

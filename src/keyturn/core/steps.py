@@ -104,6 +104,7 @@ class Plan:
     policy: Policy
     traits: Mapping[str, Traits]  # by target key
     max_accepted: int = ACCEPTED_LIMIT
+    paused: bool = False  # the clock jumped: no due work, no retirement, until a person has looked
 
 
 # --- what can come next -------------------------------------------------------------------

@@ -16,6 +16,7 @@ from keyturn.core.model import Case, RotationState, Target
 from keyturn.daemon.peer import Peer, Role
 from keyturn.daemon.socket import Command, Progress
 from keyturn.errors import KeyturnError, Refused
+from keyturn.ports import AuditEntry
 from keyturn.status import describe
 from keyturn.storage.audit import Recorded
 from keyturn.storage.requests import Once
@@ -67,6 +68,8 @@ class Commands:
             "rotation.retry": Command(role=respond, function=self.retry),
             "rotation.abandon": Command(role=admin, function=self.abandon),
             "identify": Command(role=view, function=self.identify),
+            "clock": Command(role=view, function=self.clock),
+            "clock.trust": Command(role=admin, function=self.clock_trust),
             "audit": Command(role=view, function=self.audit),
             "metrics": Command(role=view, function=self.metrics),
         }
@@ -123,6 +126,13 @@ class Commands:
         """Return the metrics."""
         del args, peer, progress
         return {"text": self._running().metrics_text()}
+
+    def clock(self, args: Args, peer: Peer, progress: Progress) -> Any:
+        """Compare the wall clock with the time since boot."""
+        del args, peer, progress
+        self._running()
+        now, jump = self._parts().store_clock.look()
+        return {"now": now.isoformat(), "jump_seconds": jump.total_seconds(), "ok": not jump}
 
     # --- change -----------------------------------------------------------------------------
 
@@ -283,6 +293,16 @@ class Commands:
         del progress
         allowed = bool(args.get("allow_mass_change"))
         return self._running().reload(allow_mass_change=allowed, actor=peer.actor)
+
+    def clock_trust(self, args: Args, peer: Peer, progress: Progress) -> Any:
+        """Believe the wall clock as it is now."""
+        self._running()
+        jump = self._parts().store_clock.trust()
+        detail = (("seconds", round(jump.total_seconds())),)
+        entry = AuditEntry(action="clock.trusted", actor=peer.actor, detail=detail)
+        self._parts().store.append_audit(entry)
+        self._kick()
+        return self.clock(args, peer, progress)
 
     def _running(self) -> Daemon:
         if self._daemon is None:

@@ -45,6 +45,9 @@ class Metrics:
             "agents_over_max_age", "Agents whose current version is older than their policy allows"
         )
         self.versions = self._gauge("versions", "Versions", "state")
+        self.clock_jump = self._gauge(
+            "clock_jump_seconds", "How far the wall clock is off since it jumped; 0: it is believed"
+        )
         self.last_tick = self._gauge(
             "scheduler_last_tick_timestamp_seconds", "When the due-queue was last looked at"
         )

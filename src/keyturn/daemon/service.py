@@ -110,6 +110,8 @@ class Service:
         if not self._lead(membership, standby=standby):
             parts.close()
             return 0 if self._stop.is_set() else StoreUnavailable.exit_code
+        clock = parts.store_clock
+        clock.anchor = membership.anchor(clock.boot_id)
         self._connect()
         parts.administration.apply_spool(Caller(name="daemon", trigger="start"))
         self._reconcile_at_start()
@@ -176,7 +178,9 @@ class Service:
 
     def _renew(self, membership: Membership) -> None:
         try:
-            membership.renew(ttl=LEAD_TTL)
+            clock = self.parts.store_clock
+            jumped = bool(clock.look()[1])
+            membership.renew(ttl=LEAD_TTL, anchor=None if jumped else clock.anchor)
         except ClaimLost:
             _log.error("daemon.lead-lost", hint="another daemon took over; this one ends")
             self._parked.set()
@@ -224,7 +228,8 @@ class Service:
             return
         try:
             store = self.parts.store
-            now = store.now()
+            now, jump = self.parts.store_clock.look()
+            self.watching.clock(jump)
             for due in store.due(now=now, limit=WORKERS_AT_MOST * 4):
                 if self._take(due.credential_uid, due.connections):
                     self._pool.submit(self._work, due.credential_uid, due.connections)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 import structlog
@@ -19,6 +20,7 @@ from keyturn.daemon.metrics import (
     Metrics,
 )
 from keyturn.errors import StoreUnavailable
+from keyturn.ports import AuditEntry
 from keyturn.storage.migrations import HEAD
 from keyturn.wiring import Parts
 
@@ -35,6 +37,7 @@ class Watching:
         self._parts = parts
         self._drifts: set[tuple[str, Drift]] = set()
         self._ballast = 0
+        self._jumped = False
         metrics.store_schema_version.set(int(HEAD))
         for outcome in OUTCOMES:  # an alert on a rate needs the zero before the first one
             metrics.rotations.labels(outcome)
@@ -78,6 +81,28 @@ class Watching:
         self.metrics.destination_up.labels(name).set(1 if answered else 0)
         if not code:
             self.metrics.destination_last_success.labels(name).set(time.time())
+
+    def clock(self, jump: timedelta) -> None:
+        """Say once when the wall clock jumps, and once when it is believed again."""
+        self.metrics.clock_jump.set(jump.total_seconds())
+        if bool(jump) == self._jumped:
+            return
+        self._jumped = bool(jump)
+        if jump:
+            hint = (
+                "`keyturn clock` shows it; due rotations and retirements wait until it is settled"
+            )
+            _log.error("clock.jumped", seconds=jump.total_seconds(), hint=hint)
+        else:
+            _log.warning("clock.believed")
+        action = "clock.jumped" if jump else "clock.believed"
+        detail = (("seconds", round(jump.total_seconds())),)
+        try:
+            self._parts.store.append_audit(
+                AuditEntry(action=action, actor="daemon:clock", detail=detail)
+            )
+        except StoreUnavailable:
+            self._jumped = not jump  # said again at the next look
 
     # --- now and then -----------------------------------------------------------------------
 

@@ -12,12 +12,13 @@ import sqlite3
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 from keyturn.core.model import AgentState, VersionState
 from keyturn.core.secret import Secret
+from keyturn.core.timekeeping import Anchor
 from keyturn.errors import StoreUnavailable
 from keyturn.storage.codec import instant
 from keyturn.storage.engine import code_of, is_sqlite, postgresql_arguments, sqlite_path
@@ -34,6 +35,11 @@ _SELECT = (
 _BY_ID = _SELECT + "v.id = ?"
 _IMPORTED = _SELECT + (
     "v.login = ? AND a.state <> 'removed' AND v.origin = 'imported' ORDER BY v.seq DESC"
+)
+
+_ANCHOR = (
+    "SELECT boot_id, boottime, wall FROM daemons WHERE wall IS NOT NULL"
+    " ORDER BY CASE WHEN boot_id = ? THEN 0 ELSE 1 END, wall DESC LIMIT 1"
 )
 
 
@@ -80,6 +86,14 @@ class DecisionReader:
     def imported(self, login: str) -> list[Decision]:
         """Return the imported versions of a login, newest first, refused ones too."""
         return [_decision(row) for row in self._rows(_IMPORTED, login)]
+
+    def anchor(self, boot_id: str) -> Anchor | None:
+        """Return when a daemon's clock was last believed, on this boot if there was one."""
+        rows = self._rows(_ANCHOR, boot_id)
+        if not rows:
+            return None
+        found, boottime, wall = rows[0]
+        return Anchor(boot_id=found, boottime=timedelta(microseconds=boottime), wall=instant(wall))
 
     def close(self) -> None:
         """Give back the connection."""

@@ -17,7 +17,9 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from keyturn.core.timekeeping import Anchor
 from keyturn.errors import ClaimLost, IllegalTransition, StoreUnavailable
+from keyturn.storage import cases
 from keyturn.storage.engine import sqlite_path
 from keyturn.storage.store import Store
 from keyturn.storage.tables import credentials, daemons
@@ -46,15 +48,32 @@ class Membership:
         except IllegalTransition:
             return False  # another standby took the row in the same moment
 
-    def renew(self, *, ttl: timedelta) -> None:
-        """Prolong the lead. Raises ClaimLost where another process has it now."""
+    def anchor(self, boot_id: str) -> Anchor | None:
+        """Return when a daemon's clock was last believed: on this boot if there was one, else ever."""
+        query = (
+            sa.select(daemons.c.boot_id, daemons.c.boottime, daemons.c.wall)
+            .where(daemons.c.wall.is_not(None))
+            .order_by((daemons.c.boot_id == boot_id).desc(), daemons.c.wall.desc())
+            .limit(1)
+        )
+        row = self._database.read(lambda connection: connection.execute(query).first())
+        if row is None:
+            return None
+        return Anchor(boot_id=row.boot_id, boottime=row.boottime, wall=row.wall)
+
+    def renew(self, *, ttl: timedelta, anchor: Anchor | None = None) -> None:
+        """Prolong the lead, and note when the clock was believed.
+
+        Raises ClaimLost where another process has the lead now.
+        """
         if self._lock and not self._lock.held():
             raise ClaimLost("another process leads on this store")
 
         def body(connection: Connection) -> int:
             now = self._store.now_in(connection)
             mine = sa.update(daemons).where(daemons.c.writer == self._store.writer, daemons.c.leads)
-            return connection.execute(mine.values(until=now + ttl)).rowcount
+            believed = cases.to_row(anchor) if anchor else {}
+            return connection.execute(mine.values(until=now + ttl, **believed)).rowcount
 
         if self._database.write(body) != 1:
             raise ClaimLost("another process leads on this store")

@@ -376,5 +376,9 @@ daemons = sa.Table(
     sa.Column("started_at", Instant, nullable=False),
     sa.Column("until", Instant, nullable=False),
     sa.Column("died_at", Instant),
+    # When its clock was last believed: core.timekeeping.
+    sa.Column("boot_id", sa.Text),
+    sa.Column("boottime", Span),
+    sa.Column("wall", Instant),
 )
 _only_where("daemons_one_leader", daemons, "leads", where="leads")

@@ -56,6 +56,9 @@ CREATE TABLE daemons (
     started_at BIGINT NOT NULL,
     until BIGINT NOT NULL,
     died_at BIGINT,
+    boot_id TEXT,
+    boottime BIGINT,
+    wall BIGINT,
     PRIMARY KEY (writer)
 );
 CREATE UNIQUE INDEX daemons_one_leader ON daemons (leads) WHERE leads;
