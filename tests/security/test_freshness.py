@@ -44,8 +44,8 @@ rounds = pytest.mark.parametrize(
 )
 
 _INSERT = (
-    "INSERT INTO versions (id, credential_uid, seq, state, scheme, digest, tag, origin, exposed,"
-    " fence, minted_at) VALUES (?, 'cred-a', ?, 'kept', 'argon2id', ?, ?, 'minted', 1, 1, ?)"
+    "INSERT INTO versions (id, login, credential_uid, seq, state, scheme, digest, tag, origin, exposed,"
+    " fence, minted_at) VALUES (?, 'a', 'cred-a', ?, 'kept', 'argon2id', ?, ?, 'minted', 1, 1, ?)"
 )
 
 

@@ -261,8 +261,8 @@ def store(tmp_path: Path) -> Iterator[Store]:
     add(one, "a")
     with sqlite3.connect(tmp_path / "keyturn.db") as raw:
         raw.execute(
-            "INSERT INTO versions (id, credential_uid, seq, state, scheme, digest, origin, exposed,"
-            " fence, minted_at) VALUES (?, 'cred-a', 1, 'kept', 'argon2id', '', 'minted', 1, 1, 1)",
+            "INSERT INTO versions (id, login, credential_uid, seq, state, scheme, digest, origin, exposed,"
+            " fence, minted_at) VALUES (?, 'a', 'cred-a', 1, 'kept', 'argon2id', '', 'minted', 1, 1, 1)",
             [VERSION],
         )
     raw.close()
