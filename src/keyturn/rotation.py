@@ -291,6 +291,7 @@ class _Saga:
             digest=accepted.digest,
             tag=accepted.tag,
             fence=self.claim.fence,
+            lifetime=self.plan.policy.lifetime,
             now=self._now(),
         )
         self._note("version.accepted", version_id=version_id)

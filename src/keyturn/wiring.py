@@ -483,12 +483,6 @@ def check_settings(settings: Settings, *, cron: CronCalculator) -> None:
 
     Raises ConfigError.
     """
-    for name, policy in settings.policies.items():
-        if policy.enforce_max_age:  # accepted and not kept would be worse than refused
-            raise ConfigError(
-                f"{settings.policy_places[name]}: policies.{name}.max_age: the mode enforce is not"
-                " available yet: expected alert"
-            )
     destinations = connect(settings, store_id="", clock=SystemClock())
     try:
         config.check_owners(settings, lambda target: destinations[target.to].identity(target))

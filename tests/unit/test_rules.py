@@ -169,7 +169,7 @@ PATCHES: dict[str, Patch] = {
     ),
     "15 a revoked version is never rolled forward": Patch(
         file="core/decision.py",
-        text="    if own is not None and own.state is not VersionState.PENDING:\n",
+        text="    if own is not None and (own.state is not VersionState.PENDING or own.over(now)):\n",
         instead="    if False:\n",
         tests="unit/test_decision.py",
     ),

@@ -159,6 +159,53 @@ def test_two_copies_of_one_version_are_both_put_away(benches: list[Bench]) -> No
     assert all(played.inner.disabled(target, str(number)) for number in numbers)
 
 
+def test_an_enforced_maximum_age_refuses_and_rotates(benches: list[Bench]) -> None:
+    """Too old is refused by the verifier at that instant, and replaced at once, schedule or not."""
+    days = timedelta(days=1)
+    bench = Bench("vault", max_age=5 * days, enforce_max_age=True)
+    benches.append(bench)
+    bench.go()
+    first = bench.case.current
+    assert first is not None
+    values = bench.played["d0"].inner.raw_get(bench.targets["d0"])
+    assert values is not None
+    assert first.not_after == first.minted_at + 5 * days
+    bench.watched = False  # I1 excepts it: the policy says refuse
+    bench.clock.advance(first.not_after - bench.clock.now() - timedelta(seconds=1))
+    assert bench.accepts(values["id"], values["secret"])
+    wake = bench.store.next_wake()
+    assert wake is not None
+    assert wake <= first.not_after
+    bench.clock.advance(timedelta(seconds=1))
+    assert not bench.accepts(values["id"], values["secret"])
+    bench.go(until=lambda: bench.at_home() and bench.shown("d0") != first.id)
+    now = bench.played["d0"].inner.raw_get(bench.targets["d0"])
+    assert now is not None
+    assert bench.accepts(now["id"], now["secret"])
+
+
+def test_a_pending_version_that_got_too_old_is_not_rolled_forward(benches: list[Bench]) -> None:
+    """A rotation that waited longer than a version may live mints another one."""
+    days = timedelta(days=1)
+    bench = Bench("vault", "file", max_age=5 * days, enforce_max_age=True)
+    benches.append(bench)
+    bench.go()
+    bench.watched = False
+    bench.played["d1"].read_faults = [DestinationUnavailable("no answer")] * 3
+    bench.ask()
+    bench.played["d1"].faults = ["unsent"]
+    bench.played["d1"].read_faults = []
+    bench.run()
+    waiting = bench.case.pending
+    assert waiting is not None
+    bench.clock.advance(6 * days)
+    bench.go(until=bench.at_home)
+    current = bench.case.current
+    assert current is not None
+    assert current.id != waiting.id
+    assert bench.version(waiting.id).state in (VersionState.KEPT, VersionState.PREVIOUS)
+
+
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s != "file"])
 def test_a_late_end_that_says_nothing_was_sent_is_an_outcome(
     benches: list[Bench], shape: str

@@ -75,6 +75,7 @@ class Bench:
         """Add a version of billing-bot and return its secret."""
         version_id, secret = mint(random_bytes=seeded(seed))
         row = Decision(
+            not_after=None,
             agent_uid="a",
             agent_name="billing-bot",
             login="billing-bot@acme",

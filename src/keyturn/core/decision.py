@@ -94,8 +94,8 @@ def _rotation(case: Case, run: Run, plan: Plan, now: datetime) -> Action | None:
     if rotation.waiting is not None and rotation.waiting.next_try_at > now:
         return Rest(until=rotation.waiting.next_try_at)
     own = case.version(rotation.version_id)
-    if own is not None and own.state is not VersionState.PENDING:
-        return DropAttempt()  # revoked meanwhile: never rolled forward (rule 15)
+    if own is not None and (own.state is not VersionState.PENDING or own.over(now)):
+        return DropAttempt()  # revoked or too old meanwhile: never rolled forward (rule 15)
     seen = _observe_all(rotation.targets, run)
     if seen is not None:
         return seen
@@ -158,7 +158,7 @@ def _hindrance(case: Case, run: Run) -> Action | None:
 
 
 def _mint(case: Case, plan: Plan, now: datetime) -> Action:
-    alive = [v for v in case.accepted if v.deadline is None or v.deadline > now]
+    alive = [v for v in case.accepted if not v.over(now)]
     if len(alive) < plan.max_accepted:
         return Mint()
     ends = [v.deadline for v in alive if v.deadline is not None]
@@ -255,7 +255,7 @@ def _owes(case: Case, target: Target, run: Run, now: datetime) -> bool:
 
 
 def _refused(version: Version, now: datetime) -> bool:
-    return version.state in DONE_FOR or (version.deadline is not None and version.deadline <= now)
+    return version.state in DONE_FOR or version.over(now)
 
 
 def _has_new_destination(case: Case, run: Run) -> bool:
@@ -444,6 +444,7 @@ def _next_look(case: Case, run: Run, plan: Plan, now: datetime) -> datetime | No
     if run.troubles and _needs_look(case, now):
         moments.append(now + plan.policy.retry.max)
     moments.extend(v.deadline for v in case.versions if v.state in ENDING)
+    moments.append(case.current.not_after if case.current else None)
     moments.extend(_settles_at(i, run, plan) or soon for i in case.intents if i.unresolved)
     later = [moment for moment in moments if moment is not None and moment > now]
     # What is due already could not be done in this run: look again by the sweep at the latest.

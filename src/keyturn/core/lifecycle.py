@@ -79,8 +79,12 @@ def accept(
     tag: bytes | None,
     fence: int,
     now: datetime,
+    lifetime: timedelta | None = None,
 ) -> Case:
-    """Add the pending version of a new attempt; it is accepted as soon as this is committed."""
+    """Add the pending version of a new attempt; it is accepted as soon as this is committed.
+
+    With a `lifetime` it is refused after that, whatever else happens.
+    """
     rotation = _running(case)
     if case.pending is not None or rotation.version_id is not None:
         raise IllegalTransition("the attempt has a version already")
@@ -95,6 +99,7 @@ def accept(
         tag=tag,
         fence=fence,
         minted_at=now,
+        not_after=None if lifetime is None else now + lifetime,
     )
     return replace(
         case,

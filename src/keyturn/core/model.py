@@ -200,6 +200,7 @@ class Version:
     fence that was journalled at accept: entry bytes are a function of the secret and of fields
     like this one, so that a re-write after a takeover has the same bytes. So is `login`, what the
     agent presents beside it: one that still reads the old entry goes on with its old login.
+    `deadline` ends a grace; `not_after` is the maximum age of a policy that enforces it.
     """
 
     id: str
@@ -216,7 +217,12 @@ class Version:
     minted_at: datetime
     promoted_at: datetime | None = None
     deadline: datetime | None = None
+    not_after: datetime | None = None
     ended_at: datetime | None = None
+
+    def over(self, now: datetime) -> bool:
+        """Whether it is refused whatever its state: its grace or its maximum age has passed."""
+        return any(end is not None and end <= now for end in (self.deadline, self.not_after))
 
     @property
     def accepted(self) -> bool:
@@ -395,3 +401,8 @@ class Policy:
     first_rotation: str = "after-first-use"  # next-slot | now
     retry: Retry = field(default_factory=Retry)
     retire: str = "disable"  # leave | disable | destroy
+
+    @property
+    def lifetime(self) -> timedelta | None:
+        """After which a version is refused; None where age alone refuses nothing."""
+        return self.max_age if self.enforce_max_age else None

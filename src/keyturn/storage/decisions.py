@@ -28,7 +28,7 @@ BUSY_MS = 50  # for a writer's commit; both together stay below 100 ms
 
 _SELECT = (
     "SELECT a.uid, a.name, v.login, a.state, v.credential_uid, v.id, v.state, v.scheme, v.digest,"
-    " v.tag, v.deadline"
+    " v.tag, v.deadline, v.not_after"
     " FROM versions v JOIN credentials c ON c.uid = v.credential_uid"
     " JOIN agents a ON a.uid = c.agent_uid WHERE "
 )
@@ -58,6 +58,7 @@ class Decision:
     digest: str
     tag: bytes | None
     deadline: datetime | None
+    not_after: datetime | None
 
 
 class DecisionReader:
@@ -226,7 +227,8 @@ class _PostgresSource:
 
 
 def _decision(row: Sequence[Any]) -> Decision:
-    uid, name, login, agent_state, credential, version, state, scheme, digest, tag, deadline = row
+    uid, name, login, agent_state, credential, version, state, scheme, digest, tag, *ends = row
+    deadline, not_after = (None if end is None else instant(end) for end in ends)
     return Decision(
         agent_uid=uid,
         agent_name=name,
@@ -238,5 +240,6 @@ def _decision(row: Sequence[Any]) -> Decision:
         scheme=scheme,
         digest=digest,
         tag=tag,
-        deadline=None if deadline is None else instant(deadline),
+        deadline=deadline,
+        not_after=not_after,
     )

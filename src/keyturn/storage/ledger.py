@@ -158,6 +158,7 @@ def _version_line(version: Version) -> dict[str, Any]:
         "fence": version.fence,
         "minted_at": codec.micros(version.minted_at),
         "deadline": codec.micros(version.deadline) if version.deadline else None,
+        "not_after": codec.micros(version.not_after) if version.not_after else None,
     }
 
 

@@ -242,6 +242,7 @@ versions = sa.Table(
     sa.Column("minted_at", Instant, nullable=False),
     sa.Column("promoted_at", Instant),
     sa.Column("deadline", Instant),
+    sa.Column("not_after", Instant),
     sa.Column("ended_at", Instant),
     sa.ForeignKeyConstraint(["credential_uid"], ["credentials.uid"], name="versions_credential"),
     sa.UniqueConstraint("credential_uid", "seq", name="versions_one_seq"),

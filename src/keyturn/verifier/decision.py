@@ -167,7 +167,7 @@ class Verifier:
             and row.login == login
             and row.agent_state in _ANSWERED_STATES
             and row.state in _ACCEPTED_STATES
-            and (row.deadline is None or self._clock.now() < row.deadline)
+            and all(end is None or self._clock.now() < end for end in (row.deadline, row.not_after))
         )
 
     def _hashed(self, login: str, row: Decision, secret: Secret) -> bool:

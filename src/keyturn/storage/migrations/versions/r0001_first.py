@@ -155,6 +155,7 @@ CREATE TABLE versions (
     minted_at BIGINT NOT NULL,
     promoted_at BIGINT,
     deadline BIGINT,
+    not_after BIGINT,
     ended_at BIGINT,
     PRIMARY KEY (id),
     CONSTRAINT versions_credential FOREIGN KEY(credential_uid) REFERENCES credentials (uid),
