@@ -104,11 +104,11 @@ class Login:
         session = requests.Session()
         session.trust_env = False  # SECURITY: no proxy, netrc or CA bundle of the surroundings
         session.max_redirects = 0
+        session.verify = ca_file or True  # hvac takes this from the session, not from its argument
         self._client = hvac.Client(
             url=address,
             token="",
             namespace=namespace,
-            verify=ca_file or True,
             timeout=timeout.total_seconds(),
             session=session,
             allow_redirects=False,
