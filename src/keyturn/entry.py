@@ -1,4 +1,4 @@
-"""Where every process of ours starts: signals first, then hardening, then the command line."""
+"""Where every process of ours starts: signals, then the environment, hardening, the command line."""
 
 # SECURITY: this stands before every other import, and it is the C module because `signal` itself
 # takes milliseconds. An import of ours takes up to half a second, in which an unhandled USR1
@@ -6,6 +6,17 @@
 import _signal  # type: ignore[import-not-found]
 
 _signal.pthread_sigmask(_signal.SIG_BLOCK, {_signal.SIGUSR1, _signal.SIGHUP})
+
+# SECURITY: what libraries take from the environment by themselves. `SSLKEYLOGFILE` would write the
+# keys of every TLS session to a file, `OPENSSL_CONF` can load code, the others lead elsewhere or
+# trust somebody else. OpenSSL reads its own when it is loaded: so before anything imports `ssl`.
+import os  # noqa: E402
+
+_AMBIENT = ("PG", "VAULT_", "BAO_", "OPENSSL_", "SSL_CERT_", "SSLKEYLOGFILE", "NETRC")
+_AMBIENT_ENDS = ("_PROXY", "_CA_BUNDLE")
+for _name in tuple(os.environ):
+    if _name.upper().startswith(_AMBIENT) or _name.upper().endswith(_AMBIENT_ENDS):
+        del os.environ[_name]
 
 import sys  # noqa: E402
 
