@@ -46,6 +46,7 @@ def _file(value: object) -> Path:
     return Path(value)
 
 
+Headers = Mapping[str, str | None]
 CredentialFile = Annotated[Path | None, BeforeValidator(_file), Form("an absolute path")]
 
 
@@ -119,16 +120,30 @@ class Login:
         self._renew_at = 0.0
         self._ends_at: float | None = None
         self._ours = False
+        self._logins = 0
+        self.limited = False  # whether the token has a limited number of uses
 
-    def request(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        *,
+        headers: Headers | None = None,
+    ) -> Any:
         """Make one request. Where the token was refused: log in anew and make it once more."""
         token = self._ready()
         try:
-            return self._send(method, path, body)
+            return self.send(method, path, body, headers)
         except vendor.Forbidden:
             if not self._again(token):
                 raise
-        return self._send(method, path, body)
+        return self.send(method, path, body, headers)
+
+    def session(self) -> int:
+        """Log in if need be, and return the number of the login: another one, another session."""
+        self._ready()
+        return self._logins
 
     @property
     def ends_in(self) -> timedelta | None:
@@ -139,7 +154,7 @@ class Login:
     def check(self) -> str:
         """Log in and say how long the token lives."""
         self._ready()
-        found = self._send("get", "/v1/auth/token/lookup-self", None)
+        found = self.send("get", "/v1/auth/token/lookup-self", None)
         ttl = (found.get("data") or {}).get("ttl")
         return f"logged in by {self._auth.method}, token lives {ttl} s"
 
@@ -150,12 +165,20 @@ class Login:
                 return
             # Where the server is away the token runs out by itself.
             with contextlib.suppress(vendor.VaultError, requests.RequestException, KeyturnError):
-                self._send("post", "/v1/auth/token/revoke-self", None)
+                self.send("post", "/v1/auth/token/revoke-self", None)
             self._client.token = None
 
-    def _send(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
+    def send(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        headers: Headers | None = None,
+    ) -> Any:
+        """Make one request with what there is. `headers` win over ours; None takes one away."""
         call = getattr(self._client.adapter, method)
-        return call(path, json=dict(body)) if body is not None else call(path)
+        more = {} if body is None else {"json": dict(body)}
+        return call(path, headers=headers, **more)
 
     # --- the token --------------------------------------------------------------------------
 
@@ -184,7 +207,7 @@ class Login:
 
     def _still_good(self) -> bool:
         try:
-            self._send("get", "/v1/auth/token/lookup-self", None)
+            self.send("get", "/v1/auth/token/lookup-self", None)
         except vendor.Forbidden:
             return False
         return True
@@ -202,6 +225,7 @@ class Login:
         answer = self._login_call(role, secret_id)
         self._client.token = answer["client_token"]
         self._ours = True
+        self._began(answer.get("num_uses"))
         self._lives(answer.get("lease_duration"), renewable=bool(answer.get("renewable")))
 
     def _login_call(self, role: str, secret_id: str) -> dict[str, Any]:
@@ -261,14 +285,19 @@ class Login:
 
     def _read_life(self) -> None:
         try:
-            found = self._send("get", "/v1/auth/token/lookup-self", None)
+            found = self.send("get", "/v1/auth/token/lookup-self", None)
         except vendor.Forbidden:
             self._client.token = None
             raise Denied(
                 f"{self._name}: the token is refused", hint="put a valid one into token_file"
             ) from None
         data = found.get("data") or {}
+        self._began(data.get("num_uses"))
         self._lives(data.get("ttl"), renewable=bool(data.get("renewable")))
+
+    def _began(self, uses: object) -> None:
+        self._logins += 1
+        self.limited = isinstance(uses, int) and uses > 0
 
     def _lives(self, seconds: object, *, renewable: bool) -> None:
         life = float(seconds) if isinstance(seconds, int | float) and seconds else 0.0
@@ -290,11 +319,12 @@ class _Careful(hvac.adapters.JSONAdapter):  # type: ignore[misc]
     ) -> Any:
         del raise_exception
         address = self.urljoin(self.base_uri, url)
-        sent = dict(headers or {}, **{"X-Vault-Request": "true"})
-        if self.token:
-            sent["X-Vault-Token"] = self.token
-        if self.namespace:
-            sent["X-Vault-Namespace"] = self.namespace
+        ours = {
+            "X-Vault-Request": "true",
+            "X-Vault-Token": self.token or None,
+            "X-Vault-Namespace": self.namespace or None,
+        }
+        sent = {k: v for k, v in {**ours, **(headers or {})}.items() if v is not None}
         kwargs = {**self._kwargs, **kwargs, "allow_redirects": False, "stream": True}
         with self.session.request(method, address, headers=sent, **kwargs) as answer:
             body = answer.raw.read(ANSWER_LIMIT + 1, decode_content=True)
@@ -305,7 +335,9 @@ def _judged(status: int, body: bytes, retry_after: str | None) -> Any:
     if len(body) > ANSWER_LIMIT:
         raise Rejected("the answer is larger than 1 MiB")
     if 300 <= status < 400:
-        raise Rejected(
+        # Retryable: a standby redirects as well when a call that it forwarded broke, so it may have
+        # landed; the next try finds a leader, or says the same until a person changes the address.
+        raise DestinationUnavailable(
             "the server sent a redirect, and redirects are refused",
             hint="set the connection's address to the node or load balancer that answers itself",
         )
