@@ -2,7 +2,8 @@
 
 What is compared is the number of the newest version of an entry, deleted ones included (the `cas`
 option of KV v2). An entry's owner marker stands in its custom metadata and is written before its
-first value. Sources: the KV v2 API pages of both projects.
+first value. Reads come from the node that writes go to (`vault_reads`), or say that they do not.
+Sources: the KV v2 API pages of both projects.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Annotated, Any
 
@@ -17,10 +19,12 @@ import hvac.exceptions as vendor
 import requests
 from pydantic import BeforeValidator, Field
 
+from keyturn.core.duration import FORM, parse_duration
 from keyturn.core.model import Target, Traits
 from keyturn.destinations.base import ConnectionOptions, DestinationBase, Form
 from keyturn.destinations.entry import merged, observed, refuse_foreign
 from keyturn.destinations.vault_login import AuthOptions, Login, is_safe_address
+from keyturn.destinations.vault_reads import Reads
 from keyturn.errors import (
     Conflict,
     Denied,
@@ -33,7 +37,7 @@ from keyturn.errors import (
 from keyturn.ports import Clock, Entry, Observed
 
 OWNER, FENCE = "keyturn-owner", "keyturn-fence"
-STALE_READS = 4  # how often a read that is older than our own last write is repeated
+STALE_READS = 5  # how often a read that is older than our own last write is made
 STALE_PAUSE = 0.05
 _NOTHING = "0"
 
@@ -42,6 +46,12 @@ def _address(value: object) -> object:
     if not isinstance(value, str) or not is_safe_address(value):
         raise ValueError
     return value.rstrip("/")
+
+
+def _duration(value: object) -> timedelta:
+    if not isinstance(value, str):
+        raise ValueError  # noqa: TRY004 - pydantic turns only a ValueError into a problem
+    return parse_duration(value)
 
 
 class VaultOptions(ConnectionOptions):
@@ -65,6 +75,31 @@ class VaultOptions(ConnectionOptions):
     mount: Annotated[str, Form("the name of a KV v2 mount"), Field(description="KV v2 mount")] = (
         "kv"
     )
+    staleness: Annotated[
+        timedelta,
+        BeforeValidator(_duration),
+        Form(FORM),
+        Field(description="how far standbys that agents read from may be behind"),
+    ] = timedelta(0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shown:
+    """The newest version of an entry: `values` None where there are none, `number` 0 where never."""
+
+    number: int
+    values: Any
+    owner: str | None
+    fresh: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Known:
+    """What the last read has shown, without its values."""
+
+    number: int
+    ours: bool
+    version_id: str | None
 
 
 class VaultDestination(DestinationBase):
@@ -83,8 +118,15 @@ class VaultDestination(DestinationBase):
             timeout=options.call_deadline,
             name=name,
         )
+        self._reads = Reads(self._login, name)
         self._written: dict[str, int] = {}
+        self._known: dict[str, _Known] = {}
         self._guard = threading.Lock()
+
+    @property
+    def traits(self) -> Traits:
+        """What this destination can do."""
+        return replace(super().traits, staleness=self.options.staleness)
 
     def identity(self, target: Target) -> str:
         """Return server, namespace, mount and path in one."""
@@ -103,47 +145,67 @@ class VaultDestination(DestinationBase):
         super().close()
 
     def _probe(self) -> str:
-        return f"{self.options.address}, mount {self.options.mount}: {self._login.check()}"
+        return f"{self.options.address}, mount {self.options.mount}: {self._login.check()}; reads reach the leader {self._reads.way()}"
 
     # --- reading ----------------------------------------------------------------------------
 
     def _observe(self, target: Target) -> Observed:
         path = self.place(target)
         for attempt in range(STALE_READS):
-            found, number = self._newest(path, target)
-            if number >= self._mark(path):
-                return found
+            shown = self._shown(path)
+            if shown.number >= self._mark(path):
+                return self._understood(path, target, shown)
             time.sleep(STALE_PAUSE * 2**attempt)  # a standby that is behind our own last write
-        raise DestinationUnavailable(f"{self.name}: only stale answers for the entry", sent=False)
+        if not shown.fresh:
+            raise DestinationUnavailable(f"{self.name}: only stale answers for the entry")
+        # The leader says so: somebody removed the entry with its history, and it began anew.
+        with self._guard:
+            self._written.pop(path, None)
+        return self._understood(path, target, shown)
 
-    def _newest(self, path: str, target: Target) -> tuple[Observed, int]:
-        answer = self._get(path)
+    def _understood(self, path: str, target: Target, shown: _Shown) -> Observed:
+        token = str(shown.number)
+        if shown.values is not None and not isinstance(shown.values, dict):
+            return Observed(
+                exists=True, other_keys=True, owner=shown.owner, token=token, fresh=shown.fresh
+            )
+        found = observed(
+            target.keys,
+            shown.values,
+            owner=shown.owner,
+            token=token,
+            locator=token if shown.values is not None else "",
+            fresh=shown.fresh,
+        )
+        with self._guard:
+            self._known[path] = _Known(
+                number=shown.number,
+                ours=shown.owner == self.store_id and not found.other_keys,
+                version_id=found.version_id,
+            )
+        return found
+
+    def _shown(self, path: str) -> _Shown:
+        """Read the newest version. A deleted one is a 404 that carries its metadata."""
+        answer, fresh = self._get(path)
         data = answer.get("data") or {}
         metadata = data.get("metadata") or {}
         number = int(metadata.get("version") or 0)
-        marks = metadata.get("custom_metadata") or {}
-        owner = marks.get(OWNER)
         values = data.get("data")
-        if number and values is None and owner is None:
-            owner = self._owner(path)  # a deleted version's answer may come without its marks
-        token = str(number) if number else _NOTHING
-        if values is not None and not isinstance(values, dict):
-            raise Rejected(f"{self.name}: the entry is no JSON object")
-        return (
-            observed(
-                target.keys,
-                values,
-                owner=owner,
-                token=token,
-                locator=token if values is not None else "",
-            ),
-            number,
-        )
+        owner = (metadata.get("custom_metadata") or {}).get(OWNER)
+        if values is None and owner is None:
+            owner = self._owner(path)  # marks can stand there before a value, and after one
+        return _Shown(number=number, values=values, owner=owner, fresh=fresh)
 
-    def _get(self, path: str) -> dict[str, Any]:
-        """Read the newest version. A deleted one is a 404 that carries its metadata."""
-        answer = self._request("get", f"data/{path}", absent=True)
-        return answer if isinstance(answer, dict) else {}
+    def _get(self, path: str) -> tuple[dict[str, Any], bool]:
+        full = self._full(f"data/{path}")
+        try:
+            answer, fresh = self._reads.get(full)
+        except vendor.InvalidPath as error:
+            return _body(error), self._reads.way().fresh
+        except vendor.VaultError as error:
+            raise self._refusal("get", full, error) from None
+        return (answer if isinstance(answer, dict) else {}), fresh
 
     def _owner(self, path: str) -> str | None:
         answer = self._request("get", f"metadata/{path}", absent=True)
@@ -159,16 +221,42 @@ class VaultDestination(DestinationBase):
 
     def _activate(self, target: Target, entry: Entry, expected: str) -> str:
         path = self.place(target)
-        values, owner, number = self._shown(path)
-        wanted = merged(target, values or {}, entry)
-        if values == wanted and owner == entry.owner:
-            return str(number)  # the same version again
-        if str(number) != expected:
+        if self._can_replace_unread(path, target, entry, expected):
+            try:
+                return self._put(path, merged(target, {}, entry), expected)
+            except Conflict:
+                pass  # perhaps by this very version, from a call whose answer was lost
+        shown = self._shown(path)
+        if shown.values is not None and not isinstance(shown.values, dict):
+            raise Rejected(f"{self.name}: the entry is no JSON object")
+        wanted = merged(target, shown.values or {}, entry)
+        if shown.values == wanted and shown.owner == entry.owner:
+            return str(shown.number)  # the same version again
+        if str(shown.number) != expected:
             raise Conflict
-        refuse_foreign(target, values or {}, owner=owner, store_id=self.store_id)
-        if owner != entry.owner:
+        refuse_foreign(target, shown.values or {}, owner=shown.owner, store_id=self.store_id)
+        if shown.owner != entry.owner:
             marks = {OWNER: entry.owner, FENCE: str(entry.fence)}
             self._request("post", f"metadata/{path}", {"custom_metadata": marks})
+        return self._put(path, wanted, expected)
+
+    def _can_replace_unread(self, path: str, target: Target, entry: Entry, expected: str) -> bool:
+        """Whether what the last read showed at this very number is ours alone.
+
+        The compare-and-set holds for that number, so a second read would say nothing new. A merge
+        needs the values of others, and a first write their absence: those read again.
+        """
+        known = self._known.get(path)
+        return (
+            known is not None
+            and not target.merge
+            and known.ours
+            and entry.owner == self.store_id
+            and str(known.number) == expected
+            and known.version_id != entry.version_id
+        )
+
+    def _put(self, path: str, wanted: Mapping[str, Any], expected: str) -> str:
         body = {"options": {"cas": int(expected)}, "data": wanted}
         answer = self._request("post", f"data/{path}", body)
         written = int((answer.get("data") or {}).get("version") or 0)
@@ -176,22 +264,18 @@ class VaultDestination(DestinationBase):
             raise DestinationUnavailable(f"{self.name}: the answer to a write makes no sense")
         with self._guard:
             self._written[path] = max(self._written.get(path, 0), written)
+            self._known.pop(path, None)
         return str(written)
-
-    def _shown(self, path: str) -> tuple[dict[str, Any] | None, str | None, int]:
-        data = self._get(path).get("data") or {}
-        metadata = data.get("metadata") or {}
-        number = int(metadata.get("version") or 0)
-        owner = (metadata.get("custom_metadata") or {}).get(OWNER)
-        if owner is None:
-            owner = self._owner(path)
-        return data.get("data"), owner, number
 
     def _retire(self, target: Target, version_id: str, locator: str, how: str) -> None:
         """Soft-delete or destroy exactly one number, and never the newest."""
         path, number = self.place(target), int(locator)
-        newest = int(((self._get(path).get("data") or {}).get("metadata") or {}).get("version", 0))
-        if number >= newest:
+        shown = self._shown(path)
+        if not shown.fresh:
+            raise DestinationUnavailable(
+                f"{self.name}: no fresh read before a retirement", sent=False
+            )
+        if number >= shown.number:
             raise Rejected(f"{self.name}: that copy is the one shown")
         verb = "destroy" if how == "destroy" else "delete"
         self._request("post", f"{verb}/{path}", {"versions": [number]})
@@ -202,20 +286,31 @@ class VaultDestination(DestinationBase):
         self, method: str, path: str, body: Mapping[str, Any] | None = None, *, absent: bool = False
     ) -> Any:
         """Ask once; log in again and repeat where the token has run out, which did nothing."""
-        full = f"/v1/{self.options.mount.strip('/')}/{path}"
+        full = self._full(path)
         try:
             return self._login.request(method, full, body)
         except vendor.InvalidPath as error:
             if absent:
                 return _body(error)
             raise NotFound(f"{self.name}: no KV v2 mount {self.options.mount}") from None
-        except vendor.InvalidRequest as error:
-            if _is_mismatch(error):
-                raise Conflict from None
-            raise Rejected(f"{self.name}: the request was refused (400)") from None
-        except vendor.Forbidden:
+        except vendor.VaultError as error:
+            raise self._refusal(method, full, error) from None
+
+    def _refusal(self, method: str, full: str, error: vendor.VaultError) -> DestinationError:
+        if isinstance(error, vendor.Forbidden):
             need = {"get": "read", "post": "create, update"}[method]
-            raise Denied(f"{self.name}: the login lacks {need} on {full[4:]}") from None
+            return Denied(
+                f"{self.name}: the login lacks {need} on {full[4:]}",
+                hint="compare its policy with `keyturn policy vault`",
+            )
+        if isinstance(error, vendor.InvalidRequest):
+            if _is_mismatch(error):
+                return Conflict()
+            return Rejected(f"{self.name}: the request was refused (400)")
+        return self._translate(error)
+
+    def _full(self, path: str) -> str:
+        return f"/v1/{self.options.mount.strip('/')}/{path}"
 
     def _translate(self, error: Exception) -> DestinationError:
         return translate(self.name, error)
@@ -241,7 +336,9 @@ def translate(name: str, error: Exception) -> DestinationError:
         )
     if isinstance(error, requests.exceptions.ConnectTimeout):
         return DestinationUnavailable(f"{name}: cannot be reached", sent=False)
-    # Sealed, standby without a leader, 5xx, broken answers, cut connections: perhaps it landed.
+    if isinstance(error, vendor.VaultDown):
+        return DestinationUnavailable(f"{name}: sealed, or without a leader (503)")
+    # A standby without a leader, 5xx, broken answers, cut connections: perhaps it landed.
     return DestinationUnavailable(f"{name}: {type(error).__name__}")
 
 
