@@ -107,6 +107,14 @@ class Destination(Protocol):
         `how` is `disable` or `destroy`. Removes our staging label from it as well.
         """
 
+    def withdraw(self, target: Target, *, owner: str, version_id: str, expected: str) -> str:
+        """Write the entry without our secret and version keys, return its locator. Idempotent.
+
+        The id key and the keys of others stay; an entry without the two, or none, stays as it is, and
+        none is made. Raises Conflict where the entry shows another version than `version_id`, and
+        with `has_cas` where its token is no longer `expected`; Rejected where it is not `owner`'s.
+        """
+
     def close(self) -> None:
         """Give back logins and connections."""
 

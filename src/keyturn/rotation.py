@@ -27,6 +27,8 @@ What a crash leaves, and what the next run does about it:
   promoted          current, previous        nothing
   grace             deadlines                settle, read everywhere, set the deadline
   retirement        intent per copy          repeat until gone; never the one shown
+  intent to withdraw  intent                 shows none of ours: done; the revoked one: again, by the
+                                             sweep; a later one: left alone
   claim lost        as above                 the loser drops its memory; it may report its own intents
 """
 
@@ -38,14 +40,12 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
+from keyturn.casework import Casework
 from keyturn.core import lifecycle, secret, steps
 from keyturn.core.decision import decide, nowhere
 from keyturn.core.model import (
-    Case,
     Effect,
-    Intent,
     Look,
-    Outcome,
     Target,
     WaitReason,
 )
@@ -61,12 +61,9 @@ from keyturn.errors import (
     StaleRevision,
 )
 from keyturn.ports import (
-    AuditEntry,
-    Claim,
     Destination,
     Entry,
     Observed,
-    Saved,
 )
 from keyturn.sight import look
 from keyturn.world import World
@@ -91,18 +88,12 @@ def run(world: World, credential_uid: str, *, holder: str) -> datetime | None:
 
 
 @dataclass(slots=True)
-class _Saga:
-    """The state of one run: the case as saved, the case as it is now, and what was seen."""
+class _Saga(Casework):
+    """The state of one run: its casework, and what was seen."""
 
-    world: World
-    claim: Claim
-    saved: Saved = field(init=False)
-    case: Case = field(init=False)
     plan: Plan = field(init=False)
     seen: Run = field(init=False)
     plain: Secret | None = None
-    audit: list[AuditEntry] = field(default_factory=list)
-    outcomes: dict[str, bool] = field(default_factory=dict)
     conflicts: int = 0
     rest: steps.Rest | None = None  # the claim was given back, and this is what was decided
 
@@ -148,7 +139,7 @@ class _Saga:
             self._start_over()
         except DestinationError as error:
             code = error.code
-            self._trouble(where, error)
+            self._trouble(action, where, error)
         self.world.watcher.step(
             step=type(action).__name__.lower(),
             case=case,
@@ -178,24 +169,10 @@ class _Saga:
         self.audit.clear()
         self._load()
 
-    def _report(self) -> None:
-        """A writer may always report its own intents, claim or not (rule 2)."""
-        for intent_uid, landed in self.outcomes.items():
-            self.world.journal.report(intent_uid, landed=landed)
-        self.outcomes.clear()
-
     def _refresh(self) -> None:
         self.seen = replace(self.seen, in_flight=self.world.carried.flying())
         if self.claim.until - self._now() < CLAIM_TTL / 2:
             self.claim = self.world.journal.renew(self.claim, ttl=CLAIM_TTL)
-
-    def _commit(self) -> None:
-        if self.case == self.saved.case and not self.audit:
-            return
-        self.saved = self.world.journal.save(
-            self.claim, before=self.saved.case, after=self.case, audit=tuple(self.audit)
-        )
-        self._committed()
 
     def _give_back(self, rest: steps.Rest) -> None:
         """Commit what has changed, and the claim with it: one transaction less for everybody."""
@@ -213,36 +190,19 @@ class _Saga:
             self._committed()
         self.rest = rest
 
-    def _committed(self) -> None:
-        self.case = self.saved.case
-        self.audit.clear()
-        self.outcomes.clear()
-
-    def _now(self) -> datetime:
-        return self.world.clock.now()
-
-    def _note(
-        self, action: str, *, version_id: str = "", outcome: str = "ok", **detail: Any
-    ) -> None:
-        entry = AuditEntry(
-            action=action,
-            actor=f"daemon:{self.claim.holder}",
-            agent=self.case.agent.name,
-            version_id=version_id,
-            outcome=outcome,
-            detail=tuple(sorted(detail.items())),
-        )
-        self.audit.append(entry)
-
     # --- what was seen ----------------------------------------------------------------------
 
-    def _trouble(self, where: str, error: DestinationError) -> None:
+    def _trouble(self, action: Action, where: str, error: DestinationError) -> None:
         if isinstance(error, Conflict):
             # Read again and decide: a conflict is an answer, never a stall by itself.
             self.conflicts += 1
             if self.conflicts <= CONFLICTS_PER_RUN:
                 self.seen = self.seen.unsaw(where)
                 return
+        if isinstance(action, steps.Withdraw):
+            # What it shows is still known by reading it: reported as revoked, tried by the sweep.
+            self.seen = self.seen.wrote(where, Effect.WITHDRAW).unsaw(where)
+            return
         permanent = not error.retryable and not isinstance(error, Conflict)
         trouble = Trouble(code=error.code, permanent=permanent, retry_after=error.retry_after)
         self.seen = self.seen.met(where, trouble)
@@ -422,7 +382,7 @@ class _Saga:
         """9. Disable or destroy an old copy, never the one shown."""
         placement, how = action.placement, self.plan.policy.retire
 
-        def retire() -> str:
+        def retire(destination: Destination) -> str:
             destination.retire(
                 action.target,
                 version_id=placement.version_id,
@@ -431,11 +391,25 @@ class _Saga:
             )
             return placement.locator
 
-        intent = self._intent(action.target, Effect.RETIRE, placement.version_id, expected="")
-        self.case = lifecycle.intend(self.case, intent, exposes=False)
-        self._commit()
-        destination = self.world.destination(action.target)
-        self._reported(intent, retire)
+        self._write(action.target, Effect.RETIRE, placement.version_id, call=retire)
+
+    def withdraw(self, action: steps.Withdraw) -> None:
+        """Take a revoked value out of what agents read; whatever comes of it, that is read again."""
+        self._write(
+            action.target,
+            Effect.WITHDRAW,
+            action.version_id,
+            expected=action.expected,
+            call=lambda d: d.withdraw(
+                action.target,
+                owner=self.world.journal.store_id,
+                version_id=action.version_id,
+                expected=action.expected,
+            ),
+        )
+        self._note("entry.withdrawn", version_id=action.version_id, target=action.target.key)
+        key = action.target.key
+        self.seen = self.seen.wrote(key, Effect.WITHDRAW).unsaw(key)
 
     def forget(self, action: steps.Forget) -> None:
         """Leave a copy where it is, by policy."""
@@ -495,13 +469,10 @@ class _Saga:
         exposes: bool,
         call: Callable[[Destination, Entry], str],
     ) -> None:
-        """Journal the intent, then act. The token was read under this claim and is journalled."""
+        """Write our version there."""
         own = self.case.version(self._own_id())
         if own is None or self.plain is None:
             raise IllegalTransition("there is no plaintext to publish")
-        intent = self._intent(target, effect, own.id, expected=expected)
-        self.case = lifecycle.intend(lifecycle.go_on(self.case), intent, exposes=exposes)
-        self._commit()
         entry = Entry(
             login=own.login,
             secret=self.plain,
@@ -509,43 +480,15 @@ class _Saga:
             owner=self.world.journal.store_id,
             fence=own.fence,
         )
-        destination = self.world.destination(target)
-        self._reported(intent, lambda: call(destination, entry))
-
-    def _intent(self, target: Target, effect: Effect, version_id: str, *, expected: str) -> Intent:
-        return Intent(
-            uid=self.world.new_id(),
-            credential_uid=self.case.credential.uid,
-            version_id=version_id,
-            target=target.key,
-            effect=effect,
+        self.case = lifecycle.go_on(self.case)
+        self._write(
+            target,
+            effect,
+            own.id,
             expected=expected,
-            writer=self.world.journal.writer,
-            fence=self.claim.fence,
-            incarnation=self.claim.incarnation,
-            at=self._now(),
+            exposes=exposes,
+            call=lambda destination: call(destination, entry),
         )
-
-    def _reported(self, intent: Intent, call: Callable[[], str]) -> None:
-        """Make the call and note how its intent ended; an unknown end leaves it unresolved."""
-        try:
-            locator = call()
-        except DestinationUnavailable as error:
-            if not error.sent:
-                self._outcome(intent, Outcome.FAILED)
-            elif error.late is not None:
-                self.world.carried.follow(intent.uid, error.late, self.world.journal)
-            raise
-        except DestinationError:
-            self._outcome(intent, Outcome.FAILED)
-            raise
-        self._outcome(intent, Outcome.DONE, locator)
-
-    def _outcome(self, intent: Intent, outcome: Outcome, locator: str = "") -> None:
-        self.case = lifecycle.resolve(
-            self.case, intent.uid, outcome, now=self._now(), locator=locator
-        )
-        self.outcomes[intent.uid] = outcome is Outcome.DONE
 
     # --- small things -----------------------------------------------------------------------
 
@@ -587,6 +530,7 @@ _PERFORM: dict[type[Action], Callable[[_Saga, Any], None]] = {
     steps.SetDeadline: _Saga.set_deadline,
     steps.Retire: _Saga.retire,
     steps.Clean: _Saga.clean,
+    steps.Withdraw: _Saga.withdraw,
     steps.Forget: _Saga.forget,
     steps.Leave: _Saga.leave,
     steps.RecordSweep: _Saga.record_sweep,

@@ -181,7 +181,7 @@ class RotationMachine(RuleBasedStateMachine):
         """Read a secret and keep it in a cache."""
         if name in self.bench.played:
             values = self.bench.played[name].inner.raw_get(self.bench.targets[name])
-            if values is not None:
+            if values is not None and "secret" in values:  # else it was withdrawn
                 now = self.bench.clock.now()
                 self.cached.append((values["id"], values["secret"], values["version"], now))
 

@@ -132,6 +132,12 @@ class Played:
         """Activate."""
         return self._write("activate", lambda: self.inner._activate(target, entry, expected))
 
+    def withdraw(self, target: Target, *, owner: str, version_id: str, expected: str) -> str:
+        """Withdraw."""
+        return self._write(
+            "withdraw", lambda: self.inner._withdraw(target, owner, version_id, expected)
+        )
+
     def retire(self, target: Target, *, version_id: str, locator: str, how: str) -> None:
         """Retire one copy."""
 
@@ -413,7 +419,7 @@ class Bench:
     def shown(self, name: str) -> str | None:
         """Return the version id that an agent reads."""
         values = self.played[name].inner.raw_get(self.targets[name])
-        return values["version"] if values else None
+        return values.get("version") if values else None
 
     def version(self, version_id: str) -> Version:
         """Return a version of any state."""
@@ -436,7 +442,7 @@ class Bench:
         now = self.clock.now()
         for name, target in getattr(self, "targets", {}).items():
             values = self.played[name].inner.raw_get(target)
-            if values is None or values == self.edited.get(name):
+            if values is None or values == self.edited.get(name) or "secret" not in values:
                 continue
             version_id = values["version"]
             self.texts[version_id] = values["id"], values["secret"]

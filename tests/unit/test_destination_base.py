@@ -60,6 +60,10 @@ class FakeDestination(DestinationBase):
         self.does()
         return "1"
 
+    def _withdraw(self, target: Target, owner: str, version_id: str, expected: str) -> str:
+        self.does()
+        return "2"
+
     def _translate(self, error: Exception) -> DestinationError:
         if isinstance(error, VendorError):
             return Denied(f"{self.name}: {type(error).__name__}")

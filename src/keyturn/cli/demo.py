@@ -160,9 +160,11 @@ class _Agent(threading.Thread):
 
     def _fresh(self, held: dict[str, Any]) -> dict[str, Any]:
         found = self._read(self.name)
+        if not found or "secret" not in found:
+            return held  # revoked, and taken out: what it holds is refused, as it should be
         if not self.versions or self.versions[-1] != found["version"]:
             self.versions.append(found["version"])
-        return found or held
+        return found
 
     def _authenticate(self, held: dict[str, Any]) -> None:
         revoked = self.revoked.is_set()

@@ -54,6 +54,7 @@ from keyturn.core.steps import (
     Stall,
     Trouble,
     Wait,
+    Withdraw,
 )
 
 DONE_FOR = frozenset({VersionState.RETIRED, VersionState.REVOKED})
@@ -295,14 +296,17 @@ def _settles_at(intent: Intent, run: Run, plan: Plan) -> datetime | None:
 
 
 def _overtaken(case: Case, intent: Intent, run: Run, plan: Plan) -> bool:
-    """Whether a later write of ours is confirmed where writes are compare-and-set."""
+    """Whether a later write of ours is confirmed where writes are compare-and-set.
+
+    What a withdrawal leaves shows none of ours: there any other token will do.
+    """
     sight = run.sights.get(intent.target)
     return (
         sight is not None
         and plan.traits[intent.target].has_cas
-        and intent.effect is Effect.ACTIVATE
+        and intent.effect in (Effect.ACTIVATE, Effect.WITHDRAW)
         and sight.fresh
-        and case.version(sight.shown) is not None
+        and (case.version(sight.shown) is not None or intent.effect is Effect.WITHDRAW)
         and sight.token != intent.expected
         and intent.uid not in run.in_flight
     )
@@ -316,6 +320,7 @@ def _housekeeping(case: Case, run: Run, plan: Plan, now: datetime) -> Action | N
         _observe_others(case, run)
         or _deadline(case, run)
         or (None if plan.paused else _retirement(case, run, now))
+        or _withdrawal(case, run)
         or _cleaning(case, run, plan)
         or _leaving(case, run)
         or _sweep(case, run, now)
@@ -370,6 +375,41 @@ def _retirement(case: Case, run: Run, now: datetime) -> Action | None:
         if _is_over(case, version, now) and nowhere(case, version, run):
             return Retire(version_id=version.id)
     return None
+
+
+def _withdrawal(case: Case, run: Run) -> Action | None:
+    """Take a revoked value out of where no rotation will replace it; once in a run.
+
+    SECURITY: only a fresh read of an unaltered version of ours that a person refused moves us to it,
+    and the write is conditional on it: no old answer and no forged entry costs an agent a good one.
+    """
+    for target in case.targets:
+        sight = run.sights.get(target.key)
+        shown = case.version(sight.shown) if sight is not None and sight.fresh else None
+        if sight is None or shown is None or shown.state is not VersionState.REVOKED:
+            continue
+        # Keys that others added hinder a rotation, which would drop them, and not this.
+        if _is_served(case, target) or sight.blocked not in ("", "other-keys"):
+            continue
+        if (target.key, Effect.WITHDRAW) in run.written or _is_withdrawing(case, target):
+            continue
+        return Withdraw(target=target, version_id=shown.id, expected=sight.token)
+    return None
+
+
+def _is_served(case: Case, target: Target) -> bool:
+    """Whether the open rotation or the next one publishes there."""
+    of_rotation = case.rotation.targets if case.rotation is not None and _goes_on(case) else ()
+    served = {one.key for one in (*of_rotation, *case.next_targets)}
+    return case.agent.state is AgentState.ENABLED and target.key in served
+
+
+def _is_withdrawing(case: Case, target: Target) -> bool:
+    """Whether nobody knows yet how the last try ended: a lane must not fill up with them."""
+    return any(
+        i.unresolved and i.effect is Effect.WITHDRAW and i.target == target.key
+        for i in case.intents
+    )
 
 
 def _cleaning(case: Case, run: Run, plan: Plan) -> Action | None:
@@ -428,8 +468,14 @@ def drift_kind(case: Case, target: Target, run: Run, now: datetime) -> str:
     if _goes_on(case) or current is None:
         return ""  # a rotation is under way: what is shown changes right now
     if shown is None:
-        return "missing"
+        return "" if _is_withheld(case, target) else "missing"
     return "older" if shown.seq < current.seq else ""
+
+
+def _is_withheld(case: Case, target: Target) -> bool:
+    """Whether a person keeps our values from there for now: then none is missed."""
+    suspended = case.agent.state is AgentState.SUSPENDED
+    return suspended or target.to in case.credential.withheld
 
 
 # --- when to look again -------------------------------------------------------------------

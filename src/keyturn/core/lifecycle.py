@@ -121,11 +121,11 @@ def intend(case: Case, intent: Intent, *, exposes: bool) -> Case:
 def resolve(
     case: Case, intent_uid: str, outcome: Outcome, *, now: datetime, locator: str = ""
 ) -> Case:
-    """Record how an intent ended; a write that landed leaves a placement behind."""
+    """Record how an intent ended; a write of a version that landed leaves a placement behind."""
     intent = next(i for i in case.intents if i.uid == intent_uid)
     ended = replace(intent, outcome=outcome, ended_at=now)
     case = replace(case, intents=tuple(ended if i is intent else i for i in case.intents))
-    if outcome is not Outcome.DONE:
+    if outcome is not Outcome.DONE or intent.effect is Effect.WITHDRAW:
         return case
     if intent.effect is Effect.RETIRE:
         return gone(case, intent.version_id, intent.target, locator)
@@ -167,7 +167,7 @@ def gone(case: Case, version_id: str, target: str, locator: str) -> Case:
 def pinned(case: Case, version_id: str) -> bool:
     """Whether an unresolved write may still make this version visible (rule 2)."""
     return any(
-        i.unresolved and i.version_id == version_id and i.effect is not Effect.RETIRE
+        i.unresolved and i.version_id == version_id and i.effect in (Effect.STAGE, Effect.ACTIVATE)
         for i in case.intents
     )
 

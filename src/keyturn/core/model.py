@@ -87,6 +87,7 @@ class Effect(StrEnum):
     STAGE = "stage"
     ACTIVATE = "activate"
     RETIRE = "retire"
+    WITHDRAW = "withdraw"
 
 
 class Outcome(StrEnum):

@@ -64,7 +64,8 @@ class Run:
     troubles: Mapping[str, Trouble] = field(default_factory=dict)
     read_back: frozenset[str] = frozenset()  # targets whose staged copy was verified
     no_copy: frozenset[str] = frozenset()  # targets that were searched for a copy in vain
-    written: frozenset[tuple[str, Effect]] = frozenset()  # where which write of it was confirmed
+    # Where which write of it was confirmed; a withdrawal also where it was tried in vain.
+    written: frozenset[tuple[str, Effect]] = frozenset()
     holding: str | None = None  # the version whose plaintext is in memory
     settled: bool = False  # every verifier has applied the epoch of the accept
     in_flight: frozenset[str] = frozenset()  # intents whose call has not returned
@@ -214,6 +215,15 @@ class Forget(Action):
     """There is nothing to clean for this placement."""
 
     placement: Placement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Withdraw(Action):
+    """Take a revoked version out of what agents read: no rotation will replace it there."""
+
+    target: Target
+    version_id: str
+    expected: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

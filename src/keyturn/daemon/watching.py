@@ -24,8 +24,8 @@ from keyturn.ports import AuditEntry
 from keyturn.storage.migrations import HEAD
 from keyturn.wiring import Parts
 
-_CALLS = frozenset({"observe", "recover", "stage", "readback", "activate", "clean"})
-_LOUD = frozenset({"open", "promote", "retire", "stall", "wait", "dropattempt"})
+_CALLS = frozenset({"observe", "recover", "stage", "readback", "activate", "clean", "withdraw"})
+_LOUD = frozenset({"open", "promote", "retire", "withdraw", "stall", "wait", "dropattempt"})
 _log = structlog.get_logger(__name__)
 
 

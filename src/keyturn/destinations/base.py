@@ -173,6 +173,10 @@ class DestinationBase(ABC):
         """Disable or destroy one immutable copy."""
         self._write(lambda: self._retire(target, version_id, locator, how))
 
+    def withdraw(self, target: Target, *, owner: str, version_id: str, expected: str) -> str:
+        """Write the entry without our secret and version keys."""
+        return self._write(lambda: self._withdraw(target, owner, version_id, expected))
+
     def close(self) -> None:
         """Give back logins and connections; calls that hang are not waited for."""
         self._lane.close()
@@ -187,6 +191,9 @@ class DestinationBase(ABC):
 
     @abstractmethod
     def _activate(self, target: Target, entry: Entry, expected: str) -> str: ...
+
+    @abstractmethod
+    def _withdraw(self, target: Target, owner: str, version_id: str, expected: str) -> str: ...
 
     def _read(self, target: Target, version_id: str) -> Observed:
         """Where nothing is staged, the shown entry is the only copy that can be found by its id."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from keyturn.core.model import Keys, Target
 from keyturn.core.secret import Secret
-from keyturn.errors import Rejected
+from keyturn.errors import Conflict, Rejected
 from keyturn.ports import Entry, Observed
 
 
@@ -43,6 +43,29 @@ def merged(target: Target, shown: Mapping[str, Any], entry: Entry) -> dict[str, 
     keys = target.keys
     own = {keys.id: entry.login, keys.secret: entry.secret.reveal(), keys.version: entry.version_id}
     return {**shown, **own} if target.merge else own
+
+
+def without_ours(
+    target: Target,
+    shown: Mapping[str, Any],
+    *,
+    marked: str | None,
+    owner: str,
+    version_id: str,
+) -> dict[str, Any] | None:
+    """Return the values of an entry without our secret and version; None where it has neither.
+
+    `marked` is the owner marker as found. Raises Rejected where the entry is not `owner`'s, Conflict
+    where it shows another version: it was replaced since somebody looked.
+    """
+    keys = target.keys
+    if keys.secret not in shown and keys.version not in shown:
+        return None
+    if marked != owner:
+        raise Rejected("the entry is not ours", hint="empty it by hand, or leave it to its owner")
+    if shown.get(keys.version) != version_id:
+        raise Conflict
+    return {key: value for key, value in shown.items() if key not in (keys.secret, keys.version)}
 
 
 def refuse_foreign(

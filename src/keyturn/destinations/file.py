@@ -29,7 +29,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,7 +39,7 @@ from keyturn.core.model import Target, Traits
 from keyturn.destinations import beneath
 from keyturn.destinations.base import ConnectionOptions, DestinationBase, Form
 from keyturn.destinations.beneath import NOTHING, Making
-from keyturn.destinations.entry import merged, observed, refuse_foreign
+from keyturn.destinations.entry import merged, observed, refuse_foreign, without_ours
 from keyturn.errors import (
     ConfigError,
     Conflict,
@@ -166,9 +166,34 @@ class FileDestination(DestinationBase):
                     before_owner=owner,
                 )
             )
-            data = json.dumps(wanted, allow_nan=False).encode()
-            beneath.replace(place.folder, place.name, data, mode=self.options.mode, gid=making.gid)
+            self._replace(place, wanted, gid=making.gid)
         return ""
+
+    def _withdraw(self, target: Target, owner: str, version_id: str, expected: str) -> str:
+        with contextlib.suppress(FileNotFoundError), self._entry(target) as place:
+            side, (values, identity) = place.side(), place.values()
+            marked = side.owner_of(identity)
+            left = without_ours(
+                target, values or {}, marked=marked, owner=owner, version_id=version_id
+            )
+            if left is None:
+                return ""  # nothing of ours is in it
+            if _token(side, identity) != expected:
+                raise Conflict
+            after = replace(
+                side,
+                generation=side.generation + 1,
+                owner=owner,
+                before=identity,
+                before_owner=marked,
+            )
+            place.write_side(after)
+            self._replace(place, left, gid=self._gid())
+        return ""
+
+    def _replace(self, place: _Place, values: dict[str, Any], *, gid: int) -> None:
+        data = json.dumps(values, allow_nan=False).encode()
+        beneath.replace(place.folder, place.name, data, mode=self.options.mode, gid=gid)
 
     def _gid(self) -> int:
         group = self.options.group

@@ -14,7 +14,7 @@ from typing import Any
 
 from keyturn.core.model import Keys, Target, Traits
 from keyturn.destinations.base import ConnectionOptions, DestinationBase
-from keyturn.destinations.entry import merged, observed, refuse_foreign
+from keyturn.destinations.entry import merged, observed, refuse_foreign, without_ours
 from keyturn.errors import Conflict, Rejected
 from keyturn.ports import Clock, Entry, Observed
 
@@ -155,6 +155,21 @@ class MemoryDestination(DestinationBase):
                 self._show(shelf, number)
         self.fault("activate", "after")
         return self._locator(number)
+
+    def _withdraw(self, target: Target, owner: str, version_id: str, expected: str) -> str:
+        self.fault("withdraw", "before")
+        with self.store.guard:
+            shelf = self._shelf(target)
+            shown = shelf.copies.get(shelf.shown, {})
+            left = without_ours(
+                target, shown, marked=shelf.owner, owner=owner, version_id=version_id
+            )
+            if left is not None:
+                self._compare(shelf, expected)
+                self._show(shelf, self._add(shelf, left))
+            locator = self._locator(shelf.shown) if shelf.shown in shelf.copies else ""
+        self.fault("withdraw", "after")
+        return locator
 
     def _retire(self, target: Target, version_id: str, locator: str, how: str) -> None:
         if not self.options.keeps_versions:

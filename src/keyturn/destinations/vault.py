@@ -22,7 +22,7 @@ from pydantic import BeforeValidator, Field
 from keyturn.core.duration import FORM, parse_duration
 from keyturn.core.model import Target, Traits
 from keyturn.destinations.base import ConnectionOptions, DestinationBase, Form
-from keyturn.destinations.entry import merged, observed, refuse_foreign
+from keyturn.destinations.entry import merged, observed, refuse_foreign, without_ours
 from keyturn.destinations.vault_login import AuthOptions, Login, is_safe_address
 from keyturn.destinations.vault_reads import Reads
 from keyturn.errors import (
@@ -255,6 +255,18 @@ class VaultDestination(DestinationBase):
             and str(known.number) == expected
             and known.version_id != entry.version_id
         )
+
+    def _withdraw(self, target: Target, owner: str, version_id: str, expected: str) -> str:
+        """Write a new version without our keys: the old ones are cleaned like any copy."""
+        path = self.place(target)
+        shown = self._shown(path)
+        values = shown.values if isinstance(shown.values, dict) else {}
+        left = without_ours(target, values, marked=shown.owner, owner=owner, version_id=version_id)
+        if left is None:
+            return "" if shown.values is None else str(shown.number)
+        if str(shown.number) != expected:
+            raise Conflict
+        return self._put(path, left, expected)
 
     def _put(self, path: str, wanted: Mapping[str, Any], expected: str) -> str:
         body = {"options": {"cas": int(expected)}, "data": wanted}

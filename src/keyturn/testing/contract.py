@@ -68,6 +68,12 @@ def publish(destination: Destination, target: Target, entry: Entry) -> str:
     return destination.activate(target, entry, expected=destination.observe(target).token)
 
 
+def withdraw(destination: Destination, target: Target, entry: Entry, token: str) -> str:
+    """Take this version out again."""
+    version_id = entry.version_id
+    return destination.withdraw(target, owner=STORE_ID, version_id=version_id, expected=token)
+
+
 def parts(keys: Keys, entry: Entry) -> dict[str, str]:
     """Return our three keys as an agent reads them."""
     return {
@@ -403,6 +409,86 @@ class DestinationContract:
             assert self.read_raw(destination, target) == parts(target.keys, new)
             assert not destination.read(target, old.version_id).has_value
 
+    # --- withdrawing ------------------------------------------------------------------------
+
+    def test_what_is_withdrawn_shows_no_secret_and_is_published_over(
+        self, destination: Any
+    ) -> None:
+        """The id stays and the entry is ours: a later version takes it without `adopt`."""
+        target, old, new = self._target("withdrawn"), new_entry(1), new_entry(2)
+        publish(destination, target, old)
+        token = destination.observe(target).token
+        locator = withdraw(destination, target, old, token)
+        assert self.read_raw(destination, target) == {target.keys.id: old.login}
+        found = destination.observe(target)
+        assert (found.exists, found.has_value, found.other_keys) == (True, False, False)
+        assert (found.login, found.secret, found.version_id) == (old.login, None, None)
+        assert (found.owner, found.locator) == (STORE_ID, locator)
+        if destination.traits.has_cas:
+            with pytest.raises(Conflict):
+                destination.activate(target, new, expected=token)
+        publish(destination, target, new)
+        assert self.read_raw(destination, target) == parts(target.keys, new)
+        self._shows(destination.observe(target), new)
+
+    def test_withdrawing_keeps_the_keys_of_others(self, destination: Any) -> None:
+        """Theirs stay to the last character, with `merge` and where they added them without it."""
+        theirs = FOREIGN if self.keys_as_text else {**FOREIGN, **FOREIGN_VALUES}
+        for name, merge in (("withdraw-merge", True), ("withdraw-added", False)):
+            target, entry = self._target(name, merge=merge), new_entry(1)
+            publish(destination, target, entry)
+            self.write_raw(destination, target, {**theirs, **parts(target.keys, entry)})
+            withdraw(destination, target, entry, destination.observe(target).token)
+            assert self.read_raw(destination, target) == {**theirs, target.keys.id: entry.login}
+
+    def test_withdrawing_again_changes_nothing(self, destination: Any) -> None:
+        """A retry after a lost answer succeeds, with any token, and moves nothing."""
+        target, entry = self._target("withdraw-twice"), new_entry(1)
+        publish(destination, target, entry)
+        token = destination.observe(target).token
+        locator = withdraw(destination, target, entry, token)
+        left = destination.observe(target)
+        for any_token in (token, left.token):
+            assert withdraw(destination, target, entry, any_token) == locator
+        assert destination.observe(target) == left
+
+    def test_withdrawing_makes_no_entry(self, destination: Any) -> None:
+        """Where there is nothing, or nothing of ours, nothing is written."""
+        target, other = self._target("withdraw-none"), self._target("withdraw-theirs")
+        assert withdraw(destination, target, new_entry(1), destination.observe(target).token) == ""
+        assert self.read_raw(destination, target) is None
+        self.write_raw(destination, other, {"port": "5432"})
+        found = destination.observe(other)
+        withdraw(destination, other, new_entry(1), found.token)
+        assert destination.observe(other) == found
+
+    def test_another_version_is_never_withdrawn(self, destination: Any) -> None:
+        """What was replaced meanwhile stays: by the token where that is compared, and by its id."""
+        target, old, new = self._target("withdraw-late"), new_entry(1), new_entry(2)
+        publish(destination, target, old)
+        stale = destination.observe(target).token
+        publish(destination, target, new)
+        shown = destination.observe(target)
+        late = [(old, stale), (old, shown.token)]
+        for entry, token in [*late, (new, stale)] if destination.traits.has_cas else late:
+            with pytest.raises(Conflict):
+                withdraw(destination, target, entry, token)
+        assert destination.observe(target) == shown
+
+    def test_only_our_own_is_withdrawn(self, destination: Any) -> None:
+        """What somebody else wrote is left alone, also where it looks like ours."""
+        target, entry = self._target("withdraw-copied"), new_entry(1)
+        self.write_raw(destination, target, parts(target.keys, entry))
+        sibling, places = self.sibling(destination), [target]
+        if sibling is not None:
+            places.append(self._target("withdraw-sibling"))
+            publish(sibling, places[1], new_entry(1, owner=OTHER_STORE_ID))
+        for place in places:
+            found = destination.observe(place)
+            with pytest.raises(Rejected):
+                withdraw(destination, place, entry, found.token)
+            assert destination.observe(place) == found
+
     # --- what must not get out, and where nothing may go --------------------------------------
 
     def test_paths_out_of_bounds_are_refused(self, destination: Any) -> None:
@@ -415,6 +501,7 @@ class DestinationContract:
                 lambda: destination.read(target, "x"),  # noqa: B023
                 lambda: destination.stage(target, new_entry(1), expected=""),  # noqa: B023
                 lambda: destination.activate(target, new_entry(1), expected=""),  # noqa: B023
+                lambda: destination.withdraw(target, owner=STORE_ID, version_id="x", expected=""),  # noqa: B023
                 lambda: destination.retire(target, version_id="x", locator="1", how="disable"),  # noqa: B023
             ]
             for number, call in enumerate(calls):
@@ -441,8 +528,11 @@ class DestinationContract:
                 destination.observe(target)
             with pytest.raises(Denied) as writing:
                 destination.activate(target, new_entry(2), expected=token)
+            with pytest.raises(Denied) as withdrawing:
+                withdraw(destination, target, new_entry(1), token)
         assert reading.value.hint
         assert writing.value.hint
+        assert withdrawing.value.hint
         assert self.read_raw(destination, target) == parts(target.keys, new_entry(1))
 
     def test_no_secret_gets_out(
@@ -459,6 +549,8 @@ class DestinationContract:
                 lambda: destination.activate(target, late, expected=void),
                 lambda: destination.stage(target, late, expected=void),
                 lambda: destination.activate(Target(to=self.TO, path="../x"), late, expected=void),
+                lambda: withdraw(destination, target, old, void),
+                lambda: withdraw(destination, target, new, void),
                 lambda: destination.retire(
                     target, version_id=new.version_id, locator="1", how="disable"
                 ),

@@ -184,7 +184,7 @@ CREATE TABLE intents (
     PRIMARY KEY (uid),
     CONSTRAINT intents_credential FOREIGN KEY(credential_uid) REFERENCES credentials (uid),
     CONSTRAINT intents_version FOREIGN KEY(version_id) REFERENCES versions (id),
-    CONSTRAINT intents_effect CHECK (effect IN ('stage', 'activate', 'retire')),
+    CONSTRAINT intents_effect CHECK (effect IN ('stage', 'activate', 'retire', 'withdraw')),
     CONSTRAINT intents_outcome CHECK (outcome IS NULL OR outcome IN ('done', 'failed', 'settled')),
     CONSTRAINT intents_ended CHECK ((outcome IS NULL) = (ended_at IS NULL))
 );
