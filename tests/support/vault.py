@@ -1,0 +1,179 @@
+"""What the tests of Vault and OpenBao share: a root, AppRole logins, the contract's hooks."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import urllib.error
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from keyturn.core.model import Target
+from keyturn.destinations.vault import VaultDestination, VaultOptions, policy_text
+from keyturn.destinations.vault_login import AuthOptions
+from keyturn.testing import openbao
+from keyturn.testing.contract import OTHER_STORE_ID, STORE_ID, DestinationContract
+from keyturn.testing.fakes import FakeClock
+from support.recording_proxy import Answer, Call, Forward, Proxy
+
+Root = Callable[..., Any]  # (method, path, body=None) -> what the server says, as root
+
+_NUMBERS = itertools.count(1)
+
+
+def new_prefix() -> str:
+    """Return a folder that no other test uses."""
+    return f"p{next(_NUMBERS)}"
+
+
+def root_of(server: openbao.Server) -> Root:
+    """Give a way to ask a server in dev mode as root, without any code of the adapter."""
+
+    def ask(method: str, path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        found = openbao.call(server, method, path, data)
+        return json.loads(found) if found else {}
+
+    return ask
+
+
+def connect(
+    address: str, auth: AuthOptions, *, store_id: str = STORE_ID, **options: Any
+) -> VaultDestination:
+    """Make a connection."""
+    values = {"address": address, "prefix": new_prefix(), **options}
+    return VaultDestination(
+        VaultOptions(auth=auth, **values), name="bao", store_id=store_id, clock=FakeClock()
+    )
+
+
+def approle(
+    root: Root, folder: Path, name: str, *, policy: str, ttl: str = "60s", **role: Any
+) -> AuthOptions:
+    """Make a role with this policy alone and put its secret id into a file."""
+    with contextlib.suppress(urllib.error.HTTPError):
+        root("POST", "sys/auth/approle", {"type": "approle"})
+    root("PUT", f"sys/policies/acl/{name}", {"policy": policy})
+    wanted = {"token_policies": [name], "token_ttl": ttl, "token_no_default_policy": True, **role}
+    root("POST", f"auth/approle/role/{name}", wanted)
+    role_id = root("GET", f"auth/approle/role/{name}/role-id")["data"]["role_id"]
+    found = root("POST", f"auth/approle/role/{name}/secret-id", {})
+    path = folder / f"{name}-secret-id"
+    path.touch(mode=0o600)
+    path.write_text(found["data"]["secret_id"] + "\n")
+    return AuthOptions(method="approle", role_id=role_id, secret_id_file=str(path))
+
+
+def printed_policy(mount: str, prefix: str, targets: list[Target]) -> str:
+    """Return what `keyturn policy vault` prints for these entries, for both ways to retire."""
+    login = {"method": "token", "token_file": "/x"}
+    options = VaultOptions(address="https://x", auth=login, mount=mount, prefix=prefix)
+    texts = [policy_text(options, targets, retire=how) for how in ("disable", "destroy")]
+    return "\n".join(dict.fromkeys("\n".join(texts).splitlines()))
+
+
+class VaultContract(DestinationContract):
+    """The contract's hooks; `root` is set by the fixture of the destination."""
+
+    root: Root
+
+    def read_raw(self, destination: Any, target: Target) -> Mapping[str, Any] | None:
+        path = f"{destination.options.mount}/data/{destination.place(target)}"
+        try:
+            found: Mapping[str, Any] = self.root("GET", path)["data"]["data"]
+        except urllib.error.HTTPError as error:
+            if error.code != 404:
+                raise
+            return None
+        return found
+
+    def write_raw(self, destination: Any, target: Target, values: Mapping[str, Any]) -> None:
+        path = f"{destination.options.mount}/data/{destination.place(target)}"
+        try:
+            number = self.root("GET", path)["data"]["metadata"]["version"]
+        except urllib.error.HTTPError:
+            number = 0
+        self.root("POST", path, {"data": dict(values), "options": {"cas": number}})
+
+
+class ProxiedContract(VaultContract):
+    """Through a proxy, which can show what the real server never holds and refuse what it allows."""
+
+    proxy: Proxy
+
+    def write_garbage(self, destination: Any, target: Target) -> bool:
+        """KV v2 takes objects only; a server that is not one may show anything."""
+        place = f"/data/{destination.place(target)}"
+        metadata = {"version": 3, "custom_metadata": None}
+        body = json.dumps({"data": {"data": "no object", "metadata": metadata}}).encode()
+        before = self.proxy.rule
+
+        def rule(call: Call, forward: Forward) -> Answer:
+            if call.path.endswith(place):
+                assert call.method == "GET", "garbage was written over"
+                return Answer(status=200, body=body)
+            return before(call, forward)
+
+        self.proxy.rule = rule
+        return True
+
+    @contextlib.contextmanager
+    def denied(self, destination: Any) -> Iterator[bool]:
+        """Nobody takes rights from root: the proxy answers as the server does to others."""
+        before, mount = self.proxy.rule, f"/v1/{destination.options.mount}/"
+
+        def rule(call: Call, forward: Forward) -> Answer:
+            if call.path.startswith(mount):
+                return Answer(status=403, body=b'{"errors":["permission denied"]}')
+            return before(call, forward)
+
+        self.proxy.rule = rule
+        yield True
+        self.proxy.rule = before
+
+
+class ByPolicyContract(VaultContract):
+    """By AppRole, with what `keyturn policy vault` prints for the entries of the test and no more."""
+
+    role: str  # also the name of its policy
+    granted: list[Target]
+    prefix: str
+    mount: str
+
+    def _target(self, name: str, **more: Any) -> Target:
+        target = super()._target(name, **more)
+        self.granted.append(target)
+        self.grant(self.granted)
+        return target
+
+    def grant(self, targets: list[Target]) -> None:
+        """Write the policy for these entries; it holds at once, for tokens that are out as well."""
+        text = printed_policy(self.mount, self.prefix, targets)
+        self.root("PUT", f"sys/policies/acl/{self.role}", {"policy": text})
+
+    @contextlib.contextmanager
+    def denied(self, destination: Any) -> Iterator[bool]:
+        """Take the entries out of the policy."""
+        self.grant([])
+        yield True
+        self.grant(self.granted)
+
+    def by_policy(
+        self, address: str, folder: Path, *, mount: str, uses: int = 0, **options: Any
+    ) -> VaultDestination:
+        """Make the connection, and everything that it needs at the server."""
+        self.prefix = self.role = new_prefix()
+        self.mount, self.granted = mount, []
+        policy = printed_policy(mount, self.prefix, [])
+        auth = approle(self.root, folder, self.role, policy=policy, token_num_uses=uses)
+        return connect(address, auth, prefix=self.prefix, mount=mount, **options)
+
+
+def sibling_of(destination: Any, address: str, auth: AuthOptions) -> VaultDestination:
+    """Make the connection of another store to the same place."""
+    options = destination.options
+    return connect(
+        address, auth, store_id=OTHER_STORE_ID, prefix=options.prefix, mount=options.mount
+    )
