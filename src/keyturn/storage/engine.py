@@ -224,6 +224,9 @@ def postgresql_arguments(password: Secret | None) -> dict[str, Any]:
         "keepalives_interval": 5,
         "keepalives_count": 3,
         "tcp_user_timeout": 20000,
+        # SECURITY: the password comes from where the configuration says, never from ~/.pgpass. A file
+        # that is not there: libpq complains on stderr about every other kind that is none.
+        "passfile": "/nonexistent/pgpass",
     }
     if password is not None:
         arguments["password"] = password.reveal()

@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ class Server:
     address: str
     token_file: Path
     process: subprocess.Popen[bytes]
+    ca_file: Path | None = None  # where it speaks TLS
 
     @property
     def token(self) -> str:
@@ -52,14 +54,15 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def dev_server(folder: Path, *, mount: str = "kv") -> Iterator[Server]:
+def dev_server(folder: Path, *, mount: str = "kv", tls: bool = False) -> Iterator[Server]:
     """Run a server in memory with a KV v2 mount, until the block ends."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    token, address = secrets.token_hex(16), f"http://127.0.0.1:{free_port()}"
+    scheme = "https" if tls else "http"
+    token, address = secrets.token_hex(16), f"{scheme}://127.0.0.1:{free_port()}"
     token_file = folder / "root-token"
     token_file.touch(mode=0o600)
     token_file.write_text(token)
-    listen = address.removeprefix("http://")
+    listen = address.partition("://")[2]
     # Nothing of the surroundings: VAULT_* and BAO_* variables could point it elsewhere.
     environment = {
         "PATH": os.environ.get("PATH", ""),
@@ -67,9 +70,16 @@ def dev_server(folder: Path, *, mount: str = "kv") -> Iterator[Server]:
         "BAO_DEV_ROOT_TOKEN_ID": token,
     }
     command = [binary(), "server", "-dev", f"-dev-listen-address={listen}", "-dev-no-store-token"]
+    if tls:
+        command += ["-dev-tls", f"-dev-tls-cert-dir={folder}"]
     with (folder / "openbao.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
-    server = Server(address=address, token_file=token_file, process=process)
+    server = Server(
+        address=address,
+        token_file=token_file,
+        process=process,
+        ca_file=folder / "vault-ca.pem" if tls else None,
+    )
     try:
         _await(server)
         call(server, "POST", f"sys/mounts/{mount}", b'{"type":"kv","options":{"version":"2"}}')
@@ -88,7 +98,11 @@ def call(server: Server, method: str, path: str, body: bytes | None = None) -> b
     """Make a request as root, with nothing but the standard library."""
     request = urllib.request.Request(f"{server.address}/v1/{path}", data=body, method=method)
     request.add_header("X-Vault-Token", server.token)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
+    if server.ca_file is not None:
+        trusted = ssl.create_default_context(cafile=str(server.ca_file))
+        handlers.append(urllib.request.HTTPSHandler(context=trusted))
+    opener = urllib.request.build_opener(*handlers)
     with opener.open(request, timeout=10) as answer:
         found: bytes = answer.read()
     return found

@@ -1,0 +1,151 @@
+"""Nothing of the surroundings is trusted: among traps alone everything works, and none is touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keyturn.testing import openbao
+from support.postgres import Cluster, postgres
+from support.running import Keyturn
+from support.traps import Traps, traps
+
+__all__ = ["postgres"]  # a fixture
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openbao.Server]:
+    """Give an OpenBao that speaks TLS, as it does in production: TLS libraries have traps as well."""
+    with openbao.dev_server(tmp_path_factory.mktemp("openbao"), tls=True) as one:
+        yield one
+
+
+@pytest.fixture
+def laid(tmp_path: Path) -> Iterator[Traps]:
+    """Give surroundings full of traps."""
+    with traps(tmp_path / "traps") as one:
+        yield one
+
+
+def installation(folder: Path, server: openbao.Server, laid: Traps) -> Keyturn:
+    """Make a Keyturn with a file and an OpenBao per agent that runs among the traps."""
+    (folder / "keyturn").mkdir()
+    one = Keyturn(folder / "keyturn", agents=0)
+    one.content["connections"]["bao"] = {
+        "type": "vault",
+        "call_deadline": "1s",
+        "address": server.address,
+        "ca_file": str(server.ca_file),
+        "auth": {"method": "token", "token_file": str(server.token_file)},
+        "prefix": folder.name,
+    }
+    places = [{"to": "files", "path": "one"}, {"to": "bao", "path": "one"}]
+    one.content["agents"] = {"one": {"destinations": places}}
+    one.write()
+    # As systemd starts it: `python -I` closes what Python itself takes from the environment.
+    one.python = [sys.executable, "-I"]
+    one.environ = laid.environ()
+    return one
+
+
+def shown(server: openbao.Server, path: str) -> dict[str, Any]:
+    """Read the entry as root, without any code of ours."""
+    found = json.loads(openbao.call(server, "GET", f"kv/data/{path}"))
+    values: dict[str, Any] = found["data"]["data"]
+    return values
+
+
+def life(keyturn: Keyturn) -> None:
+    """Do everything that reaches out: publish, rotate, look, probe, revoke with and without more."""
+    keyturn.wait_first()
+    assert keyturn.ask("rotate", "one", "--wait")[0] == 0
+    assert keyturn.ask("check", "--probe")[0] == 0
+    assert keyturn.ask("reload")[0] == 0
+    assert keyturn.ask("revoke", "one", "--reissue", "--wait", "--reason", "trap")[0] == 0
+    held = keyturn.held("one")
+    keyturn.revocations.write_text(f"version:{held['version']} at=2020-01-01T00:00:00Z\n")
+    keyturn.signal(signal.SIGUSR1)
+    assert keyturn.ask("suspend", "one")[0] == 0
+    assert keyturn.ask("resume", "one")[0] == 0
+    assert keyturn.run("audit", "--verify").returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_a_whole_life_among_traps_touches_none(
+    tmp_path: Path, server: openbao.Server, laid: Traps, postgres: Cluster, kind: str
+) -> None:
+    """Daemon and commands: 0 bytes to a trap, 0 programs run, 0 trap files opened, TLS verified."""
+    keyturn = installation(tmp_path, server, laid)
+    if kind == "postgresql":
+        keyturn.content["store"] = {
+            "url": postgres.new_database(), "state_dir": str(keyturn.folder / "state"),
+        }  # fmt: skip
+        keyturn.write()
+    with keyturn:
+        life(keyturn)
+        held = shown(server, f"{tmp_path.name}/one")
+        assert held == keyturn.held("one")
+    assert laid.caught() == []
+
+
+def test_with_the_daemon_down_no_trap_is_touched(
+    tmp_path: Path, server: openbao.Server, laid: Traps
+) -> None:
+    """Commands that work on the store itself take nothing of the surroundings either."""
+    keyturn = installation(tmp_path, server, laid)
+    with keyturn:
+        keyturn.wait_first()
+    for words in (("status",), ("suspend", "one"), ("audit",), ("revoke", "one", "--reason", "x")):
+        assert keyturn.ask(*words)[0] == 0, words
+
+    assert laid.caught() == []
+
+
+# --- the traps themselves -------------------------------------------------------------------
+
+
+def test_the_traps_can_catch(tmp_path: Path, laid: Traps, server: openbao.Server) -> None:
+    """What trusts its surroundings is caught: a proxy, a program, a module, netrc, TLS keys, libpq."""
+    code = {
+        "proxy": "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9/', timeout=2)",
+        "program": "import subprocess; subprocess.run(['vault', 'login'])",
+        "netrc": "import requests; requests.get('http://127.0.0.1:9/', timeout=2)",
+        "hvac": "import hvac; hvac.Client().sys.read_health_status()",
+        "token": "import os; os.environ.pop('VAULT_TOKEN'); import hvac; hvac.Client()",
+        "libpq": "import psycopg; psycopg.connect('dbname=x', connect_timeout=2)",
+        "keys": "import ssl; ssl.create_default_context()",
+    }
+    expected = {
+        "proxy": "sent", "program": "ran vault login", "netrc": "opened", "hvac": "sent",
+        "token": ".vault-token", "libpq": "pg_service", "keys": "tls-keys",
+    }  # fmt: skip
+    environ = {k: v for k, v in laid.environ().items() if not k.startswith("PYTHON")}
+    for name, text in code.items():
+        done = subprocess.run(
+            [sys.executable, "-c", text], env=environ, capture_output=True, timeout=60, check=False
+        )
+        caught = " ".join(laid.caught())
+        assert expected[name] in caught, (name, caught, done.stderr[-300:])
+    subprocess.run(
+        [sys.executable, "-c", ""], env={**environ, "PYTHONPATH": str(laid.modules)}, check=True
+    )
+    assert "ran module" in laid.caught()
+
+
+def test_every_trap_is_named_in_the_environment(laid: Traps) -> None:
+    """The list does not shrink unnoticed."""
+    names = set(laid.environ())
+    for name in ("http_proxy", "HTTPS_PROXY", "ALL_PROXY", "VAULT_ADDR", "BAO_TOKEN", "NETRC",
+                 "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "PGHOSTADDR", "PGPASSFILE", "PYTHONPATH",
+                 "SSLKEYLOGFILE", "VAULT_CLIENT_CERT", "XDG_CONFIG_HOME"):  # fmt: skip
+        assert name in names
+    assert len(names) > 80
+    assert os.access(laid.programs / "openssl", os.X_OK)
