@@ -102,9 +102,8 @@ class Login:
     ) -> None:
         self._auth = auth
         self._name = name
-        session = requests.Session()
+        session = _Unredirected()
         session.trust_env = False  # SECURITY: no proxy, netrc or CA bundle of the surroundings
-        session.max_redirects = 0
         session.verify = ca_file or True  # hvac takes this from the session, not from its argument
         self._client = hvac.Client(
             url=address,
@@ -312,6 +311,14 @@ class Login:
         self._ends_at = time.monotonic() + life if life else None
         forever = not life or (not renewable and not self._ours)
         self._renew_at = float("inf") if forever else time.monotonic() + life * RENEW_AT
+
+
+class _Unredirected(requests.Session):
+    """A session for which there are no redirects: requests would read all of their bodies first."""
+
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        """Say that this answer leads nowhere else."""
+        return None
 
 
 class _Careful(hvac.adapters.JSONAdapter):  # type: ignore[misc]

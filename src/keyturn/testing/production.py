@@ -110,8 +110,12 @@ class Node:
         request = urllib.request.Request(f"{self.address}/v1/{path}", data=data, method=method)
         for name, value in {"X-Vault-Token": token, **(headers or {})}.items():
             request.add_header(name, value)
-        with self._opener.open(request, timeout=CALL_LIMIT) as answer:
-            found = answer.read()
+        try:
+            with self._opener.open(request, timeout=CALL_LIMIT) as answer:
+                found = answer.read()
+        except urllib.error.HTTPError as error:
+            error.close()  # or its socket stays open for as long as somebody holds the error
+            raise
         return json.loads(found) if found else {}
 
     def leads(self) -> bool:
