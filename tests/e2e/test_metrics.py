@@ -114,18 +114,41 @@ def test_every_end_of_a_rotation_is_counted(blocked: Keyturn) -> None:
         keyturn.stop()
 
 
-def test_what_a_revocation_leaves_is_pending_until_it_is_replaced(tmp_path: Path) -> None:
-    """A refused value that a destination shows is counted until a successor is there."""
+def test_what_a_revocation_leaves_is_pending_until_it_is_withdrawn(tmp_path: Path) -> None:
+    """A refused value that a destination shows is counted while it cannot be taken out."""
     with Keyturn(tmp_path, agents=1) as keyturn:
         keyturn.wait_first()
+        files = keyturn.content["connections"]["files"]
         assert value(keyturn, "revocation_cleanup_pending") == 0
+        set_group(keyturn, "no-such-group")
 
         assert keyturn.ask("revoke", "agent-0")[0] == 0
 
         keyturn.wait_for(lambda: value(keyturn, "destination_drift", kind="revoked") == 1)
         assert value(keyturn, "revocation_cleanup_pending") == 1
-        assert keyturn.ask("resume", "agent-0")[0] == 0
+        failed = {"operation": "withdraw", "result": "not-found"}
+        assert value(keyturn, "destination_requests_total", **failed) == 1
+        del files["group"]
+        keyturn.write()
+        assert keyturn.ask("reload")[0] == 0
+        sweep_now(keyturn)  # each sweep tries again
         keyturn.wait_for(lambda: value(keyturn, "revocation_cleanup_pending") == 0)
+        assert value(keyturn, "destination_drift", kind="revoked") == 0
+        assert value(keyturn, "destination_drift", kind="missing") == 0
+
+
+def sweep_now(keyturn: Keyturn) -> None:
+    """Make the next sweep due, without five minutes of waiting."""
+    with sqlite3.connect(keyturn.store) as store:
+        store.execute("UPDATE credentials SET sweep_at = 1, wake_at = 1")
+    store.close()
+
+
+def set_group(keyturn: Keyturn, name: str) -> None:
+    """Name a group that may read the files: where there is none of that name no write works."""
+    keyturn.content["connections"]["files"]["group"] = name
+    keyturn.write()
+    assert keyturn.ask("reload")[0] == 0
 
 
 def test_what_waits_for_a_locked_store_is_queued(tmp_path: Path) -> None:

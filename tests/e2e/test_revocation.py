@@ -40,6 +40,30 @@ def test_revoke_on_the_running_daemon_refuses_when_it_returns(keyturn: Keyturn) 
     verifier.close()
 
 
+def test_revoke_takes_the_secret_out_of_what_the_agent_reads(keyturn: Keyturn) -> None:
+    """Within seconds the entry shows no secret; after `resume` it has a new one, by itself."""
+    held = keyturn.held("agent-0")
+    verifier = keyturn.verifier()
+
+    assert keyturn.ask("revoke", "agent-0")[0] == 0
+
+    keyturn.wait_for(lambda: keyturn.held("agent-0") == {"id": held["id"]}, seconds=5)
+    keyturn.wait_for(lambda: shows(keyturn, "agent-0") == (None, None))
+    assert keyturn.ask("resume", "agent-0")[0] == 0
+    keyturn.wait_for(lambda: "secret" in keyturn.held("agent-0"))
+    fresh = keyturn.held("agent-0")
+    assert (accepts(verifier, held), accepts(verifier, fresh)) == (False, True)
+    entries = keyturn.ask("audit", "agent-0")[1]["entries"]
+    assert [e["version"] for e in entries if e["action"] == "entry.withdrawn"] == [held["version"]]
+    verifier.close()
+
+
+def shows(keyturn: Keyturn, agent: str) -> tuple[str | None, str | None]:
+    """Return which version the status says is shown, and what it says is wrong there."""
+    (place,) = keyturn.ask("status", agent)[1]["destinations"]
+    return place["shows_version"], place["error_code"]
+
+
 def test_revoke_with_reissue_gives_a_successor(keyturn: Keyturn) -> None:
     """`--reissue --wait` cuts first and returns with the version that agents read then."""
     held = keyturn.held("agent-0")

@@ -27,7 +27,7 @@ from keyturn.verifier.spool import Spool
 from support.cutter import CALLER, administration, open_store
 from support.peers import needs_root
 from support.running import Keyturn, accepts
-from support.stores import NOW, add
+from support.stores import add
 
 VERSION = "0" * 14
 
@@ -337,9 +337,7 @@ def test_a_full_store_makes_no_busy_loop(tmp_path: Path, monkeypatch: pytest.Mon
     settings = service.load(Keyturn(tmp_path).config)
     daemon = Service(settings, socket=tmp_path / "socket")
     due = SimpleNamespace(credential_uid="c", connections=())
-    daemon.parts._store = SimpleNamespace(  # type: ignore[assignment]
-        now=lambda: NOW, due=lambda now, limit: [due], writer="w", close=lambda: None
-    )
+    monkeypatch.setattr(daemon.parts.store, "due", lambda **_: [due])
     daemon._tick()
     time.sleep(0.5)
     daemon.stop()

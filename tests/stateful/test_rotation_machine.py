@@ -139,6 +139,14 @@ class RotationMachine(RuleBasedStateMachine):
         self.bench.amend(lifecycle.revoke_agent, reissue=reissue)
         self._refused(before)
 
+    @rule(name=NAMES)
+    @precondition(lambda self: len(self.bench.played) == 2)
+    def a_secret_leaked_somewhere(self, name: str) -> None:
+        """Revoke everything; the successor goes everywhere but there."""
+        before = [v.id for v in self.bench.case.accepted]
+        self.bench.amend(lifecycle.revoke_agent, reissue=True, withhold=(name,))
+        self._refused(before)
+
     @rule(reissue=st.booleans(), data=st.data())
     @precondition(lambda self: self.bench.case.accepted)
     def a_version_is_revoked(self, reissue: bool, data: st.DataObject) -> None:
@@ -228,6 +236,8 @@ class RotationMachine(RuleBasedStateMachine):
             played.land()
         bench.retarget(*bench.played)
         bench.amend(lifecycle.resume)
+        for name in bench.case.credential.withheld:
+            bench.amend(lambda case, now, name=name: lifecycle.readmit(case, name, now=now))
         with suppress(KeyturnError):
             bench.amend(lifecycle.retry)
         with suppress(StaleRevision):

@@ -436,6 +436,42 @@ SENTENCES: dict[str, Row] = {
         plan(Traits(has_cas=True)),
         steps.Forget(placement=case(S.RETIRED, S.CURRENT).placements[0]),
     ),
+    "a revoked value goes out where no rotation replaces it": (
+        case(S.REVOKED, agent=AgentState.SUSPENDED),
+        run(sees(OLD, token="7", locator="1"), sees(None)),
+        plan(),
+        steps.Withdraw(target=A, version_id=OLD, expected="7"),
+    ),
+    "also where somebody added keys of their own": (
+        case(S.REVOKED, agent=AgentState.SUSPENDED),
+        run(sees(OLD, blocked="other-keys"), sees(None)),
+        plan(),
+        steps.Withdraw(target=A, version_id=OLD, expected="5"),
+    ),
+    "not by a read that is not fresh (rule 5)": (
+        case(S.REVOKED, agent=AgentState.SUSPENDED),
+        run(sees(OLD, fresh=False), sees(OLD, blocked="other-owner")),
+        plan(),
+        steps.Rest(until=SOON),
+    ),
+    "not twice in one run": (
+        case(S.REVOKED, agent=AgentState.SUSPENDED),
+        run(sees(OLD), sees(OLD), written=frozenset((t.key, Effect.WITHDRAW) for t in (A, B))),
+        plan(),
+        steps.Rest(until=SOON),
+    ),
+    "not while nobody knows how the last try ended": (
+        naming(case(S.REVOKED, agent=AgentState.SUSPENDED), 1, effect=Effect.WITHDRAW, target=A.key, writer="alive"),
+        run(sees(OLD, locator="1"), sees(None, locator="1")),
+        plan(Traits(keeps_versions=True)),
+        steps.Rest(until=NOW + Policy().retry.settle_after),
+    ),
+    "its intent is settled by any other token": (
+        naming(case(S.REVOKED, agent=AgentState.SUSPENDED), 1, effect=Effect.WITHDRAW, target=A.key, writer="alive", expected="4"),
+        run(sees(None), sees(None)),
+        plan(),
+        steps.Settle(intent=naming(case(S.REVOKED), 1, effect=Effect.WITHDRAW, target=A.key, writer="alive", expected="4").intents[0]),
+    ),
     "a sweep records what it found": (
         case(S.CURRENT, sweep_at=NOW),
         run(sees(OLD), sees(OLD)),

@@ -368,11 +368,20 @@ def test_promote_clears_what_was_owed() -> None:
     assert after.rotation.state is R.DONE
 
 
-def test_a_retire_intent_pins_nothing() -> None:
-    """An unresolved clean-up cannot make a version visible."""
-    case = naming(of(S.PREVIOUS), 1, effect=Effect.RETIRE)
+@pytest.mark.parametrize("effect", [Effect.RETIRE, Effect.WITHDRAW])
+def test_what_takes_away_pins_nothing(effect: Effect) -> None:
+    """An unresolved clean-up or withdrawal cannot make a version visible."""
+    case = naming(of(S.PREVIOUS), 1, effect=effect)
 
     assert not lifecycle.pinned(case, case.versions[0].id)
+
+
+def test_a_withdrawal_that_landed_leaves_no_placement() -> None:
+    """What it wrote holds no version: there is nothing to clean there later."""
+    case = naming(of(S.REVOKED), 1, effect=Effect.WITHDRAW)
+    after = lifecycle.resolve(case, case.intents[0].uid, Outcome.DONE, now=NOW, locator="3")
+
+    assert after.placements == ()
 
 
 @pytest.mark.parametrize("outcome", Outcome)

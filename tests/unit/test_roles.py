@@ -8,12 +8,22 @@ from keyturn.daemon.commands import Commands
 from keyturn.daemon.peer import Role
 
 ROLES = {
-    Role.VIEW: {"status", "names", "agents.list", "agents.show", "identify", "audit", "metrics"},
+    Role.VIEW: {
+        "status",
+        "names",
+        "agents.list",
+        "agents.show",
+        "identify",
+        "audit",
+        "metrics",
+        "clock",
+    },
     Role.RESPOND: {"rotate", "suspend", "resume", "revoke", "rotation.retry"},
     Role.ADMIN: {
         "agents.add",
         "agents.remove",
         "destinations.forget",
+        "clock.trust",
         "rotate.forced",
         "rotation.abandon",
         "reload",

@@ -125,6 +125,30 @@ PATCHES: dict[str, Patch] = {
         instead="sight.fresh:",
         tests="unit/test_decision.py",
     ),
+    "11 a good version is never withdrawn": Patch(
+        file="core/decision.py",
+        text="or shown.state is not VersionState.REVOKED:",
+        instead="or False:",
+        tests="unit/test_saga_withdraw.py -k suspension_alone",
+    ),
+    "11 what a rotation replaces is not withdrawn": Patch(
+        file="core/decision.py",
+        text="    return case.agent.state is AgentState.ENABLED and target.key in served\n",
+        instead="    return False\n",
+        tests="unit/test_saga_withdraw.py -k 'rotation_that_stalls'",
+    ),
+    "11 only the version that was seen is withdrawn": Patch(
+        file="destinations/entry.py",
+        text="    if shown.get(keys.version) != version_id:\n        raise Conflict\n",
+        instead="",
+        tests="unit/test_saga_withdraw.py -k 'old_answer or lands_late'",
+    ),
+    "5 withdrawing needs a fresh read": Patch(
+        file="core/decision.py",
+        text="if sight is not None and sight.fresh else None\n        if sight is None or shown",
+        instead="if sight is not None else None\n        if sight is None or shown",
+        tests="unit/test_saga_withdraw.py -k not_fresh",
+    ),
     "12 accept needs its open rotation": Patch(
         file="core/lifecycle.py",
         text="    rotation = _running(case)\n    if case.pending is not None",

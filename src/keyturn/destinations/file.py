@@ -187,8 +187,9 @@ class FileDestination(DestinationBase):
                 before=identity,
                 before_owner=marked,
             )
+            gid = self._gid()
             place.write_side(after)
-            self._replace(place, left, gid=self._gid())
+            self._replace(place, left, gid=gid)
         return ""
 
     def _replace(self, place: _Place, values: dict[str, Any], *, gid: int) -> None:
