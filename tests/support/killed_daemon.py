@@ -17,7 +17,7 @@ from keyturn.daemon import service
 from keyturn.daemon.service import Service
 
 JOURNAL_EFFECTS = ("save", "claim", "release")
-DESTINATION_EFFECTS = ("stage", "activate", "retire")
+DESTINATION_EFFECTS = ("stage", "activate", "retire", "withdraw")
 
 
 class Trap:
