@@ -199,9 +199,10 @@ class _Saga(Casework):
             if self.conflicts <= CONFLICTS_PER_RUN:
                 self.seen = self.seen.unsaw(where)
                 return
-        if isinstance(action, steps.Withdraw):
-            # What it shows is still known by reading it: reported as revoked, tried by the sweep.
-            self.seen = self.seen.wrote(where, Effect.WITHDRAW).unsaw(where)
+        if isinstance(action, steps.Withdraw | steps.Clean):
+            # What agents read there can still be read: reported as it is, tried by the sweep.
+            effect = Effect.WITHDRAW if isinstance(action, steps.Withdraw) else Effect.RETIRE
+            self.seen = self.seen.wrote(where, effect).unsaw(where)
             return
         permanent = not error.retryable and not isinstance(error, Conflict)
         trouble = Trouble(code=error.code, permanent=permanent, retry_after=error.retry_after)

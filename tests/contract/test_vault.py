@@ -21,7 +21,15 @@ from keyturn.destinations.vault import VaultDestination, VaultOptions, policy_te
 from keyturn.destinations.vault_login import AuthOptions
 from keyturn.errors import Denied, DestinationUnavailable, KeyturnError, NotFound, Rejected
 from keyturn.testing import openbao
-from keyturn.testing.contract import OTHER_STORE_ID, PLACE, STORE_ID, DestinationContract, new_entry
+from keyturn.testing.contract import (
+    OTHER_STORE_ID,
+    PLACE,
+    STORE_ID,
+    DestinationContract,
+    new_entry,
+    parts,
+    publish,
+)
 from keyturn.testing.fakes import FakeClock
 
 _NUMBERS = itertools.count(1)
@@ -103,6 +111,25 @@ class TestVaultAsRoot(VaultContract):
 
     def sibling(self, destination: Any) -> VaultDestination:
         return make(self.server, store_id=OTHER_STORE_ID, prefix=destination.options.prefix)
+
+    def test_numbers_that_began_anew_hit_no_good_copy(self, destination: Any) -> None:
+        """Somebody removed the entry with its history: an old locator names another copy now."""
+        for seed in (1, 2):
+            publish(destination, PLACE, new_entry(seed))
+        path = f"{destination.options.mount}/metadata/{destination.place(PLACE)}"
+        call(self.server, "DELETE", path)
+        old, good = new_entry(1), [new_entry(seed) for seed in (3, 4)]
+        for number, entry in enumerate(good, start=1):
+            publish(destination, PLACE, entry)
+            for locator in ("1", "2", "7"):
+                if int(locator) >= number:
+                    destination.retire(
+                        PLACE, version_id=old.version_id, locator=locator, how="destroy"
+                    )
+        destination.retire(PLACE, version_id=old.version_id, locator="1", how="destroy")
+        data = f"{destination.options.mount}/data/{destination.place(PLACE)}"
+        kept = [call(self.server, "GET", f"{data}?version={n}")["data"]["data"] for n in (1, 2)]
+        assert kept == [parts(PLACE.keys, entry) for entry in good]
 
 
 class TestVaultByAppRole(VaultContract):

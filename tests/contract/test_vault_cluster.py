@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from keyturn.destinations.vault import VaultDestination
-from keyturn.errors import Conflict, DestinationUnavailable
+from keyturn.errors import Conflict, Denied, DestinationUnavailable
 from keyturn.testing.contract import PLACE, new_entry
 from keyturn.testing.production import Production, production
 from support.recording_proxy import recording_proxy
@@ -65,7 +65,7 @@ def patiently(step: Any) -> Any:
     while True:
         try:
             return step()
-        except DestinationUnavailable:
+        except (DestinationUnavailable, Denied):
             if time.monotonic() > until:
                 raise
             time.sleep(0.2)
@@ -118,6 +118,7 @@ def test_an_election_in_the_middle_of_writes_loses_and_doubles_nothing(
     leader = place.cluster.leader()
     standby = place.cluster.standbys()[0]
     destination = place.through(standby.address, call_deadline="5s")
+    patiently(lambda: destination.observe(PLACE))
     faults: list[DestinationUnavailable] = []
     moved = 0
 
@@ -134,7 +135,7 @@ def test_an_election_in_the_middle_of_writes_loses_and_doubles_nothing(
             except DestinationUnavailable as error:
                 faults.append(error)
                 time.sleep(0.1)
-        raise TimeoutError
+        raise TimeoutError(f"still {faults[-1:]}")
 
     if end == "step-down":
         fall = threading.Thread(target=place.cluster.step_down)

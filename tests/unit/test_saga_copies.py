@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
-from keyturn.core.model import RotationState, VersionState
-from keyturn.errors import DestinationUnavailable
+from keyturn.core.model import RotationState, Target, VersionState
+from keyturn.errors import DestinationUnavailable, Rejected
 from keyturn.verifier.authority import BuiltinAuthority
-from support.bench import SETTLE, SHAPES, Bench
+from support.bench import GRACE, SETTLE, SHAPES, SWEEP, Bench
 
 
 @pytest.fixture
@@ -224,3 +225,29 @@ def test_a_late_end_that_says_nothing_was_sent_is_an_outcome(
     before = bench.clock.now()
     bench.go(until=bench.at_home)
     assert bench.clock.now() - before < SETTLE
+
+
+def test_a_clean_up_that_is_refused_keeps_no_agent_waiting(benches: list[Bench]) -> None:
+    """An old copy cannot be put away, again and again: what agents read is still mended."""
+    bench = at_home(benches, "vault")
+    played = bench.played["d0"]
+    refused = []
+
+    def retire(target: Target, **_options: Any) -> None:
+        refused.append(target)
+        raise Rejected("no")
+
+    played.retire = retire  # type: ignore[method-assign]
+    bench.ask()
+    bench.go()
+    bench.pass_time(2 * GRACE)
+    bench.run()
+    assert refused
+    before = len(refused)
+    played.inner.raw_delete(bench.targets["d0"])
+    bench.pass_time(SWEEP)
+    bench.go()
+
+    bench.assert_home()
+    assert len(refused) > before
+    assert bench.case.credential.drift == ()

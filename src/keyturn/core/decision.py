@@ -421,6 +421,8 @@ def _cleaning(case: Case, run: Run, plan: Plan) -> Action | None:
         if target is None or not _may_clean(target, plan):
             return Forget(placement=placement)
         sight = run.sights.get(target.key)
+        if (target.key, Effect.RETIRE) in run.written:
+            continue  # it was tried in vain: a clean-up must not keep a rotation from its work
         if sight is not None and sight.fresh and sight.shown != placement.version_id:
             if sight.locator and sight.locator == placement.locator:
                 continue  # never the one shown, whatever is in it

@@ -64,7 +64,7 @@ class Run:
     troubles: Mapping[str, Trouble] = field(default_factory=dict)
     read_back: frozenset[str] = frozenset()  # targets whose staged copy was verified
     no_copy: frozenset[str] = frozenset()  # targets that were searched for a copy in vain
-    # Where which write of it was confirmed; a withdrawal also where it was tried in vain.
+    # Where which write of it was confirmed; what takes away also where it was tried in vain.
     written: frozenset[tuple[str, Effect]] = frozenset()
     holding: str | None = None  # the version whose plaintext is in memory
     settled: bool = False  # every verifier has applied the epoch of the accept

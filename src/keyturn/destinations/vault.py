@@ -287,10 +287,30 @@ class VaultDestination(DestinationBase):
             raise DestinationUnavailable(
                 f"{self.name}: no fresh read before a retirement", sent=False
             )
-        if number >= shown.number:
+        if not self._is_copy(path, target, version_id, number, shown):
+            return
+        if number == shown.number:
             raise Rejected(f"{self.name}: that copy is the one shown")
         verb = "destroy" if how == "destroy" else "delete"
         self._request("post", f"{verb}/{path}", {"versions": [number]})
+
+    def _is_copy(
+        self, path: str, target: Target, version_id: str, number: int, shown: _Shown
+    ) -> bool:
+        """Whether that number still holds this version, or held it until it was deleted.
+
+        SECURITY: where somebody removed the entry with its history, numbers begin anew, and what
+        has this one now may be good.
+        """
+        if number > shown.number:
+            return False
+        values = shown.values
+        if number < shown.number:
+            answer, _ = self._get(f"{path}?version={number}")
+            values = (answer.get("data") or {}).get("data")
+        if not isinstance(values, dict):
+            return shown.owner == self.store_id
+        return values.get(target.keys.version) == version_id
 
     # --- requests ---------------------------------------------------------------------------
 

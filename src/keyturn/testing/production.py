@@ -177,6 +177,7 @@ class Production:
             self.unseal(node)
         for node in self.nodes:
             await_true(lambda one=node: self._joined(one))  # type: ignore[misc]
+        await_true(self._all_vote)
 
     def seal(self) -> None:
         """Seal the node that leads, as an operator does in an emergency."""
@@ -216,6 +217,11 @@ class Production:
         await_true(lambda: self.call("POST", f"{name}/config", config) == {})
         for node in self.standbys():  # each upgrades by itself
             await_true(lambda one=node: bool(one.call("GET", f"{name}/config", token=self.token)))  # type: ignore[misc]
+
+    def _all_vote(self) -> bool:
+        """A node that joined has no vote for its first seconds: without it no election ends."""
+        found = self.call("GET", "sys/storage/raft/configuration")["data"]["config"]["servers"]
+        return [one["voter"] for one in found] == [True] * len(self.nodes)
 
     def _joined(self, node: Node) -> bool:
         leader = node.call("GET", "sys/leader")

@@ -1,0 +1,360 @@
+"""Somebody who may write where an agent reads: what they write is never accepted, never spread.
+
+The writer strikes at random points of the saga, before and after every effect, on files and on a real
+OpenBao. Each story has a seed, which a failure names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from keyturn import rotation
+from keyturn.core import lifecycle
+from keyturn.core.model import Agent, Credential, Target
+from keyturn.core.secret import RANDOM_LENGTH, _base62, _checksum
+from keyturn.destinations import vault
+from keyturn.destinations.file import FileDestination, FileOptions
+from keyturn.destinations.vault import OWNER
+from keyturn.destinations.vault_login import AuthOptions
+from keyturn.errors import KeyturnError, StaleRevision
+from keyturn.ports import Entry, Observed
+from keyturn.testing import openbao
+from keyturn.wiring import SystemClock
+from support import bench as benches
+from support.bench import Bench, Crash
+from support.vault import connect, root_of
+
+SWEEP = timedelta(minutes=5)
+STORIES = 250  # of each destination; ten times as many in the full version
+BOT, NEIGHBOUR = Target(to="d0", path="bot"), Target(to="d0", path="neighbour")
+Values = Mapping[str, Any]
+
+
+class FilePlace:
+    """Files, and an editor who may write in their folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "agents"
+
+    def connect(self, store_id: str) -> FileDestination:
+        options = FileOptions.model_validate({"root": str(self.root)})
+        return FileDestination(options, name="d0", store_id=store_id, clock=SystemClock())
+
+    def _path(self, target: Target) -> Path:
+        return self.root / f"{target.path}.json"
+
+    def read(self, target: Target) -> Any:
+        """Read as an agent does; None where there is nothing of use."""
+        try:
+            return json.loads(self._path(target).read_bytes())
+        except (OSError, ValueError):
+            return None
+
+    def write(self, target: Target, values: Values) -> None:
+        path = self._path(target)
+        path.with_suffix(".new").write_text(json.dumps(values))
+        path.with_suffix(".new").rename(path)
+
+    def delete(self, target: Target) -> None:
+        self._path(target).unlink(missing_ok=True)
+
+    def odd(self, target: Target, draw: random.Random) -> None:
+        """Write what is no entry: half a file, no object, far too much, a folder of that name."""
+        what = draw.choice([b'{"id": "bot", "sec', b"[1]", b"\xff" * 64, b"{" + b" " * 2_000_000])
+        path = self._path(target)
+        path.with_suffix(".new").write_bytes(what)
+        path.with_suffix(".new").rename(path)
+
+    def clear(self, target: Target) -> None:
+        """What the person does who was called: take all of it away."""
+        self.delete(target)
+
+
+class VaultPlace:
+    """A mount of a real OpenBao, and somebody whose policy lets them write there."""
+
+    def __init__(self, server: openbao.Server) -> None:
+        self._server, self._ask = server, root_of(server)
+        self._prefix = ""
+
+    def connect(self, store_id: str) -> Any:
+        auth = AuthOptions(method="token", token_file=str(self._server.token_file))
+        made = connect(self._server.address, auth, store_id=store_id)
+        self._prefix = made.options.prefix
+        return made
+
+    def _path(self, kind: str, target: Target) -> str:
+        return f"kv/{kind}/{self._prefix}/{target.path}"
+
+    def read(self, target: Target) -> Any:
+        """Read as an agent does."""
+        with contextlib.suppress(OSError):  # 404
+            return self._ask("GET", self._path("data", target))["data"]["data"]
+        return None
+
+    def write(self, target: Target, values: Values) -> None:
+        self._ask("POST", self._path("data", target), {"data": dict(values)})
+
+    def delete(self, target: Target) -> None:
+        self._ask("DELETE", self._path("data", target))
+
+    def odd(self, target: Target, draw: random.Random) -> None:
+        """Write values of odd kinds, far too much, or other marks of the owner."""
+        kind = draw.randrange(4)
+        if kind == 0:
+            self.write(target, {"id": 1, "secret": ["x"], "version": None})
+        elif kind == 1:
+            self.write(target, {"secret": "x" * 1_200_000})
+        elif kind == 2:
+            marks = {"custom_metadata": {OWNER: draw.choice(["else", "k" * 64])}}
+            self._ask("POST", self._path("metadata", target), marks)
+        else:
+            self._ask("DELETE", self._path("metadata", target))
+
+    def clear(self, target: Target) -> None:
+        """What the person does who was called: take all of it away."""
+        self._ask("DELETE", self._path("metadata", target))
+
+
+class Real:
+    """A real destination as the saga's bench plays it: a point before and after each write."""
+
+    def __init__(self, bench: Bench, destination: Any, place: Any) -> None:
+        self._bench, self._destination = bench, destination
+        self.traits = destination.traits
+        self.faults: list[str] = []
+        self.inner = SimpleNamespace(raw_get=place.read, close=destination.close)
+
+    def fall(self) -> None:
+        """Nothing of it hangs."""
+
+    def observe(self, target: Target) -> Observed:
+        self._bench.point("observe")
+        found: Observed = self._destination.observe(target)
+        return found
+
+    def read(self, target: Target, version_id: str) -> Observed:
+        self._bench.point("read")
+        found: Observed = self._destination.read(target, version_id)
+        return found
+
+    def activate(self, target: Target, entry: Entry, *, expected: str) -> Any:
+        return self._write("activate", target, entry, expected=expected)
+
+    def withdraw(self, target: Target, **more: Any) -> Any:
+        return self._write("withdraw", target, **more)
+
+    def retire(self, target: Target, **more: Any) -> Any:
+        return self._write("retire", target, **more)
+
+    def _write(self, what: str, *arguments: Any, **more: Any) -> Any:
+        self._bench.point(f"before {what}")
+        done = getattr(self._destination, what)(*arguments, **more)
+        self._bench.point(f"after {what}")
+        return done
+
+
+class Story:
+    """Two agents beside each other; somebody writes into the entry of one of them."""
+
+    def __init__(self, place: Any, seed: str) -> None:
+        self.draw = random.Random(seed)
+        self.place = place
+        self.bench = bench = Bench("file", seed=seed)
+        bench.watched = False
+        bench.look = lambda: None  # type: ignore[method-assign]
+        destination = place.connect(bench.store_id)
+        bench.played = {"d0": Real(bench, destination, place)}  # type: ignore[dict-item]
+        self.forged: list[str] = []
+        self.minted: dict[str, str] = {}  # texts of ours that agents read, by version id
+        self.replays: list[Values] = []
+        self.strikes = self.moves = 0
+        self.neighbour = self._add_neighbour()
+        if self.draw.random() < 0.8:
+            bench.go(until=lambda: bench.case.current is not None)
+            self._learn()
+        bench.on_point = self._at_point
+
+    def _add_neighbour(self) -> dict[str, str]:
+        bench, now = self.bench, self.bench.clock.now()
+        agent = Agent(uid="other", name="neighbour", login="neighbour", targets=(NEIGHBOUR,))
+        credential = Credential(uid="others", agent_uid="other", wake_at=now)
+        identities = bench.identities(agent.targets)
+        bench.store.add_agent(agent, credential, identities=identities, audit=[])
+        rotation.run(bench.world, "others", holder="first")
+        values: dict[str, str] = self.place.read(NEIGHBOUR)
+        assert bench.accepts("neighbour", values["secret"])
+        return values
+
+    # --- the writer ---------------------------------------------------------------------------
+
+    def _at_point(self, _name: str) -> None:
+        self._learn()
+        self.check()
+        if self.moves and self.draw.random() < 0.2:
+            self.moves -= 1
+            self.strike()
+
+    def _learn(self) -> None:
+        """Read what the agent reads, as the writer can, too."""
+        values = self.place.read(BOT)
+        text = values.get("secret") if isinstance(values, dict) else None
+        if isinstance(text, str) and text not in (*self.forged, self.neighbour["secret"]):
+            self.replays.append(values)
+            self.minted[str(values.get("version"))] = text
+
+    def forge(self, version_id: str) -> str:
+        """Make a secret of the right form for a version that they have not."""
+        body = f"kt_{version_id}_{_base62(self.draw.randbytes, RANDOM_LENGTH)}"
+        self.forged.append(body + _checksum(body.encode()))
+        return self.forged[-1]
+
+    def strike(self) -> None:
+        """Write something into the entry."""
+        self.strikes += 1
+        version_id = self.draw.choice([v.id for v in self.bench.versions()] or ["0" * 14])
+        unknown = _base62(self.draw.randbytes, 14)
+        read = self.place.read(BOT)
+        shown = read if isinstance(read, dict) else {}
+        move = self.draw.randrange(8)
+        if move == 0:
+            entry = {"id": "bot", "secret": self.forge(unknown), "version": unknown}
+        elif move == 1:
+            entry = {"id": "bot", "secret": self.forge(version_id), "version": version_id}
+        elif move == 2:
+            entry = {**shown, "secret": self.forge(version_id)}
+        elif move == 3:
+            entry = dict(self.neighbour)
+        elif move == 4:
+            entry = {**shown, "id": "neighbour"}
+        elif move == 5 and self.replays:
+            entry = dict(self.draw.choice(self.replays))
+        elif move == 6:
+            return self.place.delete(BOT)
+        else:
+            return self.place.odd(BOT, self.draw)
+        return self.place.write(BOT, entry)
+
+    # --- what must hold -------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Nothing of theirs is accepted, nothing of ours refused, the neighbour as it was."""
+        accepts = self.bench.accepts
+        for login in ("bot", "neighbour"):
+            assert not any(accepts(login, text) for text in self.forged[-2:])
+        assert not accepts("bot", self.neighbour["secret"])
+        now = self.bench.clock.now()
+        alive = [v for v in self.bench.case.accepted if v.deadline is None or now < v.deadline]
+        good = [v.id for v in alive if v.id in self.minted]
+        assert all(accepts("bot", self.minted[one]) for one in good), good
+
+    def told(self) -> bool:
+        """Whether what agents read is good, or somebody is told that it is not."""
+        case = self.bench.case
+        values = self.place.read(BOT)
+        good = (
+            isinstance(values, dict)
+            and case.current is not None
+            and values.get("version") == case.current.id
+            and values.get("id") == "bot"
+            and isinstance(values.get("secret"), str)
+            and self.bench.accepts("bot", values["secret"])
+        )
+        stalled = case.rotation is not None and bool(case.rotation.error_code)
+        return good or stalled or bool(case.credential.drift)
+
+    def live(self) -> None:
+        """Rotate, crash, wait; the writer strikes in the middle of it."""
+        bench = self.bench
+        for _ in range(self.draw.randint(1, 4)):
+            self.moves = self.draw.randint(1, 3)
+            with contextlib.suppress(KeyturnError):
+                bench.ask()
+            if self.draw.random() < 0.25:
+                end = len(bench.points) + self.draw.randrange(30)
+                bench.crash_at = lambda at, _name, end=end: at >= end  # type: ignore[misc]
+            self.turn()
+            bench.crash_at = lambda _at, _name: False
+            if self.moves and self.draw.random() < 0.5:
+                self.strike()
+            bench.clock.advance(timedelta(seconds=self.draw.choice([1, 60, 3600, 4 * 3600])))
+
+    def turn(self) -> None:
+        """Run once, as the daemon does when something is due."""
+        self.bench.steps.in_run = 0
+        self.bench.crashing_run()
+
+    def be_told(self) -> None:
+        """Within five minutes after the last strike the daemon has told."""
+        bench, until = self.bench, self.bench.clock.now() + SWEEP
+        self.moves = 0
+        while not self.told() and bench.clock.now() <= until:
+            wake = bench.store.next_wake()
+            assert wake is not None
+            bench.clock.advance(max(wake - bench.clock.now(), timedelta(seconds=1)))
+            self.turn()
+        assert self.told(), (bench.case, self.place.read(BOT))
+
+    def end(self) -> None:
+        """A person takes it away and says go on: everything is good again."""
+        bench = self.bench
+        self.place.clear(BOT)
+        with contextlib.suppress(KeyturnError, StaleRevision):
+            bench.amend(lifecycle.retry)
+        with contextlib.suppress(KeyturnError):
+            bench.ask()
+        bench.go(runs=60)
+        self._learn()
+        for login in ("bot", "neighbour"):
+            assert not any(bench.accepts(login, text) for text in self.forged)
+        assert self.place.read(NEIGHBOUR) == self.neighbour
+        assert bench.accepts("neighbour", self.neighbour["secret"])
+
+
+def tell(place: Any, seed: str) -> int:
+    """Play one story; returns how often the writer struck."""
+    story = Story(place, seed)
+    try:
+        story.live()
+        story.be_told()
+        story.end()
+    except (AssertionError, Crash) as error:
+        raise AssertionError(f"story {seed}: {story.bench.steps.done[-30:]}") from error
+    finally:
+        story.bench.close()
+    return story.strikes
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openbao.Server]:
+    """Give one OpenBao to all stories."""
+    with openbao.dev_server(tmp_path_factory.mktemp("openbao")) as one:
+        yield one
+
+
+@pytest.mark.parametrize(
+    "stories", [STORIES, pytest.param(10 * STORIES, marks=pytest.mark.full)], ids=["tenth", "whole"]
+)
+@pytest.mark.parametrize("kind", ["file", "vault"])
+def test_what_a_hostile_writer_writes_is_never_accepted_or_spread(
+    kind: str, stories: int, server: openbao.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No foreign value accepted, no other agent's entry touched, told within five minutes."""
+    monkeypatch.setattr(benches, "SWEEP", SWEEP)
+    monkeypatch.setattr(vault, "STALE_PAUSE", 0.0)  # here nobody is behind
+    strikes = 0
+    for number in range(stories):
+        folder = benches.quick_folder()
+        place = FilePlace(folder) if kind == "file" else VaultPlace(server)
+        strikes += tell(place, f"hostile {kind} {number}")
+    print(f"\nhostile writer, {kind}: {stories} stories, {strikes} strikes, 0 accepted")
+    assert strikes > stories
