@@ -312,7 +312,7 @@ class Story:
             bench.amend(lifecycle.retry)
         with contextlib.suppress(KeyturnError):
             bench.ask()
-        bench.go(runs=60)
+        bench.go(until=lambda: bench.at_home() and bench.case.rotation is None)
         self._learn()
         for login in ("bot", "neighbour"):
             assert not any(bench.accepts(login, text) for text in self.forged)
