@@ -13,9 +13,10 @@ _signal.pthread_sigmask(_signal.SIG_BLOCK, {_signal.SIGUSR1, _signal.SIGHUP})
 import os  # noqa: E402
 
 _AMBIENT = ("PG", "VAULT_", "BAO_", "OPENSSL_", "SSL_CERT_", "SSLKEYLOGFILE", "NETRC")
+_AMBIENT_SDKS = ("AWS_", "BOTO_", "AZURE_", "MSI_", "IDENTITY_", "IMDS_", "ARM_")
 _AMBIENT_ENDS = ("_PROXY", "_CA_BUNDLE")
 for _name in tuple(os.environ):
-    if _name.upper().startswith(_AMBIENT) or _name.upper().endswith(_AMBIENT_ENDS):
+    if _name.upper().startswith(_AMBIENT + _AMBIENT_SDKS) or _name.upper().endswith(_AMBIENT_ENDS):
         del os.environ[_name]
 
 import sys  # noqa: E402

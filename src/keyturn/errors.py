@@ -98,7 +98,9 @@ class Denied(DestinationError):
     """The destination refuses our login or our permission."""
 
     code = "denied"
-    default_hint = "compare the login's policy with `keyturn policy`, then `keyturn rotation retry`"
+    default_hint = (
+        "compare the login's permissions with the how-to, then `keyturn rotation retry AGENT`"
+    )
 
 
 class NotFound(DestinationError):

@@ -1,4 +1,4 @@
-"""What a rotation does. One `Saga.run` serves one credential under one claim.
+"""What a rotation does. One `run` serves one credential under one claim.
 
 The loop is: load, decide, write the intent, act, write the outcome. `core.decision` decides
 everything; this module only carries it out. The steps of a rotation, in their order:
@@ -438,10 +438,7 @@ class _Saga(Casework):
 
     def wait(self, action: steps.Wait) -> None:
         """Park the rotation; it goes on by itself."""
-        rotation, now = self.case.rotation, self._now()
-        was = rotation.waiting if rotation else None
-        again = was is not None and (was.reason, was.where) == (action.reason, action.where)
-        tries = was.tries + 1 if was is not None and again else 1
+        now, tries = self._now(), lifecycle.tries(self.case, action.reason, action.where)
         pause = max(self.world.backoff(self.plan, tries), action.retry_after or timedelta(0))
         waiting = lifecycle.waiting(
             action.reason,
@@ -451,7 +448,7 @@ class _Saga(Casework):
             code=action.code,
         )
         self.case = lifecycle.wait(self.case, waiting)
-        if not again:
+        if tries == 1:
             self._note("rotation.waiting", outcome=action.code or str(action.reason))
 
     def stall(self, action: steps.Stall) -> None:

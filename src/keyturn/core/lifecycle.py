@@ -14,11 +14,9 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from keyturn.core.model import (
-    Agent,
     AgentState,
     Case,
     Cause,
-    Credential,
     Drift,
     Effect,
     Intent,
@@ -28,7 +26,6 @@ from keyturn.core.model import (
     Request,
     Rotation,
     RotationState,
-    Target,
     Version,
     VersionState,
     Waiting,
@@ -219,9 +216,17 @@ def wait(case: Case, waiting: Waiting) -> Case:
     """Park the rotation until `next_try_at`; the same reason keeps its `since` and counts tries."""
     rotation = _running(case)
     was = rotation.waiting
-    if was and (was.reason, was.where) == (waiting.reason, waiting.where):
-        waiting = replace(waiting, since=was.since, tries=was.tries + 1)
+    number = tries(case, waiting.reason, waiting.where)
+    if was is not None and number > 1:
+        waiting = replace(waiting, since=was.since, tries=number)
     return replace(case, rotation=replace(rotation, state=RotationState.WAITING, waiting=waiting))
+
+
+def tries(case: Case, reason: WaitReason, where: str) -> int:
+    """Count how often the rotation would have waited for the same reason at the same place."""
+    was = case.rotation.waiting if case.rotation else None
+    same = was is not None and (was.reason, was.where) == (reason, where)
+    return was.tries + 1 if was is not None and same else 1
 
 
 def go_on(case: Case) -> Case:
@@ -484,14 +489,6 @@ def _with_state(case: Case, state: AgentState) -> Case:
 
 def _wake(case: Case, now: datetime) -> Case:
     return replace(case, credential=replace(case.credential, wake_at=now))
-
-
-def leave_targets(credential: Credential, before: Agent, after: Agent) -> Credential:
-    """Keep looking at destinations that were dropped from an agent until they are empty."""
-    kept = {target.key for target in after.targets}
-    dropped: tuple[Target, ...] = tuple(t for t in before.targets if t.key not in kept)
-    still = tuple(t for t in credential.leaving if t.key not in kept)
-    return replace(credential, leaving=(*still, *dropped))
 
 
 def waiting(

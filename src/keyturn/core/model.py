@@ -76,8 +76,6 @@ class WaitReason(StrEnum):
     DESTINATION = "destination"
     VERIFIERS = "verifiers"
     ACCEPTED_LIMIT = "accepted-limit"
-    SETTLING = "settling"
-    UNREADABLE = "unreadable"
     FOREIGN_STAGED = "foreign-staged"
 
 

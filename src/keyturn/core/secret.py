@@ -21,7 +21,6 @@ VERSION_ID_LENGTH = 14  # 62**14 ≈ 2**83: unguessable enough not to collide, a
 RANDOM_LENGTH = 43  # 62**43 ≈ 2**256
 CHECKSUM_LENGTH = 6  # 62**6 > 2**32
 MAX_SECRET_BYTES = 256
-MIN_IMPORTED_BYTES = 16
 
 RandomBytes = Callable[[int], bytes]
 

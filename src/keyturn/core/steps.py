@@ -105,7 +105,9 @@ class Plan:
     policy: Policy
     traits: Mapping[str, Traits]  # by target key
     max_accepted: int = ACCEPTED_LIMIT
-    paused: bool = False  # the clock jumped: no due work, no retirement, until a person has looked
+    paused: bool = (
+        False  # the clock jumped: no due work, no retirement, until it is back or trusted
+    )
 
 
 # --- what can come next -------------------------------------------------------------------

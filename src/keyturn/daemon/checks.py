@@ -35,9 +35,14 @@ def vault_policy(path: Path) -> str:
     parts = []
     for name, connection in settings.connections.items():
         if isinstance(connection.options, VaultOptions):
-            mine = [t for a in settings.agents.values() for t in a.targets if t.to == name]
-            how = {settings.policies[a.policy].retire for a in settings.agents.values()}
-            texts = [policy_text(connection.options, mine, retire=one) for one in sorted(how)]
+            texts = [
+                policy_text(
+                    connection.options,
+                    [target for target in agent.targets if target.to == name],
+                    retire=settings.policies[agent.policy].retire,
+                )
+                for agent in settings.agents.values()
+            ]
             lines = dict.fromkeys("\n".join(texts).splitlines())
             parts.append(f"# connection {name}\n" + "\n".join(lines))
     return "\n".join(parts)

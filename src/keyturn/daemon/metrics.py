@@ -18,7 +18,7 @@ OPEN_STATES = tuple(state.value for state in OPEN)
 AGENT_STATES = tuple(state.value for state in AgentState)
 VERSION_STATES = tuple(state.value for state in VersionState)
 OUTCOMES = ("promoted", "stalled", "abandoned", "revoked", "kept", "retired")
-DRIFT_KINDS = ("older", "revoked", "unknown", "missing")
+DRIFT_KINDS = ("older", "revoked", "unknown", "missing", "unreadable")
 
 
 class Metrics:

@@ -47,7 +47,6 @@ LEAD_RENEW = 5.0
 FINISH = 20.0  # seconds that running sagas get at SIGTERM before they are parked
 PARK = 8.0
 WORKERS_AT_MOST = 64
-MISSED = timedelta(minutes=5)
 
 _log = structlog.get_logger(__name__)
 

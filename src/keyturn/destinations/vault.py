@@ -39,7 +39,6 @@ from keyturn.ports import Clock, Entry, Observed
 OWNER, FENCE = "keyturn-owner", "keyturn-fence"
 STALE_READS = 5  # how often a read that is older than our own last write is made
 STALE_PAUSE = 0.05
-_NOTHING = "0"
 
 
 def _address(value: object) -> object:

@@ -6,8 +6,9 @@
         def read_raw(self, destination, target): ...         # what an agent reads, by other means
         def write_raw(self, destination, target, values): ...   # somebody else's edit, unmarked
 
-What is expected follows from the declared traits alone; no test is ever skipped. The other hooks
-give more to prove where a destination can be brought to it. `keys_as_text` is for those that hold
+What is expected follows from the declared traits alone; no test is ever skipped. Without the hooks
+`sibling`, `write_garbage` and `denied` three tests have nothing to prove: give them wherever the
+server can be brought to it. `keys_as_text` is for those that hold
 text values only.
 """
 
@@ -101,7 +102,7 @@ class DestinationContract:
         raise NotImplementedError
 
     def write_raw(self, destination: Any, target: Target, values: Mapping[str, Any]) -> None:
-        """Write as somebody else, without the adapter and without an owner marker."""
+        """Write as somebody else, past the adapter: make no owner marker, leave one that is there."""
         raise NotImplementedError
 
     def sibling(self, destination: Any) -> Destination | None:
