@@ -230,7 +230,7 @@ def test_a_folder_that_is_swapped_for_a_link_gets_no_write(
     def swap() -> None:
         for number in itertools.count():
             with contextlib.suppress(OSError):
-                inside.rename(tmp_path / f"aside-{number}")
+                inside.rename(root / f"aside-{number}")
             with contextlib.suppress(OSError):
                 inside.symlink_to(victim)
             time.sleep(0.0005)

@@ -395,14 +395,18 @@ def test_garbage_to_a_write_is_no_success(scene: Scene, body: bytes) -> None:
 # --- what it costs --------------------------------------------------------------------------
 
 
-def rotation(destination: VaultDestination, seed: int) -> None:
-    """Ask what the saga asks in one rotation: look, activate, look again; later retire the old."""
+def rotation(destination: VaultDestination, seed: int) -> str:
+    """Ask what the saga asks in one rotation: look, activate, look again; later retire the old.
+
+    Returns the number of the old one.
+    """
     shown = destination.observe(PLACE)
     destination.activate(PLACE, new_entry(seed), expected=shown.token)
     destination.observe(PLACE)
     destination.retire(
         PLACE, version_id=shown.version_id or "", locator=shown.locator, how="disable"
     )
+    return shown.locator
 
 
 def test_one_rotation_asks_no_more_than_it_needs(scene: Scene) -> None:
@@ -413,11 +417,11 @@ def test_one_rotation_asks_no_more_than_it_needs(scene: Scene) -> None:
         move(destination, 10 + uses)
         scene.proxy.seen.clear()
 
-        rotation(destination, 20 + uses)
+        old = rotation(destination, 20 + uses)
 
         asked = [call.split(" ", 1) for call in scene.proxy.calls()]
         calls = [f"{method} {short.get(path, path)}" for method, path in asked]
         clean = f"POST {MOUNT}/delete/{scene.prefix}/{PLACE.path}"
-        number = f"GET {MOUNT}/data/{scene.prefix}/{PLACE.path}?version=1"
+        number = f"GET {MOUNT}/data/{scene.prefix}/{PLACE.path}?version={old}"
         copy = [number if step == "GET entry" else step for step in read]
         assert calls == [*read, "POST entry", *read, *read, *copy, clean]
