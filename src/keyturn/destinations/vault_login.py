@@ -156,7 +156,8 @@ class Login:
         self._ready()
         found = self.send("get", "/v1/auth/token/lookup-self", None)
         ttl = (found.get("data") or {}).get("ttl")
-        return f"logged in by {self._auth.method}, token lives {ttl} s"
+        life = f"lives {ttl} s" if ttl else "does not end"  # a root token has none
+        return f"logged in by {self._auth.method}, token {life}"
 
     def close(self) -> None:
         """Revoke the token, if we got it by a login; the server may be away already."""
