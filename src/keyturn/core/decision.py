@@ -467,8 +467,9 @@ def drift_kind(case: Case, target: Target, run: Run, now: datetime) -> str:
         return "revoked"
     if sight.blocked:
         return "unknown"
-    if _goes_on(case) or current is None:
-        return ""  # a rotation is under way: what is shown changes right now
+    runs = case.rotation is not None and case.rotation.state is RotationState.RUNNING
+    if runs or current is None:
+        return ""  # what is shown changes right now; one that waits may wait for hours
     if shown is None:
         return "" if _is_withheld(case, target) else "missing"
     return "older" if shown.seq < current.seq else ""
