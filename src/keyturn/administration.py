@@ -15,7 +15,16 @@ from typing import Any, TypeVar
 
 from keyturn.config import is_id
 from keyturn.core import lifecycle
-from keyturn.core.model import Case, Request, RotationState, Version, VersionState
+from keyturn.core.duration import format_duration
+from keyturn.core.model import (
+    AgentState,
+    Case,
+    ManagedBy,
+    Request,
+    RotationState,
+    Version,
+    VersionState,
+)
 from keyturn.core.secret import is_version_id, mask
 from keyturn.errors import Refused, StoreFull, StoreUnavailable, UnknownAgent, UnknownVersion
 from keyturn.ports import AuditEntry, Authority, Clock, Saved
@@ -186,13 +195,13 @@ class Administration:
             return  # never a cause to refuse a revoke
         if unknown := set(leak.withhold) - names:
             raise Refused(
-                f"{leak.agent} has no destination at {', '.join(sorted(unknown))}",
+                f"NOTHING WAS CUT: {leak.agent} has no destination at {', '.join(sorted(unknown))}",
                 hint=f"it reads at: {', '.join(sorted(names))}",
             )
         if names <= set(leak.withhold):
             raise Refused(
-                "that leaves nowhere to publish a successor",
-                hint=f"`keyturn revoke {leak.agent}` without --reissue",
+                "NOTHING WAS CUT: --except leaves nowhere to publish a successor",
+                hint=f"cut it without one: `keyturn revoke {leak.agent}`",
             )
 
     def queued(self) -> int:
@@ -396,6 +405,13 @@ class Administration:
     def remove(self, agent: str, caller: Caller) -> dict[str, Any]:
         """End an agent: everything is revoked, its name is free again."""
         case = self._case(agent)
+        managed = case.agent.managed_by is ManagedBy.FILE
+        if managed and case.agent.state is not AgentState.UNMANAGED:
+            raise Refused(
+                f"NOTHING WAS CUT: {agent} stands in the configuration, which would bring it back",
+                hint="take it out of the file and `keyturn reload`, then repeat this; to cut it"
+                f" now: `keyturn revoke {agent}`",
+            )
         for version in case.accepted:
             self.spool.revoke(version.id, self._note(Leak(agent=agent, reason="removed"), caller))
         return self._with_room(
@@ -408,6 +424,7 @@ class Administration:
         caller: Caller,
         *,
         grace: timedelta | None = None,
+        force: bool = False,
         once: Once | None = None,
     ) -> dict[str, Any]:
         """Ask for a rotation; the saga opens it. `after` is the version that it replaces.
@@ -421,7 +438,10 @@ class Administration:
             kept.outcome = {"after": case.current.seq if case.current else 0}
             return lifecycle.request(case, asked, now=now)
 
-        return self._change(agent, caller, "rotate", change, once=once) | kept.outcome
+        detail: dict[str, Any] = {} if grace is None else {"grace": format_duration(grace)}
+        if force:
+            detail["force"] = True
+        return self._change(agent, caller, "rotate", change, once=once, **detail) | kept.outcome
 
     def _change(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import Any
 
+from keyturn import advice
 from keyturn.core.decision import ENDING
 from keyturn.core.lifecycle import pinned
 from keyturn.core.model import (
@@ -120,8 +121,9 @@ def _step(case: Case, rotation: Rotation) -> str:
 
 
 def _destination(case: Case, target: Target) -> dict[str, Any]:
-    drift = _drift(case, target)
-    shown, read_at = _shown(case, target)
+    drift, code = _drift(case, target), _error_code(case, target)
+    # What is there now is none of ours: what we read before says nothing any more.
+    shown, read_at = _shown(case, target) if code not in advice.ALTERED else (None, None)
     withheld = target.to in case.credential.withheld
     return {
         "name": target.to,
@@ -131,7 +133,7 @@ def _destination(case: Case, target: Target) -> dict[str, Any]:
         "in_sync": drift is None and case.current is not None and shown == case.current.id,
         "leaving": target.key in {t.key for t in case.credential.leaving},
         "withheld": withheld,
-        "error_code": _error_code(case, target) or ("withheld" if withheld else None),
+        "error_code": code or ("withheld" if withheld else None),
         "since": _at(drift.since) if drift else None,
     }
 
@@ -196,7 +198,10 @@ def _hint(case: Case, now: datetime) -> str:
     if case.agent.state is AgentState.UNMANAGED:
         return f"keyturn agents remove {name}   # or put it back into the files"
     if rotation is not None and rotation.state is RotationState.STALLED:
-        return f"keyturn rotation retry {name}   # after mending: {rotation.error_code}"
+        return advice.hint(rotation.error_code, name)
+    if rotation is not None and rotation.waiting is not None:
+        code = rotation.waiting.code or str(rotation.waiting.reason)
+        return advice.hint(code, name, oldest=_oldest(case))
     if _safe_to_retire(case, now)["ok"] is False and (held := _leaving_that_holds(case)):
         return f"keyturn destinations forget {name} {held}   # if nobody reads there any more"
     for drift in case.credential.drift:
@@ -208,6 +213,12 @@ def _hint(case: Case, now: datetime) -> str:
         where = case.credential.withheld[0]
         return f"keyturn resume {name} --destination {where}   # when it leaks no more"
     return f"keyturn rotate {name}" if is_overdue(case, now) else ""
+
+
+def _oldest(case: Case) -> str:
+    """Return the version that can be given up first: accepted, and neither current nor pending."""
+    ending = [v for v in case.accepted if v.state in ENDING]
+    return min(ending, key=lambda v: v.seq).id if ending else ""
 
 
 def _leaving_that_holds(case: Case) -> str:

@@ -62,7 +62,7 @@ def test_the_successor_is_not_published_where_it_leaked(keyturn: Keyturn) -> Non
 
     fresh = keyturn.held("agent-0")
     wait_withdrawn(keyturn, held)
-    assert fresh["version"] != result["successor"]
+    assert fresh["version"] != result["successor"]["version"]
     assert (accepts(verifier, held), accepts(verifier, fresh)) == (False, True)
     assert keyturn.ask("resume", "agent-0", "--destination", "leaky")[0] == 0
     keyturn.wait_for(lambda: leaked(keyturn) == keyturn.held("agent-0"))
@@ -136,7 +136,8 @@ def test_a_repeated_revoke_spares_the_successor(keyturn: Keyturn) -> None:
 
     code, again = keyturn.ask(*args)
 
-    assert (code, again["versions"], again["successor"]) == (0, first["versions"], fresh["version"])
+    assert (code, again["versions"]) == (0, first["versions"])
+    assert again["successor"]["version"] == fresh["version"]
     assert accepts(verifier, fresh) is True
     assert (keyturn.held("agent-0"), revocations(keyturn)) == (fresh, 1)
     assert keyturn.ask("revoke", "agent-0", "--request-id", "INC-1")[0] == 4

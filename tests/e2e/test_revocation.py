@@ -72,7 +72,7 @@ def test_revoke_with_reissue_gives_a_successor(keyturn: Keyturn) -> None:
     code, result = keyturn.ask("revoke", "agent-0", "--reissue", "--wait")
 
     fresh = keyturn.held("agent-0")
-    assert (code, fresh["version"]) == (0, result["successor"])
+    assert (code, fresh["version"]) == (0, result["successor"]["version"])
     assert (accepts(verifier, held), accepts(verifier, fresh)) == (False, True)
     verifier.close()
 

@@ -190,7 +190,12 @@ ASKED: list[tuple[str, str, dict[str, Any], Any]] = [
     ),
     ("reload", "reload", {"allow_mass_change": False}, {"added": 1}),
     ("reload --allow-mass-change", "reload", {"allow_mass_change": True}, {}),
-    ("rotation retry a", "rotation.retry", {"agent": "a"}, STATE),
+    (
+        "rotation retry a",
+        "rotation.retry",
+        {"agent": "a", "wait": False},
+        {"agent": "a", "outcome": "tried again"},
+    ),
     ("rotation abandon a", "rotation.abandon", {"agent": "a"}, STATE),
     ("audit", "audit", {"verify": False, "limit": 50}, {"entries": []}),
     (

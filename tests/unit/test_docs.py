@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import typer
 
+from keyturn import advice
 from keyturn.cli.main import app
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +48,14 @@ def test_links_between_pages_resolve(page: Path) -> None:
     """No relative link leads nowhere."""
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_what_stops_a_rotation_stands_on_the_page() -> None:
+    """The page of states says the same of every code as `keyturn status` does."""
+    page = (ROOT / "docs" / "reference" / "states.md").read_text()
+    section = page.partition("## What stops a rotation")[2]
+    rows = re.findall(r"^\| `(.+?)` \| (.+?) \| (.+?) \| `(.+?)` \|$", section, re.MULTILINE)
+    assert {code: advice.Advice(*rest) for code, *rest in rows} == advice.TABLE
 
 
 def test_the_commands_of_the_readme_exist() -> None:

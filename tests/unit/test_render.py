@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from keyturn.cli import render
+from keyturn.cli import output, render
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 CANARY = "kt_" + "A" * 14 + "_" + "b" * 49
@@ -164,6 +164,7 @@ def test_a_revocation_tells_the_delays() -> None:
             "versions": ["v1"],
             "incomplete": False,
             "reissue": True,
+            "successor": {"outcome": "asked"},
             "refused_here_after_seconds": 0.0041,
             "delay_seconds": 0.0123,
             "verifiers": {"acknowledged": 4, "live": 4},
@@ -176,6 +177,40 @@ def test_a_revocation_tells_the_delays() -> None:
         "refused everywhere after 12 ms (4/4 verifiers)",
         "a successor is on its way: keyturn status a",
     ]
+
+
+SUCCESSORS = {
+    "there": ({"outcome": "promoted", "version": "v2"}, "successor: version v2", 0),
+    "stalled": (
+        {
+            "outcome": "stalled",
+            "error": {"message": "denied at eu:a", "hint": "retry", "exit_code": 1},
+        },
+        "NO SUCCESSOR: the rotation stalled: denied at eu:a\nnext: retry",
+        3,
+    ),
+    "waiting": (
+        {"outcome": "waiting"},
+        "no successor yet, the rotation waits: keyturn status a",
+        3,
+    ),
+    "asked": ({"outcome": "asked"}, "a successor is on its way: keyturn status a", 0),
+    "later": (
+        {"outcome": "later"},
+        "a successor follows once the daemon runs: keyturn status a",
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SUCCESSORS)
+def test_a_revocation_tells_what_became_of_the_successor(name: str) -> None:
+    """Everything is cut; whether the agent has something new is another matter, and exit 3."""
+    found, text, code = SUCCESSORS[name]
+    result = {"agent": "a", "incomplete": False, "reissue": True, "successor": found}
+    assert render.revocation(result).endswith(text)
+    assert output.code_of_revocation(result) == code
+    assert output.code_of_revocation(result | {"incomplete": True}) == 75
 
 
 def test_checks_show_what_to_do_about_failures() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from keyturn import advice
 from keyturn.core.model import (
     Agent,
     AgentState,
@@ -22,6 +23,7 @@ from keyturn.core.model import (
     WaitReason,
 )
 from keyturn.core.model import VersionState as S
+from keyturn.errors import DestinationError
 from keyturn.status import describe
 from support.stores import NOW, intent, rotation, target, version
 
@@ -135,7 +137,7 @@ PLACES: dict[str, tuple[Case, tuple[Any, ...]]] = {
                 "error_where": B.key,
             },
         ),
-        (OLD, AGO, True, "not-ours"),
+        (None, None, False, "not-ours"),
     ),
 }
 
@@ -183,6 +185,12 @@ def test_what_keeps_an_old_version_is_told(name: str) -> None:
     assert reason in found["reason"]
 
 
+def waits(reason: WaitReason, code: str = "") -> dict[str, Any]:
+    """Return what a rotation is made of that waits at A."""
+    waiting = Waiting(reason=reason, where=A.key, code=code, since=AGO, next_try_at=SOON)
+    return {"state": RotationState.WAITING, "waiting": waiting}
+
+
 HINTS: dict[str, tuple[Case, str]] = {
     "all is well": (case(S.CURRENT, looks=BOTH), ""),
     "suspended": (case(S.CURRENT, agent=AgentState.SUSPENDED), "keyturn resume bot"),
@@ -190,6 +198,14 @@ HINTS: dict[str, tuple[Case, str]] = {
     "stalled": (
         case(S.CURRENT, rotating={"state": RotationState.STALLED, "error_code": "denied"}),
         "keyturn rotation retry bot",
+    ),
+    "a destination is away": (
+        case(S.CURRENT, rotating=waits(WaitReason.DESTINATION, "destination-unavailable")),
+        "keyturn check --probe",
+    ),
+    "too many are accepted": (
+        case(S.PREVIOUS, S.CURRENT, rotating=waits(WaitReason.ACCEPTED_LIMIT)),
+        f"keyturn revoke --version {OLD}",
     ),
     "leaving": (
         ending(looks=BOTH, leaving=(GONE,)),
@@ -209,3 +225,12 @@ def test_the_hint_is_the_next_command(name: str) -> None:
     """Whatever is wrong, the command that mends it can be copied."""
     of, hint = HINTS[name]
     assert seen(of)["hint"].partition("   #")[0] == hint
+
+
+def test_every_code_has_its_advice() -> None:
+    """Whatever stops a rotation, status says what it means and what to type."""
+    errors = {one.code for one in DestinationError.__subclasses__()}
+    found = errors | {str(one) for one in WaitReason} | advice.ALTERED | {"not-shown"}
+    # These two never come without a code of their own.
+    found -= {str(WaitReason.DESTINATION), str(WaitReason.FOREIGN_STAGED)}
+    assert found == set(advice.TABLE)

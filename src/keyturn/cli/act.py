@@ -134,23 +134,48 @@ def revoke(
         raise typer.BadParameter("--except goes with AGENT and --reissue")
     args |= {"except": sorted(leave_out)} if leave_out else {}
     args["request_id"] = request_id or uuid.uuid4().hex
-    result = ask(
-        "revoke", args, socket=socket, config=config, on_progress=output.progress(as_json=json)
-    )
-    output.show(result, as_json=json, people=render.revocation)
-    output.end_with(output.INCOMPLETE if result.get("incomplete") else 0)
+    shown = _CutFirst(as_json=json)
+    result = ask("revoke", args, socket=socket, config=config, on_progress=shown)
+    output.show(result, as_json=json, people=shown.rest)
+    output.end_with(output.code_of_revocation(result))
+
+
+class _CutFirst:
+    """Prints what was cut as soon as it is, before the successor is waited for."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._as_json = as_json
+        self._told = False
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Take an event of the daemon's."""
+        if self._as_json:
+            return
+        if event.get("event") == "revoked":
+            self._told = True
+            typer.echo(render.cut(event["result"]))
+        else:
+            output.tell(event)
+
+    def rest(self, result: dict[str, Any]) -> str:
+        """Return what was not printed yet."""
+        return render.successor(result) if self._told else render.revocation(result)
 
 
 @rotation.command("retry")
 def retry(
     agent: options.AgentName,
+    wait: options.Wait = False,
     json: options.Json = False,
     config: options.ConfigOfDaemon = options.CONFIG,
     socket: options.Socket = options.SOCKET,
 ) -> None:
     """Try a stalled or waiting rotation again, now."""
-    result = ask("rotation.retry", {"agent": agent}, socket=socket, config=config)
-    output.show(result, as_json=json, people=render.changed)
+    shown = output.progress(as_json=json) if wait else None
+    args = {"agent": agent, "wait": wait}
+    result = ask("rotation.retry", args, socket=socket, config=config, on_progress=shown)
+    output.show(result, as_json=json, people=lambda one: render.rotations([one]))
+    output.end_with(output.code_of([result]))
 
 
 @rotation.command("abandon")

@@ -23,15 +23,25 @@ def show(data: Any, *, as_json: bool, people: Callable[[Any], str]) -> None:
 
 def progress(*, as_json: bool) -> OnProgress | None:
     """Return what shows progress on stderr; nothing does where a machine reads."""
-    if as_json:
-        return None
-    return lambda event: print(render.event(event), file=sys.stderr, flush=True)  # noqa: T201
+    return None if as_json else tell
+
+
+def tell(event: dict[str, Any]) -> None:
+    """Print one line of progress."""
+    print(render.event(event), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def end_with(code: int) -> None:
     """End the command with this exit code."""
     if code:
         raise typer.Exit(code)
+
+
+def code_of_revocation(result: dict[str, Any]) -> int:
+    """Return 75 where something may still be accepted, 3 where all is cut and no successor is there."""
+    if result.get("incomplete"):
+        return INCOMPLETE
+    return PARTIAL if _code(result.get("successor") or {}) else 0
 
 
 def code_of(results: list[dict[str, Any]]) -> int:

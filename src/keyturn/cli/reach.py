@@ -60,6 +60,10 @@ def ask(
     """
     try:
         return _by_daemon(AdminClient(socket or socket_of(config)), command, args, on_progress)
+    except KeyboardInterrupt:
+        if args.get("wait"):
+            print("note: only the waiting ends here; the daemon goes on", file=sys.stderr)  # noqa: T201
+        raise
     except DaemonDown:
         if command not in WITHOUT_DAEMON:
             raise

@@ -225,6 +225,11 @@ def _rotation_result(one: Row) -> str:
 
 
 def revocation(result: Row) -> str:
+    """Return what was, or would be, refused from now on, how long that took, and its successor."""
+    return "\n".join((cut(result), *([successor(result)] if result.get("successor") else ())))
+
+
+def cut(result: Row) -> str:
     """Return what was, or would be, refused from now on, and how long that took."""
     versions, dry_run = result.get("versions") or [], result.get("dry_run")
     number = f"{len(versions)} version" + ("" if len(versions) == 1 else "s")
@@ -252,11 +257,26 @@ def _revocation_end(result: Row) -> list[str]:
         lines.append(f"INCOMPLETE ({known}): the daemon goes on with it; or repeat this command")
     elif everywhere is not None:
         lines.append(f"refused everywhere after {everywhere * 1000:.0f} ms ({known})")
-    if result.get("successor"):
-        lines.append(f"successor: version {safe(result['successor'])}")
-    elif result.get("reissue"):
-        lines.append(f"a successor is on its way: keyturn status {safe(result.get('agent'))}")
     return lines
+
+
+def successor(result: Row) -> str:
+    """Return what the agent has now instead of what was revoked."""
+    found, agent = result["successor"], safe(result.get("agent"))
+    error = found.get("error") or {}
+    if found.get("version"):
+        return f"successor: version {safe(found['version'])}"
+    if error:
+        return (
+            f"NO SUCCESSOR: the rotation stalled: {safe(error.get('message'))}\n"
+            f"next: {safe(error.get('hint'))}"
+        )
+    words = {
+        "waiting": f"no successor yet, the rotation waits: keyturn status {agent}",
+        "asked": f"a successor is on its way: keyturn status {agent}",
+    }
+    later = f"a successor follows once the daemon runs: keyturn status {agent}"
+    return words.get(found.get("outcome", ""), later)
 
 
 def changed(result: Row) -> str:

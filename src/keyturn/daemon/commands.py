@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, Protocol
 
+from keyturn import advice
 from keyturn.administration import Caller, Leak
-from keyturn.core.model import Case, RotationState, Target
+from keyturn.core.model import Case, Rotation, RotationState, Target, Version
 from keyturn.daemon.peer import Peer, Role
 from keyturn.daemon.socket import Command, Progress
 from keyturn.errors import KeyturnError, Refused
@@ -24,7 +25,7 @@ from keyturn.wiring import Parts
 
 Args = dict[str, Any]
 WAIT_POLL = 0.05
-WAIT_LIMIT = 3600.0
+WAIT_LIMIT = timedelta(hours=1)
 CLOSED = {RotationState.DONE: "promoted", RotationState.CLOSED: "revoked"}
 
 
@@ -206,30 +207,23 @@ class Commands:
             window = None if grace is None else timedelta(seconds=float(grace))
             if window is not None and not args.get("force"):
                 parts.check_grace(case, window)
-            done = parts.administration.rotate(name, _caller(peer), grace=window, once=once)
+            done = parts.administration.rotate(
+                name, _caller(peer), grace=window, force=bool(args.get("force")), once=once
+            )
         except KeyturnError as error:
             return {"agent": name, "outcome": "error", "error": _error(error)}
         return {"agent": name, "outcome": "asked", "after": done["after"]}
 
     def _wait_for(self, name: str, *, after: int, progress: Progress) -> dict[str, Any]:
         """Follow an agent until a version later than `after` is current, or a person is needed."""
-        store, shown, until = self._parts().store, "", time.monotonic() + WAIT_LIMIT
+        store, shown = self._parts().store, ""
+        until = time.monotonic() + WAIT_LIMIT.total_seconds()
         while time.monotonic() < until and not getattr(progress, "gone", False):
             case = store.case_of(name)
-            current, rotation = case.current, case.rotation
-            if current is not None and current.seq > after:
-                ends = [v.deadline for v in case.accepted if v.deadline is not None]
-                deadline = max(ends).isoformat() if ends else None
-                return {
-                    "agent": name,
-                    "outcome": "promoted",
-                    "version": current.id,
-                    "deadline": deadline,
-                }
-            if rotation is not None and rotation.state is RotationState.STALLED:
-                where = f"{rotation.error_code} at {rotation.error_where}"
-                stalled = Refused(f"stalled: {where}", hint=f"keyturn status {name}")
-                return {"agent": name, "outcome": "stalled", "error": _error(stalled)}
+            if case.current is not None and case.current.seq > after:
+                return _promoted(case, case.current)
+            if case.rotation is not None and case.rotation.state is RotationState.STALLED:
+                return _stalled(name, case.rotation)
             shown = _tell(name, case, shown, progress)
             time.sleep(WAIT_POLL)
         return {"agent": name, "outcome": "waiting"}
@@ -254,7 +248,7 @@ class Commands:
         return result
 
     def revoke(self, args: Args, peer: Peer, progress: Progress) -> Any:
-        """Revoke; with `wait`, also follow the successor."""
+        """Revoke; with `wait`, also follow the successor. What was cut is told before that."""
         parts = self._parts()
         leak = Leak(
             agent=args.get("agent"),
@@ -269,19 +263,32 @@ class Commands:
         if not result["dry_run"]:
             parts.note_revocation(result, trigger="command")
         self._kick()
-        if args.get("wait") and leak.reissue and self._daemon and not result["incomplete"]:
-            case = parts.store.case_of(result["agent"])
-            after = max((v.seq for v in case.versions if not v.accepted), default=0)
-            successor = self._wait_for(result["agent"], after=after, progress=progress)
-            result["successor"] = successor.get("version")
+        if leak.reissue and not result["dry_run"]:
+            follow = args.get("wait") and self._daemon and not result["incomplete"]
+            result["successor"] = (
+                self._successor(result, progress)
+                if follow
+                else {"outcome": "asked" if self._daemon else "later"}
+            )
         return result
 
+    def _successor(self, result: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+        """Follow what a revoke owes the agent; nobody waits for it before knowing what was cut."""
+        name = result["agent"]
+        progress({"event": "revoked", "agent": name, "result": dict(result)})
+        case = self._parts().store.case_of(name)
+        after = max((v.seq for v in case.versions if not v.accepted), default=0)
+        return self._wait_for(name, after=after, progress=progress)
+
     def retry(self, args: Args, peer: Peer, progress: Progress) -> Any:
-        """Retry a rotation."""
-        del progress
-        result = self._parts().administration.retry(_text(args, "agent"), _caller(peer))
+        """Retry a rotation; with `wait`, follow it to its end."""
+        parts, name = self._parts(), _text(args, "agent")
+        current = parts.store.case_of(name).current
+        parts.administration.retry(name, _caller(peer))
         self._kick()
-        return result
+        if not args.get("wait"):
+            return {"agent": name, "outcome": "tried again"}
+        return self._wait_for(name, after=current.seq if current else 0, progress=progress)
 
     def abandon(self, args: Args, peer: Peer, progress: Progress) -> Any:
         """Abandon a rotation."""
@@ -376,6 +383,26 @@ def _definition(case: Case) -> dict[str, Any]:
             {"to": t.to, "path": t.path, "merge": t.merge, "adopt": t.adopt} for t in agent.targets
         ],
     }
+
+
+def _promoted(case: Case, current: Version) -> dict[str, Any]:
+    """Say which version agents read now, and how long the one before it is accepted."""
+    before = [v for v in case.accepted if v.promoted_at is not None and v.seq < current.seq]
+    replaced = max(before, key=lambda v: v.seq, default=None)
+    ends = replaced.deadline if replaced else None
+    return {
+        "agent": case.agent.name,
+        "outcome": "promoted",
+        "version": current.id,
+        "deadline": ends.isoformat().replace("+00:00", "Z") if ends else None,
+    }
+
+
+def _stalled(name: str, rotation: Rotation) -> dict[str, Any]:
+    code = rotation.error_code
+    message = f"{code} at {rotation.error_where}"
+    error = {"code": code, "message": message, "hint": advice.hint(code, name), "exit_code": 4}
+    return {"agent": name, "outcome": "stalled", "error": error}
 
 
 def _tell(name: str, case: Case, shown: str, progress: Progress) -> str:

@@ -1,0 +1,108 @@
+"""What each code of an open rotation means, what mends it, and the command to type then.
+
+The codes are those of `errors.DestinationError`, of `core.model.WaitReason` and what `sight` and
+`core.decision` say of an entry. docs/reference/states.md shows the same table; a test compares.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from keyturn.core.model import WaitReason
+
+# What an ordinary read has shown there: until it is put right, what we know of the entry is old.
+ALTERED = frozenset({"unknown-value", "not-ours", "other-keys", "other-owner", "later-version"})
+
+
+class Advice(NamedTuple):
+    """One row of the table; `command` holds the agent's name as `AGENT`."""
+
+    meaning: str
+    mend: str
+    command: str
+
+
+_RETRY = "keyturn rotation retry AGENT"
+_PROBE = "keyturn check --probe"
+_LOOK = "keyturn audit AGENT"
+_BY_ITSELF = "it goes on by itself"
+
+TABLE = {
+    "denied": Advice(
+        "the destination refuses our login or our permission",
+        "compare the login with what `keyturn policy` prints",
+        _RETRY,
+    ),
+    "not-found": Advice(
+        "the mount or folder that the connection names is not there",
+        "make it, or correct the connection's address, mount or prefix and reload",
+        _RETRY,
+    ),
+    "rejected": Advice(
+        "the destination will never take this request",
+        "see the destination's own log for what it refuses",
+        _RETRY,
+    ),
+    "unknown-value": Advice(
+        "somebody altered the entry after us",
+        "see who wrote it; put the entry back, or remove it",
+        _RETRY,
+    ),
+    "not-ours": Advice(
+        "the entry existed before and was not made by Keyturn",
+        "remove it, or give the destination `adopt: true` and reload",
+        _RETRY,
+    ),
+    "other-keys": Advice(
+        "the entry holds keys of others too",
+        "remove those, or give the destination `merge: true` and reload",
+        _RETRY,
+    ),
+    "other-owner": Advice(
+        "the entry is marked as another Keyturn's",
+        "choose another path, or end the other one and remove the entry",
+        _RETRY,
+    ),
+    "later-version": Advice(
+        "the entry shows a later version than the one that is to be shown",
+        "see who put it there: nothing is moved back",
+        _RETRY,
+    ),
+    "destination-unavailable": Advice(
+        "no answer, a broken one, or one that says “not now”",
+        f"see whether it is up; {_BY_ITSELF}",
+        _PROBE,
+    ),
+    "throttled": Advice(
+        "the destination asks us to slow down",
+        f"lower `write_limit` or raise its quota; {_BY_ITSELF}",
+        _PROBE,
+    ),
+    "conflict": Advice(
+        "others write the entry, or have staged something of theirs",
+        f"see who else writes there; {_BY_ITSELF}",
+        _LOOK,
+    ),
+    "not-shown": Advice(
+        "our write was confirmed, and a read does not show it yet",
+        f"see whether its replicas follow; {_BY_ITSELF}",
+        _PROBE,
+    ),
+    str(WaitReason.VERIFIERS): Advice(
+        "a verifier has not taken the new version over yet",
+        f"see whether the verifiers run; {_BY_ITSELF}",
+        "keyturn status AGENT",
+    ),
+    str(WaitReason.ACCEPTED_LIMIT): Advice(
+        "as many versions are accepted as may be",
+        "it goes on when the first grace ends; sooner by revoking the oldest version",
+        "keyturn revoke --version OLDEST",
+    ),
+}
+
+
+def hint(code: str, agent: str, *, oldest: str = "") -> str:
+    """Return the command to type, with what it means and what comes first as its comment."""
+    found = TABLE.get(code) or Advice(code, "mend what is named there", _RETRY)
+    command = found.command.replace("AGENT", agent).replace("OLDEST", oldest or "OLDEST")
+    return f"{command}   # {code}: {found.meaning}; {found.mend}"
