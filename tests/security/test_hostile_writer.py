@@ -342,7 +342,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openbao.Server]
 
 
 @pytest.mark.parametrize(
-    "stories", [STORIES, pytest.param(10 * STORIES, marks=pytest.mark.full)], ids=["tenth", "whole"]
+    "stories",
+    [STORIES, pytest.param(10 * STORIES, marks=[pytest.mark.full, pytest.mark.timeout(2400)])],
+    ids=["tenth", "whole"],
 )
 @pytest.mark.parametrize("kind", ["file", "vault"])
 def test_what_a_hostile_writer_writes_is_never_accepted_or_spread(
