@@ -16,6 +16,7 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from sqlalchemy.engine import Connection
 
 from keyturn.core.model import (
     Agent,
@@ -43,6 +44,7 @@ from keyturn.errors import (
     StoreUnavailable,
     UnknownAgent,
 )
+from keyturn.storage import audit
 from keyturn.storage.decisions import DecisionReader
 from keyturn.storage.membership import Membership
 from keyturn.storage.store import Store
@@ -572,6 +574,28 @@ def test_a_harmed_chain_is_found(store: Store, harm: str) -> None:
     for statement in harm.split(";"):
         raw(store, statement)
     assert store.verify_audit() != []
+
+
+def test_a_chain_goes_on_from_where_it_stands(store: Store) -> None:
+    """What was rolled back, or what another moved, leaves no gap and no fork."""
+
+    def undone(connection: Connection) -> None:
+        audit.append(connection, [entry("lost")], writer="w1", at=NOW, heads=store._heads)
+        raise Refused("rolled back")
+
+    store.append_audit(entry("one"))
+    with pytest.raises(Refused):
+        store.database.write(undone)
+    store.append_audit(entry("two"))
+    # Another process of the same name: never so, and harmless.
+    store.database.write(
+        lambda connection: audit.append(connection, [entry("three")], writer="w1", at=NOW, heads={})
+    )
+    store.append_audit(entry("four"))
+
+    found = [(one.seq, one.entry.action) for one in store.audit_entries()]
+    assert found == [(4, "four"), (3, "three"), (2, "two"), (1, "one")]
+    assert store.verify_audit() == []
 
 
 def test_a_change_without_its_audit_entry_is_refused(store: Store) -> None:

@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -26,6 +25,9 @@ from keyturn.storage.tables import audit, chains
 
 START = "0" * 64
 LANES = 8
+
+Head = tuple[int, str]  # number and hash of a chain's last entry
+Heads = dict[str, Head]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,14 +42,23 @@ class Recorded:
 
 
 def append(
-    connection: Connection, entries: Iterable[AuditEntry], *, writer: str, at: datetime
+    connection: Connection,
+    entries: Iterable[AuditEntry],
+    *,
+    writer: str,
+    at: datetime,
+    heads: Heads,
 ) -> None:
-    """Append to this writer's chains, in the caller's transaction."""
+    """Append to this writer's chains, in the caller's transaction.
+
+    `heads` remembers where they ended. It may be wrong, after a rollback say: the chain in the store
+    decides, and then it is read.
+    """
     by_chain: dict[str, list[AuditEntry]] = defaultdict(list)
     for entry in entries:
         by_chain[_chain(writer, entry)].append(entry)
     for chain, of_chain in sorted(by_chain.items()):
-        _append(connection, chain, of_chain, at)
+        heads[chain] = _append(connection, chain, of_chain, at, heads.get(chain))
 
 
 def _chain(writer: str, entry: AuditEntry) -> str:
@@ -61,7 +72,9 @@ _HEAD = (
     .where(chains.c.chain == sa.bindparam("b_chain"))
     .with_for_update()
 )
-_MOVE_HEAD = sa.update(chains).where(chains.c.chain == sa.bindparam("b_chain"))
+_MOVE_HEAD = sa.update(chains).where(
+    chains.c.chain == sa.bindparam("b_chain"), chains.c.hash == sa.bindparam("b_before")
+)
 _BEGIN = {
     "sqlite": sqlite.insert(chains).on_conflict_do_nothing(),
     "postgresql": postgresql.insert(chains).on_conflict_do_nothing(),
@@ -69,28 +82,51 @@ _BEGIN = {
 _ENTRY = sa.insert(audit)
 
 
-def _head(connection: Connection, chain: str) -> Row[Any, Any]:
+def _head(connection: Connection, chain: str) -> Head:
     """Lock a chain's head; two that begin a chain at once both find it."""
     named = {"b_chain": chain}
-    if head := connection.execute(_HEAD, named).first():
-        return head
-    begin = _BEGIN[connection.dialect.name]
-    connection.execute(begin, {"chain": chain, "seq": 0, "hash": START})
-    return connection.execute(_HEAD, named).one()
+    head = connection.execute(_HEAD, named).first()
+    if head is None:
+        begin = _BEGIN[connection.dialect.name]
+        connection.execute(begin, {"chain": chain, "seq": 0, "hash": START})
+        head = connection.execute(_HEAD, named).one()
+    return head.seq, head.hash
 
 
 def _append(
-    connection: Connection, chain: str, entries: Sequence[AuditEntry], at: datetime
-) -> None:
-    head = _head(connection, chain)
-    seq, last = head.seq, head.hash
+    connection: Connection,
+    chain: str,
+    entries: Sequence[AuditEntry],
+    at: datetime,
+    remembered: Head | None,
+) -> Head:
+    """Move the head from where it is remembered, which locks it, else from where it is."""
+    head = remembered or _head(connection, chain)
+    rows, reached = _chained(chain, entries, at, head)
+    if not _moved(connection, chain, head, reached):
+        head = _head(connection, chain)
+        rows, reached = _chained(chain, entries, at, head)
+        _moved(connection, chain, head, reached)
+    connection.execute(_ENTRY, rows if len(rows) > 1 else rows[0])
+    return reached
+
+
+def _chained(
+    chain: str, entries: Sequence[AuditEntry], at: datetime, head: Head
+) -> tuple[list[dict[str, object]], Head]:
+    """Return the rows that follow a head, and the head after them."""
+    seq, last = head
     rows = []
     for entry in entries:
         seq += 1
         last = _hash(last, chain, seq, at, entry)
         rows.append(_row(entry) | {"chain": chain, "seq": seq, "at": at, "hash": last})
-    connection.execute(_ENTRY, rows if len(rows) > 1 else rows[0])
-    connection.execute(_MOVE_HEAD, {"b_chain": chain, "seq": seq, "hash": last})
+    return rows, (seq, last)
+
+
+def _moved(connection: Connection, chain: str, before: Head, after: Head) -> bool:
+    named = {"b_chain": chain, "b_before": before[1], "seq": after[0], "hash": after[1]}
+    return connection.execute(_MOVE_HEAD, named).rowcount == 1
 
 
 def entries(connection: Connection, *, agent: str | None, limit: int) -> list[Recorded]:

@@ -44,6 +44,7 @@ class Store:
         self.ledger = ledger
         self._clock = clock
         self._writer = writer
+        self._heads: audit.Heads = {}
         self._store_id: str = identity.store_id
         self.incarnation: int = identity.incarnation
 
@@ -376,7 +377,7 @@ class Store:
     ) -> None:
         if entries:
             at = at or self.now_in(connection)
-            audit.append(connection, entries, writer=self._writer, at=at)
+            audit.append(connection, entries, writer=self._writer, at=at, heads=self._heads)
 
     def _confirmed(self, saved: Saved, unsure: bool) -> Saved:
         if unsure:
