@@ -358,7 +358,7 @@ class _Saga(Casework):
         after = self._next()
         if isinstance(after, steps.Rest):
             self._give_back(after)
-        else:
+        elif not isinstance(after, steps.Retire):  # which needs no look at anything: saved with it
             self._commit()
         self._wipe()
 
@@ -375,9 +375,9 @@ class _Saga(Casework):
 
     def retire(self, action: steps.Retire) -> None:
         """9. Its grace has passed and nothing shows it."""
+        # Durable with the next save: that of the intent to clean its copy, if not before.
         self.case = lifecycle.retire(self.case, action.version_id, now=self._now())
         self._note("version.retired", version_id=action.version_id)
-        self._commit()
 
     def clean(self, action: steps.Clean) -> None:
         """9. Disable or destroy an old copy, never the one shown."""
