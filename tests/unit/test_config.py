@@ -332,12 +332,24 @@ def test_a_file_of_somebody_else_is_refused(write: Write) -> None:
         (b"version: 1\nagents: {a: [\n", "k.yaml:3: agents.a: expected valid YAML here (see indentation, quotes and colons)"),
         (b"version: 1\nagents: {a: \x01}\n", "k.yaml:2: (file): expected valid YAML here (see indentation, quotes and colons)"),
         (b"version: 1\n? [a]\n: b\n", "k.yaml:2: (file): expected text as a key"),
-        (b"version: 1\nagents: " + b"[" * 5000, "k.yaml:2: agents" + "[0]" * 16 + ": expected at most 16 levels"),
+        (b"version: 1\nagents: " + b"[" * 500, "k.yaml:2: agents" + "[0]" * 16 + ": expected at most 16 levels"),
     ],
 )  # fmt: skip
 def test_broken_files_are_answered(write: Write, content: bytes, expected: str) -> None:
     """Nothing, half a file, two documents, garbage and deep nesting have an answer each."""
     assert refused(write(content)) == [expected]
+
+
+def test_nesting_without_end_has_one_answer(write: Write) -> None:
+    """Releases of the YAML library that stop reading it themselves are answered for as well."""
+    (answer,) = refused(write(b"version: 1\nagents: " + b"[" * 50_000))
+    assert answer.startswith("k.yaml:2: agents")
+    assert answer.endswith(
+        (
+            "expected at most 16 levels",
+            "expected valid YAML here (see indentation, quotes and colons)",
+        )
+    )
 
 
 def test_a_missing_file_is_answered(tmp_path: Path) -> None:
