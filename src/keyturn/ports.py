@@ -81,6 +81,12 @@ class Destination(Protocol):
     def probe(self) -> str:
         """Log in, touch nothing, and return one line about what was reached."""
 
+    def probe_entry(self, target: Target, *, retire: str) -> None:
+        """Raise what a rotation of this entry would meet, as far as it shows without a write.
+
+        `retire` says what becomes of old copies, as in the policy.
+        """
+
     def observe(self, target: Target) -> Observed:
         """Read what agents read. A missing entry is an answer; an unreadable one raises."""
 

@@ -35,12 +35,14 @@ from keyturn.core.policy import CronCalculator
 from keyturn.core.secret import Secret
 from keyturn.core.steps import ACCEPTED_LIMIT, Plan
 from keyturn.core.timekeeping import Anchor, judge
+from keyturn.credential_file import read_credential
 from keyturn.destinations import registry
 from keyturn.destinations.base import DestinationBase
 from keyturn.errors import ConfigError, Refused, StoreUnavailable
 from keyturn.ports import AuditEntry, Clock
 from keyturn.storage.ballast import Ballast
 from keyturn.storage.decisions import DecisionReader
+from keyturn.storage.engine import refuse_open
 from keyturn.storage.ledger import Ledger
 from keyturn.storage.requests import Begun
 from keyturn.storage.store import Store
@@ -394,6 +396,7 @@ def build(settings: Settings, *, cron: CronCalculator, create: bool) -> Parts:
     folder = settings.store.folder
     if create:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        refuse_open(folder, 0o700)  # before anything is put there
     ballast = Ballast(folder / "ballast")
     if create:
         ballast.keep()
@@ -470,12 +473,9 @@ def _password(settings: Settings) -> Secret | None:
     if path is None:
         return None
     try:
-        return Secret(path.read_text().removesuffix("\n"))
-    except OSError as error:
-        raise ConfigError(
-            f"store.password_file: {path} cannot be read",
-            hint="it must be readable by the daemon's user",
-        ) from error
+        return Secret(read_credential(path).removesuffix("\n"))
+    except ConfigError as error:
+        raise ConfigError(f"store.password_file: {error}", hint=error.hint) from None
 
 
 def check_settings(settings: Settings, *, cron: CronCalculator) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from keyturn.core.model import Target
-from keyturn.destinations.vault import VaultDestination, VaultOptions, policy_text
+from keyturn.destinations.vault import VaultDestination, VaultOptions
 from keyturn.destinations.vault_login import AuthOptions
 from keyturn.errors import Denied, DestinationUnavailable, KeyturnError, NotFound, Rejected
 from keyturn.testing import openbao
@@ -152,12 +152,8 @@ class TestVaultByAppRole(VaultContract):
             address="https://x", auth={"method": "token", "token_file": "/x"}, mount="strict",
             prefix=prefix,
         )  # fmt: skip
-        texts = [
-            policy_text(options, [Target(to="bao", path="PLACE")], retire=how)
-            for how in ("disable", "destroy")
-        ]
-        lines = dict.fromkeys("\n".join(texts).splitlines())
-        return "\n".join(lines).replace("PLACE", "*")
+        entries = [(Target(to="bao", path="PLACE"), how) for how in ("disable", "destroy")]
+        return VaultDestination.least_policy(options, entries).replace("PLACE", "*")
 
 
 def approle(
@@ -214,6 +210,7 @@ def test_a_wrapped_secret_id_is_unwrapped_once_and_only_if_it_is_one(
     rule = 'path "kv/*" { capabilities = ["create", "read", "update"] }'
     auth = approle(server, tmp_path, "wrapped", policy=rule)
     path = tmp_path / "wrapping"
+    path.touch(mode=0o600)
 
     def wrap(method: str, what: str, body: Any) -> None:
         import urllib.request
@@ -245,6 +242,64 @@ def test_a_mount_that_is_not_there_is_named(server: openbao.Server) -> None:
 
     with pytest.raises((NotFound, Rejected, Denied)):
         destination.activate(PLACE, new_entry(1), expected="0")
+    destination.close()
+
+
+def test_a_probe_names_a_mount_that_is_missing_or_of_another_kind(
+    server: openbao.Server, tmp_path: Path
+) -> None:
+    """`check --probe` sees what the first write would fail at, by the rights of a least policy too."""
+    call(server, "POST", "sys/mounts/old", {"type": "kv", "options": {"version": "1"}})
+    call(server, "POST", "sys/mounts/ciphers", {"type": "transit"})
+    expected = {"nowhere": "no mount nowhere", "old": "of version 2", "ciphers": "of version 2"}
+    for mount, words in expected.items():
+        options = {"mount": mount, "prefix": "p"}
+        rule = f'path "{mount}/*" {{ capabilities = ["read"] }}\npath "auth/token/*" {{ capabilities = ["read", "update"] }}'
+        for auth in (None, approle(server, tmp_path, f"probe-{mount}", policy=rule)):
+            destination = make(server, auth=auth, **options)
+            with pytest.raises((Denied, Rejected), match=words) as refused:
+                destination.probe()
+            assert refused.value.hint
+            destination.close()
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_probe_names_the_right_that_an_entry_lacks(
+    server: openbao.Server, tmp_path: Path, asks: bool
+) -> None:
+    """The missing right to write is named without a write; who may not ask sees what he reads."""
+    rule = 'path "kv/+/q/*" { capabilities = ["read"] }\npath "auth/token/*" { capabilities = ["read"] }'
+    rule += '\npath "sys/capabilities-self" { capabilities = ["update"] }' * asks
+    auth = approle(server, tmp_path, f"lacking-{asks}", policy=rule)
+    destination = make(server, auth=auth, prefix="q")
+    assert "kv" in destination.probe()
+    if asks:
+        with pytest.raises(Denied, match=r"lacks create, update on kv/data/q/"):
+            destination.probe_entry(PLACE, retire="disable")
+    else:
+        destination.probe_entry(PLACE, retire="disable")
+    destination.close()
+
+
+@pytest.mark.parametrize(
+    ("mode", "good"), [(0o400, True), (0o440, True), (0o604, False), (0o620, False)]
+)
+def test_a_credential_file_that_others_can_read_is_refused(
+    server: openbao.Server, tmp_path: Path, mode: int, good: bool
+) -> None:
+    """A group may read it, as systemd and Kubernetes hand it over; the message says what to do."""
+    path = tmp_path / "token"
+    path.touch(mode=0o600)
+    path.write_text(server.token)
+    path.chmod(mode)
+    destination = make(server, auth=AuthOptions(method="token", token_file=str(path)))
+    if good:
+        assert destination.observe(PLACE).exists is False
+    else:
+        with pytest.raises(Denied, match="open to other users") as refused:
+            destination.observe(PLACE)
+        assert str(path) in refused.value.hint
+        assert server.token not in f"{refused.value} {refused.value.hint}"
     destination.close()
 
 
@@ -313,6 +368,7 @@ def strangers() -> Iterator[tuple[Stranger, Stranger]]:
 def hostile(address: str, folder: Path, **options: Any) -> VaultDestination:
     """Make a connection whose token is a canary."""
     path = folder / "token"
+    path.touch(mode=0o600)
     path.write_text("canary-token")
     auth = AuthOptions(method="token", token_file=str(path))
     options = {"address": address, "call_deadline": "1s", **options}

@@ -53,6 +53,7 @@ class InProduction(ByPolicyContract):
 
     def sibling(self, destination: Any) -> VaultDestination:
         path = self.folder / "root"
+        path.touch(mode=0o600)
         path.write_text(self.server.token)
         auth = AuthOptions(method="token", token_file=str(path))
         one = sibling_of(destination, self.server.address, auth)

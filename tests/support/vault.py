@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from keyturn.core.model import Target
-from keyturn.destinations.vault import VaultDestination, VaultOptions, policy_text
+from keyturn.destinations.vault import VaultDestination, VaultOptions
 from keyturn.destinations.vault_login import AuthOptions
 from keyturn.testing import openbao
 from keyturn.testing.contract import OTHER_STORE_ID, STORE_ID, DestinationContract
@@ -70,8 +70,8 @@ def printed_policy(mount: str, prefix: str, targets: list[Target]) -> str:
     """Return what `keyturn policy vault` prints for these entries, for both ways to retire."""
     login = {"method": "token", "token_file": "/x"}
     options = VaultOptions(address="https://x", auth=login, mount=mount, prefix=prefix)
-    texts = [policy_text(options, targets, retire=how) for how in ("disable", "destroy")]
-    return "\n".join(dict.fromkeys("\n".join(texts).splitlines()))
+    entries = [(target, how) for target in targets for how in ("disable", "destroy")]
+    return VaultDestination.least_policy(options, entries)
 
 
 class VaultContract(DestinationContract):

@@ -1,12 +1,13 @@
-"""What `keyturn policy vault` prints from a configuration."""
+"""What `keyturn check` and `keyturn policy` say about a configuration."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from keyturn.daemon.checks import vault_policy
+from keyturn.daemon.checks import check, least_policy
 
 CONTENT = {
     "version": 1,
@@ -32,13 +33,18 @@ CONTENT = {
 }
 
 
+def written(folder: Path, content: dict[str, Any]) -> Path:
+    """Return a main file with this content and a store beside it."""
+    path = folder / "keyturn.yaml"
+    store = {"url": f"sqlite:///{folder}/state/keyturn.db"}
+    path.write_text(yaml.safe_dump({**content, "store": store}))
+    path.chmod(0o600)
+    return path
+
+
 def test_each_entry_gets_what_its_own_agents_policy_needs(tmp_path: Path) -> None:
     """Destroying is granted where that agent's policy destroys, and nowhere else."""
-    path = tmp_path / "keyturn.yaml"
-    store = {"url": f"sqlite:///{tmp_path}/state/keyturn.db"}
-    path.write_text(yaml.safe_dump({**CONTENT, "store": store}))
-    path.chmod(0o600)
-    text = vault_policy(path)
+    text = least_policy(written(tmp_path, CONTENT), "vault")
 
     assert '"kv/destroy/agents/strict"' in text
     assert '"kv/destroy/agents/mild"' not in text
@@ -46,3 +52,43 @@ def test_each_entry_gets_what_its_own_agents_policy_needs(tmp_path: Path) -> Non
     assert '"kv/delete/agents/strict"' not in text
     assert "elsewhere" not in text
     assert "agents/x" not in text
+
+
+def files_only(root: Path) -> dict[str, Any]:
+    """Return a configuration of one agent and one folder."""
+    return {
+        "version": 1,
+        "connections": {"files": {"type": "file", "root": str(root)}},
+        "policies": {"default": {"every": "30d", "grace": "48h"}},
+        "agents": {"one": {"destinations": [{"to": "files", "path": "one"}]}},
+    }
+
+
+def test_a_store_folder_that_is_open_to_others_fails_the_check(tmp_path: Path) -> None:
+    """What `run` would refuse is found before it is run, and a folder that is not there is good."""
+    path = written(tmp_path, files_only(tmp_path / "agents"))
+    assert check(path)["ok"] is True
+
+    (tmp_path / "state").mkdir(mode=0o755)
+    report = check(path)
+
+    assert report["ok"] is False
+    (bad,) = [row for row in report["checks"] if not row["ok"]]
+    assert (bad["name"], bad["hint"]) == ("store", f"chmod 700 {tmp_path / 'state'}")
+    assert list((tmp_path / "state").iterdir()) == []
+
+
+def test_a_probe_looks_at_each_entry_and_names_the_bad_ones(tmp_path: Path) -> None:
+    """One row says how many are good, one each which are not; nothing is changed."""
+    content = files_only(tmp_path / "agents")
+    content["agents"]["two"] = {"destinations": [{"to": "files", "path": "two"}]}
+    (tmp_path / "agents" / "two.json").mkdir(parents=True)
+
+    report = check(written(tmp_path, content), probe=True)
+
+    rows = {row["name"]: row for row in report["checks"]}
+    assert report["ok"] is False
+    assert rows["entries files"]["detail"] == "1 of 2 can be rotated"
+    assert rows["entry files:two"]["ok"] is False
+    assert "entry files:one" not in rows
+    assert [one.name for one in (tmp_path / "agents").iterdir()] == ["two.json"]

@@ -49,6 +49,9 @@ class FakeDestination(DestinationBase):
         super().__init__(read, name="fake", store_id=STORE_ID, clock=clock)
         self.does: Callable[[], Any] = lambda: None
 
+    def identity(self, target: Target) -> str:
+        return f"fake:{self.place(target)}"
+
     def _probe(self) -> str:
         return str(self.does())
 

@@ -92,7 +92,11 @@ def remove(
     config: options.ConfigOfDaemon = options.CONFIG,
     socket: options.Socket = options.SOCKET,
 ) -> None:
-    """End an agent for ever: everything of it is revoked."""
+    """End an agent for ever: everything of it is revoked.
+
+    One that stands in the configuration is refused (exit 4), because a reload would bring it back:
+    take it out of the file and `keyturn reload` first. To cut it now: `revoke`.
+    """
     _be_sure(yes, f"revokes everything of {render.safe(agent)} for ever")
     result = ask("agents.remove", {"agent": agent}, socket=socket, config=config)
     output.show(result, as_json=json, people=render.changed)

@@ -269,6 +269,8 @@ def _sum_up(agents: list[_Agent], revoked: dict[str, Any], delay: float, *, earl
         f" after the revoke: {totals['refused as it should be']} refused,"
         f" {totals['accepted after revoke']} accepted"
     )
+    if totals["unavailable"]:
+        _say("unavailable: asked again, because the store did not answer in time; not a refusal")
     good = not wrongly and not totals["accepted after revoke"] and rotations > 0
     good = good and totals["refused as it should be"] > 0
     _say("OK: no agent was refused" if good else "FAILED")

@@ -57,17 +57,19 @@ def audit(
         typer.Argument(metavar="AGENT", help="Only this one.", autocompletion=complete.agents),
     ] = "",
     verify: Annotated[bool, typer.Option("--verify", help="Check the hash chains.")] = False,
-    limit: Annotated[int, typer.Option(min=1, max=10000, help="The newest N entries.")] = 50,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=10000, help="The newest N entries; 50 by default.")
+    ] = None,
     json: options.Json = False,
     config: options.ConfigOfDaemon = options.CONFIG,
     socket: options.Socket = options.SOCKET,
 ) -> None:
     """Show who did what.
 
-    With --verify it tells whether the record is whole, exit 1 if it is not. Works on the store
-    directly where the daemon is down.
+    With --verify it tells instead whether the record is whole, exit 1 if it is not; with --limit it
+    does both. Works on the store directly where the daemon is down.
     """
-    args: dict[str, Any] = {"verify": verify, "limit": limit}
+    args: dict[str, Any] = {"verify": verify, "limit": limit or (0 if verify else 50)}
     if agent:
         args["agent"] = agent
     result = ask("audit", args, socket=socket, config=config)

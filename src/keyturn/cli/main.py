@@ -136,7 +136,11 @@ def demo(
 def check(
     config: options.Config = options.CONFIG,
     probe: Annotated[
-        bool, typer.Option("--probe", help="Also log in to the destinations; changes nothing.")
+        bool,
+        typer.Option(
+            "--probe",
+            help="Also log in to the destinations and look at each entry; changes nothing.",
+        ),
     ] = False,
     json: options.Json = False,
 ) -> None:
@@ -152,7 +156,10 @@ def check(
 @app.command("reload")
 def reload_(
     allow_mass_change: Annotated[
-        bool, typer.Option("--allow-mass-change", help="Even if more than a tenth disappears.")
+        bool,
+        typer.Option(
+            "--allow-mass-change", help="Even if more than a tenth, and more than one, disappears."
+        ),
     ] = False,
     json: options.Json = False,
     config: options.ConfigOfDaemon = options.CONFIG,
@@ -172,4 +179,4 @@ def policy_vault(config: options.Config = options.CONFIG) -> None:
 
     `keyturn policy vault -c k.yaml | vault policy write keyturn -`
     """
-    typer.echo(late("keyturn.daemon.checks", "vault_policy")(config))
+    typer.echo(late("keyturn.daemon.checks", "least_policy")(config, "vault"))

@@ -32,7 +32,10 @@ ConfigOfDaemon = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the data as JSON, for machines.")]
-Wait = Annotated[bool, typer.Option("--wait", help="Wait until it is done, and show the progress.")]
+Wait = Annotated[
+    bool,
+    typer.Option("--wait", help="Wait until it is done, at most an hour, and show the progress."),
+]
 AgentName = Annotated[
     str,
     typer.Argument(metavar="AGENT", help="The agent's id.", autocompletion=complete.agents),

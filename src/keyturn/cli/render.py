@@ -324,8 +324,8 @@ def audit(result: Row) -> str:
         (*(safe(one.get(name)) for name in names), _detail(one.get("detail")))
         for one in result.get("entries") or ()
     ]
-    parts = [table(headings, rows)] if rows else ["no entries"]
     chain = result.get("chain")
+    parts = [table(headings, rows)] if rows else ["no entries"] if chain is None else []
     if chain is not None:
         whole = f"BROKEN: {safe(chain.get('problem'))}"
         parts.append(f"chain: {'whole' if chain.get('ok') else whole}")

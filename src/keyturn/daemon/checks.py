@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from keyturn import wiring
 from keyturn.config import Settings
+from keyturn.core.model import Target
 from keyturn.daemon.service import load
+from keyturn.destinations import registry
 from keyturn.destinations.base import DestinationBase
 from keyturn.errors import KeyturnError
+from keyturn.storage.engine import refuse_open
 
 Check = dict[str, Any]
 
@@ -19,33 +24,38 @@ Check = dict[str, Any]
 def check(path: Path, *, probe: bool = False) -> dict[str, Any]:
     """Return one row per check. Raises ConfigError where the files cannot be used at all."""
     settings = load(path)
-    rows = [_good("configuration", _summary(settings)), _store(settings)]
+    rows = [_good("configuration", _summary(settings)), _tried("store", lambda: _store(settings))]
     rows += [_good("note", note) for note in settings.notes]
     if probe:
         destinations = wiring.connect(settings, store_id="", clock=wiring.SystemClock())
-        rows += [_probe(name, destination) for name, destination in destinations.items()]
+        for name, destination in destinations.items():
+            rows += _probed(name, destination, _entries(settings, name))
+            destination.close()
     return {"ok": all(row["ok"] for row in rows), "checks": rows}
 
 
-def vault_policy(path: Path) -> str:
-    """Return the least policy that a configuration needs at Vault or OpenBao."""
-    from keyturn.destinations.vault import VaultOptions, policy_text
-
+def least_policy(path: Path, kind: str) -> str:
+    """Return the least rights that a configuration needs at its destinations of one type."""
     settings = load(path)
-    parts = []
+    parts = [
+        "# Of the agents in these files: what was added by a command needs its own rules beside them."
+    ]
     for name, connection in settings.connections.items():
-        if isinstance(connection.options, VaultOptions):
-            texts = [
-                policy_text(
-                    connection.options,
-                    [target for target in agent.targets if target.to == name],
-                    retire=settings.policies[agent.policy].retire,
-                )
-                for agent in settings.agents.values()
-            ]
-            lines = dict.fromkeys("\n".join(texts).splitlines())
-            parts.append(f"# connection {name}\n" + "\n".join(lines))
+        if connection.type == kind:
+            adapter = registry.load(kind)
+            text = adapter.least_policy(connection.options, _entries(settings, name))
+            parts.append(f"# connection {name}\n{text}")
     return "\n".join(parts)
+
+
+def _entries(settings: Settings, connection: str) -> list[tuple[Target, str]]:
+    """Return what the files' agents read at a connection, each with how old copies are retired."""
+    return [
+        (target, settings.policies[agent.policy].retire)
+        for agent in settings.agents.values()
+        for target in agent.targets
+        if target.to == connection
+    ]
 
 
 def _summary(settings: Settings) -> str:
@@ -55,24 +65,44 @@ def _summary(settings: Settings) -> str:
     )
 
 
-def _store(settings: Settings) -> Check:
+def _store(settings: Settings) -> str:
+    """Describe the store; a folder that is not there yet is made by `keyturn run`."""
+    with suppress(FileNotFoundError, PermissionError):  # not ours to look at: a pull request's host
+        refuse_open(settings.store.folder, 0o700)
     if not settings.store.url.startswith("sqlite:"):
-        return _good("store", "PostgreSQL")
-    detail = f"SQLite {sqlite3.sqlite_version}, journal mode PERSIST, synchronous FULL"
-    return _good("store", detail)
+        return "PostgreSQL"
+    return f"SQLite {sqlite3.sqlite_version}, journal mode PERSIST, synchronous FULL"
 
 
-def _probe(name: str, destination: DestinationBase) -> Check:
-    return _tried(f"connection {name}", destination.probe, destination.close)
+def _probed(
+    name: str, destination: DestinationBase, entries: list[tuple[Target, str]]
+) -> list[Check]:
+    """Look at a connection and then, where it can be reached, at each entry; one row per problem."""
+    rows = [_tried(f"connection {name}", destination.probe)]
+    if not entries or not rows[0]["ok"]:
+        return rows
+
+    def look(entry: tuple[Target, str]) -> Check:
+        target, retire = entry
+
+        def attempt() -> str:
+            destination.probe_entry(target, retire=retire)
+            return ""
+
+        return _tried(f"entry {target.key}", attempt)
+
+    with ThreadPoolExecutor(destination.parallel) as pool:
+        bad = [row for row in pool.map(look, entries) if not row["ok"]]
+    good = len(entries) - len(bad)
+    rows.append(_good(f"entries {name}", f"{good} of {len(entries)} can be rotated"))
+    return rows + bad
 
 
-def _tried(name: str, attempt: Callable[[], str], end: Callable[[], None]) -> Check:
+def _tried(name: str, attempt: Callable[[], str]) -> Check:
     try:
         return _good(name, attempt())
     except KeyturnError as error:
         return {"name": name, "ok": False, "detail": str(error), "hint": error.hint}
-    finally:
-        end()
 
 
 def _good(name: str, detail: str) -> Check:

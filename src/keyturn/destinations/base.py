@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from datetime import timedelta
@@ -60,7 +60,8 @@ def _rate(value: object) -> float:
     return float(found[1])
 
 
-def _deadline(value: object) -> timedelta:
+def duration(value: object) -> timedelta:
+    """Read an option that is a duration. Raises ValueError."""
     if isinstance(value, timedelta):
         return value
     if not isinstance(value, str):
@@ -108,7 +109,7 @@ class ConnectionOptions(BaseModel):
     ] = 8
     call_deadline: Annotated[
         timedelta,
-        BeforeValidator(_deadline),
+        BeforeValidator(duration),
         Form(FORM),
         Field(description="time for the whole answer of one call"),
     ] = timedelta(seconds=10)
@@ -145,13 +146,30 @@ class DestinationBase(ABC):
 
     # --- the port ---------------------------------------------------------------------------
 
+    @abstractmethod
     def identity(self, target: Target) -> str:
-        """Return the canonical remote key, offline. Raises ConfigError for a path out of bounds."""
-        return f"{self.name}:{self.place(target)}"
+        """Return the canonical remote key, offline. Raises ConfigError for a path out of bounds.
+
+        It names the store and the entry, never the connection: two connections can lead to one
+        entry, and then it must have one owner only.
+        """
 
     def probe(self) -> str:
         """Log in, touch nothing, and return one line about what was reached."""
         return self._call(self._probe)
+
+    def probe_entry(self, target: Target, *, retire: str) -> None:
+        """Raise what a rotation of this entry would meet, as far as it shows without a write."""
+        self._call(lambda: self._probe_entry(target, retire))
+
+    @classmethod
+    def least_policy(cls, options: Any, entries: Sequence[tuple[Target, str]]) -> str:
+        """Return the least rights for these entries, in the store's own language. Offline.
+
+        Each entry comes with what becomes of its old copies. "" where there are no such policies.
+        """
+        del options, entries
+        return ""
 
     def observe(self, target: Target) -> Observed:
         """Read what agents read."""
@@ -194,6 +212,10 @@ class DestinationBase(ABC):
 
     @abstractmethod
     def _withdraw(self, target: Target, owner: str, version_id: str, expected: str) -> str: ...
+
+    def _probe_entry(self, target: Target, retire: str) -> None:
+        del retire
+        self._observe(target)
 
     def _read(self, target: Target, version_id: str) -> Observed:
         """Where nothing is staged, the shown entry is the only copy that can be found by its id."""

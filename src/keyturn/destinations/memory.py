@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 from keyturn.core.model import Keys, Target, Traits
@@ -18,6 +19,7 @@ from keyturn.destinations.entry import merged, observed, refuse_foreign, without
 from keyturn.errors import Conflict, Rejected
 from keyturn.ports import Clock, Entry, Observed
 
+_NUMBERS = count()
 Fault = Callable[[str, str], None]  # (operation, "before" | "after")
 Values = dict[str, Any]
 FOREIGN = ""  # what `Observed.staged` says where somebody else has staged
@@ -49,6 +51,7 @@ class MemoryStore:
     def __init__(self) -> None:
         self.guard = threading.Lock()
         self.shelves: dict[str, _Shelf] = {}
+        self.number = next(_NUMBERS)
 
 
 class MemoryDestination(DestinationBase):
@@ -112,6 +115,10 @@ class MemoryDestination(DestinationBase):
             return int(locator) in self._shelf(target).disabled
 
     # --- the port ---------------------------------------------------------------------------
+
+    def identity(self, target: Target) -> str:
+        """Return which memory, and the path in it."""
+        return f"memory:{self.store.number}/{self.place(target)}"
 
     def _probe(self) -> str:
         self.fault("probe", "before")

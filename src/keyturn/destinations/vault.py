@@ -8,9 +8,10 @@ Sources: the KV v2 API pages of both projects.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Annotated, Any
@@ -19,9 +20,9 @@ import hvac.exceptions as vendor
 import requests
 from pydantic import BeforeValidator, Field
 
-from keyturn.core.duration import FORM, parse_duration
+from keyturn.core.duration import FORM
 from keyturn.core.model import Target, Traits
-from keyturn.destinations.base import ConnectionOptions, DestinationBase, Form
+from keyturn.destinations.base import ConnectionOptions, DestinationBase, Form, duration
 from keyturn.destinations.entry import merged, observed, refuse_foreign, without_ours
 from keyturn.destinations.vault_login import AuthOptions, Login, is_safe_address
 from keyturn.destinations.vault_reads import Reads
@@ -39,18 +40,13 @@ from keyturn.ports import Clock, Entry, Observed
 OWNER, FENCE = "keyturn-owner", "keyturn-fence"
 STALE_READS = 5  # how often a read that is older than our own last write is made
 STALE_PAUSE = 0.05
+_OWN_TOKEN = ("auth/token/renew-self", "auth/token/revoke-self")
 
 
 def _address(value: object) -> object:
     if not isinstance(value, str) or not is_safe_address(value):
         raise ValueError
     return value.rstrip("/")
-
-
-def _duration(value: object) -> timedelta:
-    if not isinstance(value, str):
-        raise ValueError  # noqa: TRY004 - pydantic turns only a ValueError into a problem
-    return parse_duration(value)
 
 
 class VaultOptions(ConnectionOptions):
@@ -76,7 +72,7 @@ class VaultOptions(ConnectionOptions):
     )
     staleness: Annotated[
         timedelta,
-        BeforeValidator(_duration),
+        BeforeValidator(duration),
         Form(FORM),
         Field(description="how far standbys that agents read from may be behind"),
     ] = timedelta(0)
@@ -143,8 +139,52 @@ class VaultDestination(DestinationBase):
         self._login.close()
         super().close()
 
+    @classmethod
+    def least_policy(cls, options: Any, entries: Sequence[tuple[Target, str]]) -> str:
+        """Return a policy in HCL."""
+        rights: dict[str, tuple[str, ...]] = {}
+        for path, retire in sorted((_placed(options, target), how) for target, how in entries):
+            rights |= _rights(options, path, retire)
+        rights |= dict.fromkeys(_OWN_TOKEN, ("update",))
+        rights["auth/token/lookup-self"] = ("read",)
+        return "\n".join(_rule(path, needed) for path, needed in rights.items())
+
     def _probe(self) -> str:
-        return f"{self.options.address}, mount {self.options.mount}: {self._login.check()}; reads reach the leader {self._reads.way()}"
+        life = self._login.check()
+        self._check_mount()
+        server = f"{self.options.address}, mount {self.options.mount}"
+        return f"{server}: {life}; reads reach the leader {self._reads.way()}"
+
+    def _check_mount(self) -> None:
+        """Ask what is mounted, as the servers' own command lines do before each `kv` command."""
+        mount = self.options.mount.strip("/")
+        try:
+            found = self._login.request("get", f"/v1/sys/internal/ui/mounts/{mount}", None)
+        except vendor.Forbidden:
+            raise Denied(
+                f"{self.name}: there is no mount {mount}, or the login has no right in it",
+                hint="compare its policy with `keyturn policy vault`; a mount is made by"
+                f" `vault secrets enable -path={mount} -version=2 kv`",
+            ) from None
+        data = found.get("data") or {}
+        if data.get("type") != "kv" or (data.get("options") or {}).get("version") != "2":
+            raise Rejected(
+                f"{self.name}: the mount {mount} is no KV store of version 2",
+                hint=f"`vault kv enable-versioning {mount}`, or name another mount",
+            )
+
+    def _probe_entry(self, target: Target, retire: str) -> None:
+        """Read it, and compare the login's rights with those of the printed policy."""
+        rights = _rights(self.options, self.place(target), retire)
+        with contextlib.suppress(vendor.Forbidden):  # where a login may not even ask for its rights
+            body = {"paths": list(rights)}
+            answer = self._login.request("post", "/v1/sys/capabilities-self", body)
+            granted = answer.get("data") or {}
+            for path, needed in rights.items():
+                lacks = [one for one in needed if one not in (granted.get(path) or ())]
+                if lacks and "root" not in (granted.get(path) or ()):
+                    raise self._lacking(", ".join(lacks), path)
+        self._observe(target)
 
     # --- reading ----------------------------------------------------------------------------
 
@@ -329,16 +369,18 @@ class VaultDestination(DestinationBase):
 
     def _refusal(self, method: str, full: str, error: vendor.VaultError) -> DestinationError:
         if isinstance(error, vendor.Forbidden):
-            need = {"get": "read", "post": "create, update"}[method]
-            return Denied(
-                f"{self.name}: the login lacks {need} on {full[4:]}",
-                hint="compare its policy with `keyturn policy vault`",
-            )
+            return self._lacking({"get": "read", "post": "create, update"}[method], full[4:])
         if isinstance(error, vendor.InvalidRequest):
             if _is_mismatch(error):
                 return Conflict()
             return Rejected(f"{self.name}: the request was refused (400)")
         return self._translate(error)
+
+    def _lacking(self, need: str, path: str) -> Denied:
+        return Denied(
+            f"{self.name}: the login lacks {need} on {path}",
+            hint="compare its policy with `keyturn policy vault`",
+        )
 
     def _full(self, path: str) -> str:
         return f"/v1/{self.options.mount.strip('/')}/{path}"
@@ -387,25 +429,23 @@ def _is_mismatch(error: vendor.VaultError) -> bool:
     return any("check-and-set parameter did not match" in str(text) for text in texts)
 
 
-def policy_text(
-    options: VaultOptions, targets: Iterable[Target], *, retire: str = "disable"
-) -> str:
-    """Return the least privileges for these entries, as a policy in HCL."""
-    prefix = f"{options.prefix}/" if options.prefix else ""
+def _placed(options: VaultOptions, target: Target) -> str:
+    return f"{options.prefix}/{target.path}" if options.prefix else target.path
+
+
+def _rights(options: VaultOptions, path: str, retire: str) -> dict[str, tuple[str, ...]]:
+    """Return the capabilities that rotations of one entry need, by API path."""
     mount = options.mount.strip("/")
-    rules = []
-    for path in sorted({f"{prefix}{target.path}" for target in targets}):
-        rules.append(_rule(f"{mount}/data/{path}", "create", "read", "update"))
-        rules.append(_rule(f"{mount}/metadata/{path}", "create", "read", "update"))
-        if retire != "leave":
-            verb = "destroy" if retire == "destroy" else "delete"
-            rules.append(_rule(f"{mount}/{verb}/{path}", "create", "update"))
-    rules.append(_rule("auth/token/lookup-self", "read"))
-    rules.append(_rule("auth/token/renew-self", "update"))
-    rules.append(_rule("auth/token/revoke-self", "update"))
-    return "\n".join(rules)
+    rights: dict[str, tuple[str, ...]] = {
+        f"{mount}/data/{path}": ("create", "read", "update"),
+        f"{mount}/metadata/{path}": ("create", "read", "update"),
+    }
+    if retire != "leave":
+        verb = "destroy" if retire == "destroy" else "delete"
+        rights[f"{mount}/{verb}/{path}"] = ("create", "update")
+    return rights
 
 
-def _rule(path: str, *capabilities: str) -> str:
+def _rule(path: str, capabilities: Sequence[str]) -> str:
     listed = ", ".join(f'"{capability}"' for capability in capabilities)
     return f'path "{path}" {{ capabilities = [{listed}] }}'

@@ -22,8 +22,16 @@ import hvac.exceptions as vendor
 import requests
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from keyturn.credential_file import read_credential
 from keyturn.destinations.base import Form
-from keyturn.errors import Denied, DestinationUnavailable, KeyturnError, Rejected, Throttled
+from keyturn.errors import (
+    ConfigError,
+    Denied,
+    DestinationUnavailable,
+    KeyturnError,
+    Rejected,
+    Throttled,
+)
 
 RENEW_AT = 2 / 3  # of the token's life
 ANSWER_LIMIT = 1024 * 1024
@@ -380,11 +388,7 @@ def _pause(retry_after: str | None) -> timedelta:
 
 
 def _text_of(path: Path | None, name: str) -> str:
-    """Read a credential file anew: it may have been replaced."""
     try:
-        return path.read_text().strip() if path is not None else ""
-    except OSError as error:
-        raise Denied(
-            f"{name}: {path} cannot be read (errno {error.errno})",
-            hint="it must be readable by the daemon's user",
-        ) from error
+        return read_credential(path).strip() if path is not None else ""
+    except ConfigError as error:
+        raise Denied(f"{name}: {error}", hint=error.hint) from None

@@ -166,14 +166,19 @@ def private_file(path: Path, *, create: bool) -> None:
     for place, allowed in ((path.parent, 0o700), (path, 0o600)):
         try:
             found = place.stat()
+            refuse_open(place, allowed)
         except OSError:
             raise StorageError(
                 f"there is no store at {path}", hint="check store.url; `keyturn run` creates it"
             ) from None
-        if stat.S_IMODE(found.st_mode) & ~allowed & 0o077:
-            raise StorageError(f"{place} is open to other users", hint=f"chmod {allowed:o} {place}")
         if found.st_uid != os.geteuid():
             raise StorageError(f"{place} belongs to another user", hint="run as its owner")
+
+
+def refuse_open(place: Path, allowed: int) -> None:
+    """Refuse a file or folder that gives others more than `allowed`. Raises StorageError, OSError."""
+    if stat.S_IMODE(place.stat().st_mode) & ~allowed & 0o077:
+        raise StorageError(f"{place} is open to other users", hint=f"chmod {allowed:o} {place}")
 
 
 @contextmanager

@@ -132,6 +132,17 @@ class DestinationContract:
             assert "\n" not in line
         assert self.read_raw(destination, target) is None
 
+    def test_an_entry_is_probed_without_a_write(self, destination: Any) -> None:
+        """With the rights that rotations have nothing is wrong with an entry, there or not."""
+        target, missing, entry = self._target("looked-at"), self._target("missing"), new_entry(1)
+        publish(destination, target, entry)
+        token = destination.observe(target).token
+        for how in ("disable", "destroy"):
+            destination.probe_entry(target, retire=how)
+            destination.probe_entry(missing, retire=how)
+        assert destination.observe(target).token == token
+        assert self.read_raw(destination, missing) is None
+
     def test_a_missing_entry_is_an_answer(self, destination: Any) -> None:
         """Nothing there is no error, and says nothing about any part."""
         found = destination.observe(self._target("missing"))
@@ -510,12 +521,16 @@ class DestinationContract:
                     call()
 
     def test_identity_is_constant_and_tells_entries_apart(self, destination: Any) -> None:
-        """One entry, one identity, before and after it exists; another entry has another."""
+        """One entry, one identity, whatever the connection's name; another entry has another."""
         target, other = self._target("same"), self._target("other")
         before = destination.identity(target)
         publish(destination, target, new_entry(1))
         assert destination.identity(target) == before
         assert destination.identity(other) != before
+        sibling = self.sibling(destination)
+        if sibling is not None:
+            assert sibling.identity(target) == before
+            sibling.close()
 
     def test_a_denied_login_is_named_as_such(self, destination: Any) -> None:
         """No permission is Denied with a hint, never a missing entry and never retried for ever."""
@@ -529,10 +544,13 @@ class DestinationContract:
                 destination.observe(target)
             with pytest.raises(Denied) as writing:
                 destination.activate(target, new_entry(2), expected=token)
+            with pytest.raises(Denied) as probing:
+                destination.probe_entry(target, retire="disable")
             with pytest.raises(Denied) as withdrawing:
                 withdraw(destination, target, new_entry(1), token)
         assert reading.value.hint
         assert writing.value.hint
+        assert probing.value.hint
         assert withdrawing.value.hint
         assert self.read_raw(destination, target) == parts(target.keys, new_entry(1))
 
