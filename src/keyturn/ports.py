@@ -22,7 +22,8 @@ class Entry:
     """What Keyturn writes for an agent: id, secret and version in one piece, and whose it is.
 
     `owner` is the store's id and `fence` the one journalled with the version at accept; both go into
-    the owner marker. The bytes of an entry are a function of these fields alone.
+    the owner marker. `minted_at` and `not_after` (an enforced maximum age, else None) are for stores
+    that show when a value may be used. The bytes of an entry are a function of these fields alone.
     """
 
     login: str
@@ -30,6 +31,8 @@ class Entry:
     version_id: str
     owner: str
     fence: int
+    minted_at: datetime
+    not_after: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -477,6 +477,8 @@ class _Saga(Casework):
             version_id=own.id,
             owner=self.world.journal.store_id,
             fence=own.fence,
+            minted_at=own.minted_at,
+            not_after=own.not_after,
         )
         self.case = lifecycle.go_on(self.case)
         self._write(

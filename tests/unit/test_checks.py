@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from keyturn.daemon.checks import check, least_policy
+from keyturn.errors import Refused
 
-CONTENT = {
+CONTENT: dict[str, Any] = {
     "version": 1,
     "connections": {
         "bao": {
@@ -44,7 +46,8 @@ def written(folder: Path, content: dict[str, Any]) -> Path:
 
 def test_each_entry_gets_what_its_own_agents_policy_needs(tmp_path: Path) -> None:
     """Destroying is granted where that agent's policy destroys, and nowhere else."""
-    text = least_policy(written(tmp_path, CONTENT), "vault")
+    found = least_policy(written(tmp_path, CONTENT), "vault", "bao")
+    text = found["text"]
 
     assert '"kv/destroy/agents/strict"' in text
     assert '"kv/destroy/agents/mild"' not in text
@@ -52,6 +55,25 @@ def test_each_entry_gets_what_its_own_agents_policy_needs(tmp_path: Path) -> Non
     assert '"kv/delete/agents/strict"' not in text
     assert "elsewhere" not in text
     assert "agents/x" not in text
+
+
+def test_a_policy_is_printed_for_one_connection_that_has_some(tmp_path: Path) -> None:
+    """Several connections, none, another name and a type without policies have an answer each."""
+    bao = CONTENT["connections"]["bao"]
+    content = {
+        **CONTENT,
+        "connections": {**CONTENT["connections"], "other": {**bao, "auth": dict(bao["auth"])}},
+    }
+    path = written(tmp_path, content)
+    for kind, name, words in (
+        ("vault", "", "2 connections of type vault"),
+        ("memory", "", "0 connections of type memory"),
+        ("vault", "three", "no connection three"),
+        ("file", "", "no policies of its own"),
+    ):
+        with pytest.raises(Refused, match=words) as refused:
+            least_policy(path, kind, name)
+        assert refused.value.hint
 
 
 def files_only(root: Path) -> dict[str, Any]:

@@ -326,7 +326,7 @@ USAGE = [
     "revoke a --except v", "revoke --version v --reissue --except v",
     "agents add x", "agents add x --to nowhere", "agents add x --to :p", "agents add x --to v:",
     "audit --limit 0", "verify", "status a b", "agents remove a", "rotation",
-    "destinations forget a v:p", "destinations forget a", "policy gcp",
+    "destinations forget a v:p", "destinations forget a", "policy",
 ]  # fmt: skip
 
 

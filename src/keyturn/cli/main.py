@@ -29,7 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-policy = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Print least privileges.")
 
 app.command("status")(look.status)
 app.add_typer(agents, name="agents")
@@ -44,7 +43,6 @@ app.command("identify")(look.identify)
 app.command("audit")(look.audit)
 app.command("clock")(look.clock)
 app.command("metrics")(look.metrics)
-app.add_typer(policy, name="policy")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -173,10 +171,19 @@ def reload_(
     output.show(result, as_json=json, people=render.reloaded)
 
 
-@policy.command("vault")
-def policy_vault(config: options.Config = options.CONFIG) -> None:
-    """Print the least policy for Vault or OpenBao.
+@app.command("policy")
+def policy_(
+    kind: Annotated[str, typer.Argument(metavar="TYPE", help="The type of destination.")],
+    connection: Annotated[
+        str, typer.Option("--connection", help="Only this one, where there are several.")
+    ] = "",
+    config: options.Config = options.CONFIG,
+) -> None:
+    """Print the least rights for a type of destination.
 
     `keyturn policy vault -c k.yaml | vault policy write keyturn -`
     """
-    typer.echo(late("keyturn.daemon.checks", "least_policy")(config, "vault"))
+    found = late("keyturn.daemon.checks", "least_policy")(config, kind, connection)
+    for note in found["notes"]:
+        typer.echo(f"note: {render.safe(note)}", err=True)
+    typer.echo(found["text"])

@@ -15,7 +15,7 @@ from keyturn.core.model import Target
 from keyturn.daemon.service import load
 from keyturn.destinations import registry
 from keyturn.destinations.base import DestinationBase
-from keyturn.errors import KeyturnError
+from keyturn.errors import KeyturnError, Refused
 from keyturn.storage.engine import refuse_open
 
 Check = dict[str, Any]
@@ -34,18 +34,26 @@ def check(path: Path, *, probe: bool = False) -> dict[str, Any]:
     return {"ok": all(row["ok"] for row in rows), "checks": rows}
 
 
-def least_policy(path: Path, kind: str) -> str:
-    """Return the least rights that a configuration needs at its destinations of one type."""
+def least_policy(path: Path, kind: str, connection: str = "") -> dict[str, Any]:
+    """Return the least rights that a configuration needs at one connection of a type, and notes.
+
+    Raises ConfigError, and Refused where it is not clear which connection is meant.
+    """
+    adapter = registry.load(kind)
     settings = load(path)
-    parts = [
-        "# Of the agents in these files: what was added by a command needs its own rules beside them."
-    ]
-    for name, connection in settings.connections.items():
-        if connection.type == kind:
-            adapter = registry.load(kind)
-            text = adapter.least_policy(connection.options, _entries(settings, name))
-            parts.append(f"# connection {name}\n{text}")
-    return "\n".join(parts)
+    names = [name for name, one in settings.connections.items() if one.type == kind]
+    wanted = [name for name in names if connection in ("", name)]
+    if len(wanted) != 1:
+        listed = ", ".join(names) or "none"
+        problem = f"there is no connection {connection}" if connection and names else ""
+        raise Refused(
+            problem or f"there are {len(names)} connections of type {kind}",
+            hint=f"name one with --connection: {listed}" if names else "add one to the file",
+        )
+    options, entries = settings.connections[wanted[0]].options, _entries(settings, wanted[0])
+    note = f"connection {wanted[0]}, {len(entries)} entries of the agents in these files; what was"
+    note += " added by a command needs its own rules beside them"
+    return {"text": adapter.least_policy(options, entries), "notes": [note]}
 
 
 def _entries(settings: Settings, connection: str) -> list[tuple[Target, str]]:

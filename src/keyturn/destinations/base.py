@@ -30,6 +30,7 @@ from keyturn.errors import (
     DestinationUnavailable,
     IllegalTransition,
     KeyturnError,
+    Refused,
     Rejected,
     Throttled,
 )
@@ -166,10 +167,10 @@ class DestinationBase(ABC):
     def least_policy(cls, options: Any, entries: Sequence[tuple[Target, str]]) -> str:
         """Return the least rights for these entries, in the store's own language. Offline.
 
-        Each entry comes with what becomes of its old copies. "" where there are no such policies.
+        Each entry comes with what becomes of its old copies. Raises Refused where there are none.
         """
         del options, entries
-        return ""
+        raise Refused("this type of destination has no policies of its own", hint="see its how-to")
 
     def observe(self, target: Target) -> Observed:
         """Read what agents read."""

@@ -1,4 +1,4 @@
-"""A certificate authority that lives for a test: what it signs is good on loopback only."""
+"""A certificate authority that lives for a test: what it signs is good for a day."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ class CertificateAuthority:
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate
 
-    def issue(self, name: str) -> tuple[Path, Path]:
-        """Write a server certificate for this host, and its key. Returns both paths."""
+    def issue(self, name: str, *hosts: str) -> tuple[Path, Path]:
+        """Write a server certificate for this host and for `hosts`, and its key. Returns both paths."""
         key = ec.generate_private_key(ec.SECP256R1())
-        here = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+        here: list[x509.GeneralName] = [x509.DNSName(host) for host in ("localhost", *hosts)]
+        here.append(x509.IPAddress(ipaddress.ip_address("127.0.0.1")))
         made = (
             _unsigned(name, issuer=self.certificate.subject, key=key)
             .add_extension(x509.SubjectAlternativeName(here), critical=False)

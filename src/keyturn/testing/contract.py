@@ -20,6 +20,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ from keyturn.errors import (
 from keyturn.ports import Destination, Entry, Observed
 from keyturn.testing.canary import canary, leaks
 
+MINTED_AT = datetime(2026, 11, 24, 3, 0, tzinfo=UTC)
 STORE_ID = "store-under-test"
 OTHER_STORE_ID = "store-of-somebody-else"
 PLACE = Target(to="contract", path="team/agent-1")
@@ -59,7 +61,14 @@ def new_entry(
 ) -> Entry:
     """Return an entry whose secret is a canary; the same one for the same seed."""
     version_id, secret = canary(seed)
-    return Entry(login=login, secret=secret, version_id=version_id, owner=owner, fence=fence)
+    return Entry(
+        login=login,
+        secret=secret,
+        version_id=version_id,
+        owner=owner,
+        fence=fence,
+        minted_at=MINTED_AT,
+    )
 
 
 def publish(destination: Destination, target: Target, entry: Entry) -> str:
