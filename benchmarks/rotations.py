@@ -62,8 +62,10 @@ class Steps:
 
     seen: Counter[str] = field(default_factory=Counter)
 
-    def step(self, *, step: str, case: Case, where: str, seconds: float, code: str) -> None:
-        del case, where, seconds
+    def step(
+        self, *, step: str, case: Case, where: str, seconds: float, code: str, detail: str
+    ) -> None:
+        del case, where, seconds, detail
         self.seen[step if not code else f"{step}: {code}"] += 1
 
 

@@ -70,6 +70,7 @@ from keyturn.world import World
 
 CLAIM_TTL = timedelta(seconds=60)
 CONFLICTS_PER_RUN = 3
+LONGEST_DETAIL = 300
 
 
 def run(world: World, credential_uid: str, *, holder: str) -> datetime | None:
@@ -130,7 +131,7 @@ class _Saga(Casework):
         return decide(self.case, self.seen, self.plan, self._now())
 
     def _perform(self, action: Action) -> None:
-        began, code, where = time.monotonic(), "", _where(action)
+        began, code, where, detail = time.monotonic(), "", _where(action), _detail(action)
         case = self.case
         try:
             _PERFORM[type(action)](self, action)
@@ -138,7 +139,7 @@ class _Saga(Casework):
             code = StaleRevision.code
             self._start_over()
         except DestinationError as error:
-            code = error.code
+            code, detail = error.code, _words(error)
             self._trouble(action, where, error)
         self.world.watcher.step(
             step=type(action).__name__.lower(),
@@ -146,6 +147,7 @@ class _Saga(Casework):
             where=where,
             seconds=time.monotonic() - began,
             code=code,
+            detail=detail,
         )
 
     def _load(self) -> None:
@@ -205,7 +207,12 @@ class _Saga(Casework):
             self.seen = self.seen.wrote(where, effect).unsaw(where)
             return
         permanent = not error.retryable and not isinstance(error, Conflict)
-        trouble = Trouble(code=error.code, permanent=permanent, retry_after=error.retry_after)
+        trouble = Trouble(
+            code=error.code,
+            detail=_words(error),
+            permanent=permanent,
+            retry_after=error.retry_after,
+        )
         self.seen = self.seen.met(where, trouble)
 
     def _sight(self, target: Target, found: Observed) -> Sight:
@@ -446,15 +453,19 @@ class _Saga(Casework):
             until=action.until or now + pause,
             where=action.where,
             code=action.code,
+            detail=action.detail,
         )
         self.case = lifecycle.wait(self.case, waiting)
         if tries == 1:
-            self._note("rotation.waiting", outcome=action.code or str(action.reason))
+            outcome = action.code or str(action.reason)
+            self._note("rotation.waiting", outcome=outcome, target=action.where, why=action.detail)
 
     def stall(self, action: steps.Stall) -> None:
         """Stop for a person."""
-        self.case = lifecycle.stall(self.case, code=action.code, where=action.where)
-        self._note("rotation.stalled", outcome=action.code, target=action.where)
+        self.case = lifecycle.stall(
+            self.case, code=action.code, where=action.where, detail=action.detail
+        )
+        self._note("rotation.stalled", outcome=action.code, target=action.where, why=action.detail)
 
     # --- effects ----------------------------------------------------------------------------
 
@@ -480,7 +491,6 @@ class _Saga(Casework):
             minted_at=own.minted_at,
             not_after=own.not_after,
         )
-        self.case = lifecycle.go_on(self.case)
         self._write(
             target,
             effect,
@@ -489,6 +499,8 @@ class _Saga(Casework):
             exposes=exposes,
             call=lambda destination: call(destination, entry),
         )
+        # Only now: one that can be read and not written would be tried without ever backing off.
+        self.case = lifecycle.go_on(self.case)
 
     # --- small things -----------------------------------------------------------------------
 
@@ -511,8 +523,21 @@ class _Saga(Casework):
 
 
 def _where(action: Action) -> str:
-    target = getattr(action, "target", "")
+    target = getattr(action, "target", "") or getattr(action, "where", "")
     return target.key if isinstance(target, Target) else str(target)
+
+
+def _detail(action: Action) -> str:
+    """Say why a rotation stops here; "" for every other step."""
+    if not isinstance(action, steps.Wait | steps.Stall):
+        return ""
+    why = action.code or str(getattr(action, "reason", ""))
+    return f"{why}: {action.detail}" if action.detail else why
+
+
+def _words(error: DestinationError) -> str:
+    """Return what an error of ours says, in one line of bounded length."""
+    return " ".join(str(error).split())[:LONGEST_DETAIL]
 
 
 _PERFORM: dict[type[Action], Callable[[_Saga, Any], None]] = {

@@ -105,6 +105,7 @@ def _rotation(case: Case) -> dict[str, Any] | None:
         "next_try_at": _at(waiting.next_try_at) if waiting else None,
         "tries": waiting.tries if waiting else 0,
         "error_code": (waiting.code if waiting else rotation.error_code) or None,
+        "error_detail": (waiting.detail if waiting else rotation.error_detail) or None,
     }
 
 

@@ -20,8 +20,13 @@ from keyturn.ports import Authority, Clock, Destination, Journal
 class Watcher(Protocol):
     """Told about each step as it ends: for progress, logs and metrics. Must not raise."""
 
-    def step(self, *, step: str, case: Case, where: str, seconds: float, code: str) -> None:
-        """One step has ended; `code` is the error's code or ""."""
+    def step(
+        self, *, step: str, case: Case, where: str, seconds: float, code: str, detail: str
+    ) -> None:
+        """One step has ended.
+
+        `code` is the error's code or ""; `detail` what it says, or why the rotation stops here.
+        """
 
 
 class Carried:

@@ -136,6 +136,7 @@ def test_a_case_comes_back_as_it_was_saved(store: Store) -> None:
                 attempt=2,
                 error_code="x",
                 error_where="v",
+                error_detail="the login lacks update on v",
             ),
             intents=(intent(pending, expected="7"),),
             placements=(

@@ -235,7 +235,9 @@ class Steps:
     done: list[str] = field(default_factory=list)
     in_run: int = 0
 
-    def step(self, *, step: str, case: Case, where: str, seconds: float, code: str) -> None:
+    def step(
+        self, *, step: str, case: Case, where: str, seconds: float, code: str, detail: str
+    ) -> None:
         """Note a step."""
         self.done.append(f"{step} {where} {code}".strip())
         self.in_run += 1

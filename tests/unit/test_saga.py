@@ -731,4 +731,4 @@ def test_the_bench_sees_endless_runs_and_crashes(make: Make) -> None:
     bench.restart()
     bench.steps.in_run = 10_000
     with pytest.raises(Endless):
-        bench.steps.step(step="x", case=bench.case, where="", seconds=0, code="")
+        bench.steps.step(step="x", case=bench.case, where="", seconds=0, code="", detail="")

@@ -177,7 +177,10 @@ def _rotation_lines(rotation: Row | None, now: datetime) -> list[str]:
         facts.append(f"since {when(rotation['waiting_since'], now)}")
     if rotation.get("next_try_at"):
         facts.append(f"next try {when(rotation['next_try_at'], now)}")
-    return ["  rotation       " + " · ".join(facts)]
+    lines = ["  rotation       " + " · ".join(facts)]
+    if rotation.get("error_detail"):
+        lines.append(f"  because        {safe(rotation['error_detail'])}")
+    return lines
 
 
 def _destination_line(one: Row, now: datetime) -> str:

@@ -137,11 +137,12 @@ def _observe_others(case: Case, run: Run) -> Action | None:
 
 def _give_way(target: Target, trouble: Trouble) -> Action:
     if trouble.permanent:
-        return Stall(code=trouble.code, where=target.key)
+        return Stall(code=trouble.code, where=target.key, detail=trouble.detail)
     return Wait(
         reason=WaitReason.DESTINATION,
         where=target.key,
         code=trouble.code,
+        detail=trouble.detail,
         retry_after=trouble.retry_after,
     )
 

@@ -238,7 +238,7 @@ def go_on(case: Case) -> Case:
     return replace(case, rotation=running)
 
 
-def stall(case: Case, *, code: str, where: str) -> Case:
+def stall(case: Case, *, code: str, where: str, detail: str = "") -> Case:
     """Stop until a person retries or abandons; current stays current."""
     rotation = replace(
         _running(case),
@@ -246,6 +246,7 @@ def stall(case: Case, *, code: str, where: str) -> Case:
         waiting=None,
         error_code=code,
         error_where=where,
+        error_detail=detail,
     )
     return replace(case, rotation=rotation)
 
@@ -315,7 +316,12 @@ def retry(case: Case, *, now: datetime) -> Case:
     """Let a waiting or stalled rotation go on at once; its read-backs count no more."""
     rotation = _asked_for(case)
     again = replace(
-        rotation, state=RotationState.RUNNING, waiting=None, error_code="", error_where=""
+        rotation,
+        state=RotationState.RUNNING,
+        waiting=None,
+        error_code="",
+        error_where="",
+        error_detail="",
     )
     return _wake(replace(case, rotation=again), now)
 
@@ -492,7 +498,15 @@ def _wake(case: Case, now: datetime) -> Case:
 
 
 def waiting(
-    reason: WaitReason, *, now: datetime, until: datetime, where: str = "", code: str = ""
+    reason: WaitReason,
+    *,
+    now: datetime,
+    until: datetime,
+    where: str = "",
+    code: str = "",
+    detail: str = "",
 ) -> Waiting:
     """Build the reason why a rotation waits from `now` and when it tries again."""
-    return Waiting(reason=reason, where=where, code=code, since=now, next_try_at=until)
+    return Waiting(
+        reason=reason, where=where, code=code, detail=detail, since=now, next_try_at=until
+    )

@@ -231,11 +231,15 @@ class Version:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting:
-    """Why a rotation waits, where, since when, and when it tries again."""
+    """Why a rotation waits, where, since when, and when it tries again.
+
+    `detail` is what a destination's error of ours says, the missing permission for one.
+    """
 
     reason: WaitReason
     where: str = ""
     code: str = ""
+    detail: str = ""
     since: datetime
     next_try_at: datetime
     tries: int = 1
@@ -257,6 +261,7 @@ class Rotation:
     waiting: Waiting | None = None
     error_code: str = ""
     error_where: str = ""
+    error_detail: str = ""
     closed_at: datetime | None = None
 
     @property

@@ -48,9 +48,10 @@ class Sight:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trouble:
-    """A destination that failed in this run. Permanent ones need a person."""
+    """A destination that failed in this run. Permanent ones need a person; `detail` says it in words."""
 
     code: str
+    detail: str = ""
     permanent: bool = False
     retry_after: timedelta | None = None
 
@@ -249,6 +250,7 @@ class Wait(Action):
     reason: WaitReason
     where: str = ""
     code: str = ""
+    detail: str = ""
     until: datetime | None = None
     retry_after: timedelta | None = None
 
@@ -259,6 +261,7 @@ class Stall(Action):
 
     code: str
     where: str
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

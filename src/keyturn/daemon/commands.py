@@ -401,6 +401,7 @@ def _promoted(case: Case, current: Version) -> dict[str, Any]:
 def _stalled(name: str, rotation: Rotation) -> dict[str, Any]:
     code = rotation.error_code
     message = f"{code} at {rotation.error_where}"
+    message += f": {rotation.error_detail}" if rotation.error_detail else ""
     error = {"code": code, "message": message, "hint": advice.hint(code, name), "exit_code": 4}
     return {"agent": name, "outcome": "stalled", "error": error}
 

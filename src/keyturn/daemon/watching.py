@@ -44,7 +44,9 @@ class Watching:
 
     # --- as it happens ----------------------------------------------------------------------
 
-    def step(self, *, step: str, case: Case, where: str, seconds: float, code: str) -> None:
+    def step(
+        self, *, step: str, case: Case, where: str, seconds: float, code: str, detail: str
+    ) -> None:
         """Watch a saga's steps: logs and metrics."""
         name = where.partition(":")[0]
         self.metrics.step_duration.labels(step, name).observe(seconds)
@@ -55,7 +57,11 @@ class Watching:
             self.rotation_ended(outcome)
         level = "warning" if code else "info" if step in _LOUD else "debug"
         getattr(_log, level)(
-            f"rotation.{step}", agent=case.agent.name, where=where or None, code=code or None
+            f"rotation.{step}",
+            agent=case.agent.name,
+            where=where or None,
+            code=code or None,
+            detail=detail or None,
         )
 
     def rotation_ended(self, outcome: str) -> None:

@@ -274,6 +274,7 @@ rotations = sa.Table(
     sa.Column("waiting", WAITING),
     _text("error_code"),
     _text("error_where"),
+    _text("error_detail"),
     sa.Column("closed_at", Instant),
     sa.ForeignKeyConstraint(["credential_uid"], ["credentials.uid"], name="rotations_credential"),
     sa.CheckConstraint(_one_of("state", model.RotationState), name="rotations_state"),

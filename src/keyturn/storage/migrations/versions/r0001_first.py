@@ -130,6 +130,7 @@ CREATE TABLE rotations (
     waiting TEXT,
     error_code TEXT NOT NULL,
     error_where TEXT NOT NULL,
+    error_detail TEXT NOT NULL,
     closed_at BIGINT,
     PRIMARY KEY (uid),
     CONSTRAINT rotations_credential FOREIGN KEY(credential_uid) REFERENCES credentials (uid),
