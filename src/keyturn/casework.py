@@ -23,7 +23,7 @@ class Casework:
 
     world: World
     claim: Claim
-    saved: Saved = field(init=False)
+    saved: Saved
     case: Case = field(init=False)
     audit: list[AuditEntry] = field(default_factory=list)
     outcomes: dict[str, bool] = field(default_factory=dict)

@@ -229,8 +229,10 @@ class Journal(Protocol):
     commit that allows their effect.
     """
 
-    def claim(self, credential_uid: str, *, holder: str, ttl: timedelta) -> Claim | None:
-        """Take the claim, with a new fence, if nobody who may be alive has it."""
+    def claim(
+        self, credential_uid: str, *, holder: str, ttl: timedelta
+    ) -> tuple[Claim, Saved] | None:
+        """Take the claim, with a new fence, if nobody who may be alive has it, and read the case."""
 
     def renew(self, claim: Claim, *, ttl: timedelta) -> Claim:
         """Prolong a claim. Raises ClaimLost."""

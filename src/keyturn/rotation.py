@@ -79,11 +79,11 @@ def run(world: World, credential_uid: str, *, holder: str) -> datetime | None:
     Raises StoreUnavailable where the store does; the claim then runs out by itself. Returns at once
     where somebody else has the claim.
     """
-    claim = world.journal.claim(credential_uid, holder=holder, ttl=CLAIM_TTL)
-    if claim is None:
+    taken = world.journal.claim(credential_uid, holder=holder, ttl=CLAIM_TTL)
+    if taken is None:
         return None
     try:
-        return _Saga(world, claim).run()
+        return _Saga(world, *taken).run()
     except ClaimLost:
         return None  # the taker starts at its row; what we knew is void
 
@@ -99,7 +99,7 @@ class _Saga(Casework):
     rest: steps.Rest | None = None  # the claim was given back, and this is what was decided
 
     def __post_init__(self) -> None:
-        self._load()
+        self._take_up()
 
     # --- the loop ---------------------------------------------------------------------------
 
@@ -150,8 +150,7 @@ class _Saga(Casework):
             detail=detail,
         )
 
-    def _load(self) -> None:
-        self.saved = self.world.journal.load(self.claim)
+    def _take_up(self) -> None:
         self.case = self.saved.case
         self.plan = self.world.plan(self.case)
         died = {i.writer: self.world.journal.writer_died_at(i.writer) for i in self.case.intents}
@@ -169,7 +168,8 @@ class _Saga(Casework):
         """Somebody changed the case: what was seen is void (rule 6), outcomes are reported."""
         self._report()
         self.audit.clear()
-        self._load()
+        self.saved = self.world.journal.load(self.claim)
+        self._take_up()
 
     def _refresh(self) -> None:
         self.seen = replace(self.seen, in_flight=self.world.carried.flying())

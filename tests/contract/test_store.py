@@ -50,7 +50,7 @@ from keyturn.storage.membership import Membership
 from keyturn.storage.store import Store
 from keyturn.storage.tables import metadata
 from support.postgres import postgres  # noqa: F401 - a fixture
-from support.stores import NOW, TTL, Place, add, entry, intent, rotation, target, version
+from support.stores import NOW, TTL, Place, add, claim_of, entry, intent, rotation, target, version
 
 CANARY = "kt_canary_never_printed"
 
@@ -145,9 +145,11 @@ def test_a_case_comes_back_as_it_was_saved(store: Store) -> None:
         )
 
     saved = amend(store, uid, change)
-    claim = store.claim(uid, holder="h", ttl=TTL)
-    assert claim
-    assert store.load(claim).case == saved == store.case(uid) == store.case_of("a")
+    taken = store.claim(uid, holder="h", ttl=TTL)
+    assert taken
+    claim, loaded = taken
+    assert loaded == store.load(claim)
+    assert loaded.case == saved == store.case(uid) == store.case_of("a")
     assert saved == change(replace(saved, credential=replace(saved.credential)))
 
 
@@ -240,7 +242,7 @@ def test_one_of_two_racing_claims_wins(place: Place) -> None:
 
             def race(index: int, barrier: threading.Barrier = barrier, number: int = number) -> Any:
                 barrier.wait()
-                return stores[index % 2].claim(uid, holder=f"h{number}-{index}", ttl=TTL)
+                return claim_of(stores[index % 2], uid, holder=f"h{number}-{index}", ttl=TTL)
 
             won = [claim for claim in pool.map(race, range(4)) if claim]
             assert len(won) == 1
@@ -252,12 +254,12 @@ def test_one_of_two_racing_claims_wins(place: Place) -> None:
 def test_a_run_whose_claim_was_taken_writes_nothing(store: Store) -> None:
     """After its claim ran out and was taken, a run can neither load, renew, save nor release."""
     uid = add(store)
-    lost = store.claim(uid, holder="slow", ttl=timedelta(milliseconds=1500))
+    lost = claim_of(store, uid, holder="slow", ttl=timedelta(milliseconds=1500))
     assert lost
     before = store.load(lost).case
-    assert store.claim(uid, holder="quick", ttl=TTL) is None
+    assert claim_of(store, uid, holder="quick", ttl=TTL) is None
     time.sleep(1.6)
-    taken = store.claim(uid, holder="quick", ttl=TTL)
+    taken = claim_of(store, uid, holder="quick", ttl=TTL)
     assert taken
     assert taken.fence == lost.fence + 1
     after = with_version(uid, VersionState.PENDING)(before)
@@ -279,7 +281,7 @@ def test_a_claim_ends_by_the_stores_clock(store: Store) -> None:
     """`until` is the store's time plus the ttl."""
     uid = add(store)
     low = store.now()
-    claim = store.claim(uid, holder="h", ttl=TTL)
+    claim = claim_of(store, uid, holder="h", ttl=TTL)
     assert claim
     assert low + TTL <= claim.until <= store.now() + TTL
 
@@ -287,7 +289,7 @@ def test_a_claim_ends_by_the_stores_clock(store: Store) -> None:
 def test_an_amendment_makes_a_running_save_stale(store: Store) -> None:
     """A revoke that comes between load and save wins; the run loads again and goes on."""
     uid = add(store)
-    claim = store.claim(uid, holder="h", ttl=TTL)
+    claim = claim_of(store, uid, holder="h", ttl=TTL)
     assert claim
     before = store.load(claim).case
     amend(store, uid, with_version(uid, VersionState.REVOKED))
@@ -302,7 +304,7 @@ def test_a_version_moves_only_from_the_state_that_was_seen(store: Store) -> None
     """A row that changed behind the revision's back is not overwritten."""
     uid = add(store)
     amend(store, uid, with_version(uid, VersionState.PENDING))
-    claim = store.claim(uid, holder="h", ttl=TTL)
+    claim = claim_of(store, uid, holder="h", ttl=TTL)
     assert claim
     before = store.load(claim).case
     raw(store, "UPDATE versions SET state = 'revoked', ended_at = 1")
@@ -349,7 +351,7 @@ def test_due_is_what_waits_unclaimed_oldest_first(store: Store) -> None:
     ]
     assert store.due(now=NOW, limit=1) == found[:1]
     assert store.next_wake() == NOW - TTL
-    claim = store.claim("cred-one", holder="h", ttl=TTL)
+    claim = claim_of(store, "cred-one", holder="h", ttl=TTL)
     assert claim
     # By the store's own time, since NOW is long past the claim's end or long before it.
     assert [d.agent_name for d in store.due(now=store.now(), limit=1)] == ["two"]
@@ -360,7 +362,7 @@ def test_due_is_what_waits_unclaimed_oldest_first(store: Store) -> None:
 def test_the_next_wake_of_a_claimed_credential_is_the_claims_end(store: Store) -> None:
     """A scheduler that sleeps until the next wake does not spin on what is being worked on."""
     uid = add(store)
-    claim = store.claim(uid, holder="h", ttl=TTL)
+    claim = claim_of(store, uid, holder="h", ttl=TTL)
     assert claim
     assert store.next_wake() == claim.until
 
@@ -377,7 +379,7 @@ def test_a_wake_is_only_ever_earlier(store: Store) -> None:
 def test_a_release_keeps_an_earlier_wish(store: Store, by: str) -> None:
     """What was asked for since the claim was taken is not slept through."""
     uid = add(store)
-    claim = store.claim(uid, holder="h", ttl=TTL)
+    claim = claim_of(store, uid, holder="h", ttl=TTL)
     assert claim
     if by == "wake":
         store.wake(uid, at=NOW + TTL)
@@ -385,7 +387,7 @@ def test_a_release_keeps_an_earlier_wish(store: Store, by: str) -> None:
         amend(store, uid, lambda c: replace(c, credential=replace(c.credential, wake_at=NOW + TTL)))
     store.release(claim, wake_at=NOW + 2 * TTL)
     assert store.next_wake() == NOW + TTL
-    again = store.claim(uid, holder="h", ttl=TTL)
+    again = claim_of(store, uid, holder="h", ttl=TTL)
     assert again
     store.release(again, wake_at=NOW + 3 * TTL)
     assert store.next_wake() == NOW + 3 * TTL
@@ -403,7 +405,7 @@ def test_a_writer_reports_its_own_intent_without_a_claim(place: Place) -> None:
     uid_of = intent(pending).uid
     other.report(uid_of, landed=True)
     assert store.case(uid).intents
-    claim = other.claim(uid, holder="h", ttl=TTL)
+    claim = claim_of(other, uid, holder="h", ttl=TTL)
     assert claim
     before = other.load(claim).case
     store.report(uid_of, landed=False)
@@ -523,7 +525,7 @@ def test_a_reload_does_not_undo_a_suspension(store: Store) -> None:
 def test_a_changed_agent_makes_a_running_save_stale(store: Store) -> None:
     """A run that loaded before its agent changed loads again."""
     uid = add(store, "a")
-    claim = store.claim(uid, holder="h", ttl=TTL)
+    claim = claim_of(store, uid, holder="h", ttl=TTL)
     assert claim
     before = store.load(claim).case
     agent = replace(before.agent, policy="other")
@@ -886,13 +888,13 @@ def test_one_leads_and_the_other_stands_by(place: Place) -> None:
         two.renew(ttl=TTL)
     assert second.writer_died_at("w1") is None
     uid = add(first)
-    assert first.claim(uid, holder="h", ttl=TTL)
+    assert claim_of(first, uid, holder="h", ttl=TTL)
     one.leave()
     assert two.try_lead(ttl=TTL)
     assert second.writer_died_at("w1") is not None
     assert second.writer_died_at("w2") is None
     assert [d.credential_uid for d in second.due(now=second.now(), limit=9)] == [uid]
-    assert second.claim(uid, holder="h", ttl=TTL)
+    assert claim_of(second, uid, holder="h", ttl=TTL)
     with pytest.raises(ClaimLost):
         one.renew(ttl=TTL)
     two.leave()

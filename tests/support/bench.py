@@ -195,11 +195,13 @@ class Wired:
         self.writer_died_at = store.writer_died_at
         self.renew = store.renew
 
-    def claim(self, credential_uid: str, *, holder: str, ttl: timedelta) -> Claim | None:
+    def claim(
+        self, credential_uid: str, *, holder: str, ttl: timedelta
+    ) -> tuple[Claim, Saved] | None:
         """Take the claim."""
-        claim = self._store.claim(credential_uid, holder=holder, ttl=ttl)
+        taken = self._store.claim(credential_uid, holder=holder, ttl=ttl)
         self._bench.point("after claim")
-        return claim
+        return taken
 
     def save(
         self,

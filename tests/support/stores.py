@@ -20,7 +20,7 @@ from keyturn.core.model import (
     Version,
     VersionState,
 )
-from keyturn.ports import AuditEntry
+from keyturn.ports import AuditEntry, Claim
 from keyturn.storage.store import Store
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -65,6 +65,12 @@ class Place:
         """Close what was opened."""
         for store in self.opened:
             store.close()
+
+
+def claim_of(store: Store, uid: str, *, holder: str, ttl: timedelta) -> Claim | None:
+    """Take the claim; what was loaded with it is not looked at."""
+    taken = store.claim(uid, holder=holder, ttl=ttl)
+    return None if taken is None else taken[0]
 
 
 def target(name: str = "a", to: str = "files") -> Target:

@@ -94,10 +94,10 @@ PATCHES: dict[str, Patch] = {
     ),
     "6 a start over voids what was seen": Patch(
         file="rotation.py",
-        text="        self._report()\n        self.audit.clear()\n        self._load()\n",
+        text="        self._take_up()\n\n    def _refresh",
         instead=(
-            "        seen = self.seen\n        self._report()\n        self.audit.clear()\n"
-            "        self._load()\n        self.seen = seen\n"
+            "        seen = self.seen\n        self._take_up()\n        self.seen = seen\n\n"
+            "    def _refresh"
         ),
         tests="unit/test_saga.py -k voids_what_was_confirmed",
     ),

@@ -112,10 +112,13 @@ class Store:
 
     # --- the journal ----------------------------------------------------------------------
 
-    def claim(self, credential_uid: str, *, holder: str, ttl: timedelta) -> Claim | None:
-        """Take the claim, with a new fence, if nobody who may be alive has it."""
-        return self.database.write(
-            lambda connection: claims.take(
+    def claim(
+        self, credential_uid: str, *, holder: str, ttl: timedelta
+    ) -> tuple[Claim, Saved] | None:
+        """Take the claim, with a new fence, if nobody who may be alive has it, and read the case."""
+
+        def body(connection: Connection) -> tuple[Claim, Saved] | None:
+            claim = claims.take(
                 connection,
                 credential_uid,
                 holder=holder,
@@ -123,7 +126,9 @@ class Store:
                 ttl=ttl,
                 incarnation=self.incarnation,
             )
-        )
+            return None if claim is None else (claim, self._load(connection, claim))
+
+        return self.database.write(body)
 
     def renew(self, claim: Claim, *, ttl: timedelta) -> Claim:
         """Prolong a claim. Raises ClaimLost."""
@@ -139,14 +144,14 @@ class Store:
 
     def load(self, claim: Claim) -> Saved:
         """Read the case. Raises ClaimLost."""
+        return self.database.read(lambda connection: self._load(connection, claim))
 
-        def body(connection: Connection) -> Saved:
-            found = cases.load(connection, cases.BY_UID, b_uid=claim.credential_uid)
-            if found is None or (found.holder, found.fence) != (claim.holder, claim.fence):
-                raise ClaimLost
-            return Saved(case=found.case, epoch=found.epoch)
-
-        return self.database.read(body)
+    @staticmethod
+    def _load(connection: Connection, claim: Claim) -> Saved:
+        found = cases.load(connection, cases.BY_UID, b_uid=claim.credential_uid)
+        if found is None or (found.holder, found.fence) != (claim.holder, claim.fence):
+            raise ClaimLost
+        return Saved(case=found.case, epoch=found.epoch)
 
     def save(
         self,
