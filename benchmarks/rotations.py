@@ -42,7 +42,7 @@ from keyturn.core.model import Agent, Case, Credential, Policy, Request, Target
 from keyturn.core.secret import mint
 from keyturn.core.steps import Plan
 from keyturn.destinations.vault import VaultDestination, VaultOptions
-from keyturn.destinations.vault_login import AuthOptions
+from keyturn.destinations.vault_auth import AuthOptions
 from keyturn.storage.store import Store
 from keyturn.testing import openbao
 from keyturn.verifier.authority import BuiltinAuthority

@@ -10,10 +10,14 @@ from keyturn.errors import ConfigError
 
 LONGEST = 64 * 1024
 OPEN_TO_OTHERS = 0o037  # a group may read: that is how systemd and Kubernetes hand credentials over
+READ_BY_OTHERS = 0o004
 
 
-def read_credential(path: Path) -> str:
+def read_credential(path: Path, *, anybody_may_read: bool = False) -> str:
     """Return the text of a credential file, read anew: it may have been replaced.
+
+    `anybody_may_read` is for the one file that its maker leaves open (see `vault_auth.Kubernetes`);
+    nobody else may ever write one.
 
     Raises ConfigError where it cannot be read, or where others can: what has been readable for
     anybody on this host has to count as known.
@@ -28,7 +32,7 @@ def read_credential(path: Path) -> str:
             f"{path} cannot be read" + (f" (errno {number})" if number else ""),
             hint="it must be text, readable by the daemon's user",
         ) from None
-    if mode & OPEN_TO_OTHERS:
+    if mode & OPEN_TO_OTHERS & ~(READ_BY_OTHERS if anybody_may_read else 0):
         raise ConfigError(
             f"{path} is open to other users (mode {mode:04o})",
             hint=f"chmod 600 {path} (Kubernetes: defaultMode: 0400), and replace what is in it",

@@ -18,7 +18,7 @@ import pytest
 
 from keyturn.core.model import Target
 from keyturn.destinations.vault import VaultDestination, VaultOptions
-from keyturn.destinations.vault_login import AuthOptions
+from keyturn.destinations.vault_auth import AuthOptions
 from keyturn.errors import Denied, DestinationUnavailable, KeyturnError, NotFound, Rejected
 from keyturn.testing import openbao
 from keyturn.testing.contract import (

@@ -11,7 +11,7 @@ import pytest
 from hvac.exceptions import Forbidden
 
 from keyturn.destinations.vault import VaultDestination
-from keyturn.destinations.vault_login import AuthOptions
+from keyturn.destinations.vault_auth import AuthOptions
 from keyturn.errors import Denied, DestinationUnavailable
 from keyturn.testing.certificates import new_authority
 from keyturn.testing.contract import PLACE, new_entry

@@ -24,7 +24,7 @@ from keyturn.core.secret import RANDOM_LENGTH, _base62, _checksum
 from keyturn.destinations import vault
 from keyturn.destinations.file import FileDestination, FileOptions
 from keyturn.destinations.vault import OWNER
-from keyturn.destinations.vault_login import AuthOptions
+from keyturn.destinations.vault_auth import AuthOptions
 from keyturn.errors import KeyturnError, StaleRevision
 from keyturn.ports import Entry, Observed
 from keyturn.testing import openbao

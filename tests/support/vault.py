@@ -12,7 +12,7 @@ from typing import Any
 
 from keyturn.core.model import Target
 from keyturn.destinations.vault import VaultDestination, VaultOptions
-from keyturn.destinations.vault_login import AuthOptions
+from keyturn.destinations.vault_auth import AuthOptions
 from keyturn.testing import openbao
 from keyturn.testing.contract import OTHER_STORE_ID, STORE_ID, DestinationContract
 from keyturn.testing.fakes import FakeClock

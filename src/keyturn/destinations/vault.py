@@ -24,7 +24,8 @@ from keyturn.core.duration import FORM
 from keyturn.core.model import Target, Traits
 from keyturn.destinations.base import ConnectionOptions, DestinationBase, Form, duration
 from keyturn.destinations.entry import merged, observed, refuse_foreign, without_ours
-from keyturn.destinations.vault_login import AuthOptions, Login, is_safe_address
+from keyturn.destinations.vault_auth import AuthOptions
+from keyturn.destinations.vault_login import Login, is_safe_address
 from keyturn.destinations.vault_reads import Reads
 from keyturn.errors import (
     Conflict,

@@ -12,20 +12,16 @@ import threading
 import time
 from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 import hvac
 import hvac.adapters
 import hvac.exceptions as vendor
 import requests
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from keyturn.credential_file import read_credential
-from keyturn.destinations.base import Form
+from keyturn.destinations.vault_auth import AuthOptions, method_of, text_of
 from keyturn.errors import (
-    ConfigError,
     Denied,
     DestinationUnavailable,
     KeyturnError,
@@ -34,9 +30,9 @@ from keyturn.errors import (
 )
 
 RENEW_AT = 2 / 3  # of the token's life
+TRY_AGAIN = 5.0  # seconds, to replace a token that still lives
 ANSWER_LIMIT = 1024 * 1024
 LONGEST_RETRY_AFTER = 300
-WRAPPED_BY = "secret-id"  # end of the only path that may have made a wrapped secret id
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -48,51 +44,7 @@ def is_safe_address(address: str) -> bool:
     return plain and safe and bool(parts.hostname)
 
 
-def _file(value: object) -> Path:
-    if not isinstance(value, str) or not value.startswith("/"):
-        raise ValueError
-    return Path(value)
-
-
 Headers = Mapping[str, str | None]
-CredentialFile = Annotated[Path | None, BeforeValidator(_file), Form("an absolute path")]
-
-
-class AuthOptions(BaseModel):
-    """How to log in. Secrets are only ever named by file."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, hide_input_in_errors=True, validate_default=False
-    )
-
-    method: Annotated[
-        Literal["token", "approle"],
-        Form("token or approle"),
-        Field(description="token: a file with a token; approle: role id and secret id"),
-    ]
-    token_file: Annotated[CredentialFile, Field(description="file that holds the token")] = None
-    role_id: Annotated[str | None, Form("a role id"), Field(description="role id, public")] = None
-    role_id_file: Annotated[CredentialFile, Field(description="file that holds the role id")] = None
-    secret_id_file: Annotated[
-        CredentialFile, Field(description="file that holds the secret id, or a wrapping token")
-    ] = None
-    wrapped: Annotated[
-        bool, Form("true or false"), Field(description="the file holds a wrapping token")
-    ] = False
-    mount: Annotated[
-        str, Form("the mount of the auth method"), Field(description="mount of the method")
-    ] = "approle"
-
-    @model_validator(mode="after")
-    def _whole(self) -> AuthOptions:
-        if self.method == "token":
-            good = self.token_file is not None
-        else:
-            role = (self.role_id is None) != (self.role_id_file is None)
-            good = role and self.secret_id_file is not None
-        if not good:
-            raise ValueError
-        return self
 
 
 class Login:
@@ -109,6 +61,7 @@ class Login:
         name: str,
     ) -> None:
         self._auth = auth
+        self._method = method_of(auth, name)
         self._name = name
         session = _Unredirected()
         session.trust_env = False  # SECURITY: no proxy, netrc or CA bundle of the surroundings
@@ -204,8 +157,8 @@ class Login:
         with self._guard:
             if self._client.token != refused:
                 return True
-            if self._auth.method == "token":
-                fresh = _text_of(self._auth.token_file, self._name)
+            if self._method is None:
+                fresh = text_of(self._auth.token_file, self._name)
                 if fresh == refused:
                     return False
             elif self._still_good():
@@ -222,72 +175,34 @@ class Login:
         return True
 
     def _log_in(self) -> None:
-        if self._auth.method == "token":
-            self._client.token = _text_of(self._auth.token_file, self._name)
+        if self._method is None:
+            self._client.token = text_of(self._auth.token_file, self._name)
             self._ours = False
             self._read_life()
             return
-        role = self._auth.role_id or _text_of(self._auth.role_id_file, self._name)
-        secret_id = _text_of(self._auth.secret_id_file, self._name)
-        if self._auth.wrapped:
-            secret_id = self._unwrapped(secret_id)
-        answer = self._login_call(role, secret_id)
+        body = self._method.credentials(self.send)
+        try:
+            path = f"/v1/auth/{self._auth.place}/login"
+            found = self.send("post", path, body, {"X-Vault-Token": None})
+        except (vendor.InvalidRequest, vendor.Forbidden) as error:
+            raise self._method.refusal(error, worked=self._logins > 0) from None
+        answer = found.get("auth") if isinstance(found, dict) else None
+        if not isinstance(answer, dict) or not answer.get("client_token"):
+            raise DestinationUnavailable(f"{self._name}: the login's answer makes no sense")
         self._client.token = answer["client_token"]
         self._ours = True
         self._began(answer.get("num_uses"))
         self._lives(answer.get("lease_duration"), renewable=bool(answer.get("renewable")))
         self._life = float(answer.get("lease_duration") or 0)
 
-    def _login_call(self, role: str, secret_id: str) -> dict[str, Any]:
-        body = {"role_id": role, "secret_id": secret_id}
-        try:
-            found = self._client.adapter.post(f"/v1/auth/{self._auth.mount}/login", json=body)
-        except (vendor.InvalidRequest, vendor.Forbidden):
-            raise Denied(
-                f"{self._name}: the AppRole login is refused",
-                hint="check role id and secret id, and whether the secret id has run out",
-            ) from None
-        auth = found.get("auth") if isinstance(found, dict) else None
-        if not isinstance(auth, dict) or not auth.get("client_token"):
-            raise DestinationUnavailable(f"{self._name}: the login's answer makes no sense")
-        return auth
-
-    def _unwrapped(self, wrapping: str) -> str:
-        """Unwrap a secret id once, if its creation path is that of a secret id.
-
-        SECURITY: whoever can put a token into the file could otherwise hand us one that they made.
-        """
-        if self._secret_id is not None and self._wrapping == wrapping:
-            return self._secret_id
-        try:
-            found = self._client.adapter.post("/v1/sys/wrapping/lookup", json={"token": wrapping})
-            made_by = str((found.get("data") or {}).get("creation_path", ""))
-            expected = f"auth/{self._auth.mount}/role/"
-            if not (made_by.startswith(expected) and made_by.endswith(f"/{WRAPPED_BY}")):
-                raise Denied(f"{self._name}: the wrapping token was not made for a secret id")
-            # No login yet: the wrapping token itself is what lets it be unwrapped.
-            found = self._client.adapter.post(
-                "/v1/sys/wrapping/unwrap", json={}, headers={"X-Vault-Token": wrapping}
-            )
-        except (vendor.InvalidRequest, vendor.Forbidden):
-            raise Denied(
-                f"{self._name}: the wrapping token is used up or has run out",
-                hint="if nobody of yours used it, somebody else did: revoke the secret id",
-            ) from None
-        self._wrapping, self._secret_id = wrapping, str(found["data"]["secret_id"])
-        return self._secret_id
-
-    _wrapping: str | None = None
-    _secret_id: str | None = None
-
     def _renew(self) -> None:
         try:
             found = self._client.adapter.post("/v1/auth/token/renew-self", json={})
         except (vendor.Forbidden, vendor.InvalidRequest, vendor.InternalServerError):
-            # OpenBao 2.7 answers 500 where the token has just come to its maximum [measured].
+            # OpenBao 2.7 answers 500 where the token has just come to its maximum, and 403 where
+            # Kubernetes does not confirm the token that the login was made with [measured].
             if self._ours:
-                self._client.token = None
-                self._log_in()
+                self._replace()
             else:
                 self._renew_at = time.monotonic() + 60
             return
@@ -295,9 +210,23 @@ class Login:
         seconds = auth.get("lease_duration")
         if self._ours and self._life and (seconds or 0) < self._life / 2:
             # Its maximum is near: a token that ends inside of a request makes the server answer 500.
-            self._log_in()
+            self._replace()
             return
         self._lives(seconds, renewable=bool(auth.get("renewable")))
+
+    def _replace(self) -> None:
+        """Log in anew before the token ends; where that is not possible now, it is used on."""
+        try:
+            self._log_in()
+        except DestinationUnavailable:
+            left = (self._ends_at or 0.0) - time.monotonic()
+            if left <= 0:
+                self._client.token = None
+                raise
+            self._renew_at = time.monotonic() + min(TRY_AGAIN, left)
+        except Denied:
+            self._client.token = None
+            raise
 
     def _read_life(self) -> None:
         try:
@@ -385,10 +314,3 @@ def _pause(retry_after: str | None) -> timedelta:
     """Read a Retry-After of seconds (RFC 9110, 10.2.3), bounded: a server must not park us."""
     seconds = int(retry_after) if retry_after and retry_after.isdecimal() else 1
     return timedelta(seconds=min(max(seconds, 1), LONGEST_RETRY_AFTER))
-
-
-def _text_of(path: Path | None, name: str) -> str:
-    try:
-        return read_credential(path).strip() if path is not None else ""
-    except ConfigError as error:
-        raise Denied(f"{name}: {error}", hint=error.hint) from None
