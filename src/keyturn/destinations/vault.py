@@ -24,7 +24,7 @@ from keyturn.core.duration import FORM
 from keyturn.core.model import Target, Traits
 from keyturn.destinations.base import ConnectionOptions, DestinationBase, Form, duration
 from keyturn.destinations.entry import merged, observed, refuse_foreign, without_ours
-from keyturn.destinations.vault_auth import AuthOptions
+from keyturn.destinations.vault_auth import AuthOptions, plain_place
 from keyturn.destinations.vault_login import Login, is_safe_address
 from keyturn.destinations.vault_reads import Reads
 from keyturn.errors import (
@@ -50,6 +50,15 @@ def _address(value: object) -> object:
     return value.rstrip("/")
 
 
+def _namespace(value: object) -> str | None:
+    if value is None:
+        return None
+    place = plain_place(value)
+    if "root" in place.split("/"):  # no namespace can have it: `root` means that there is none
+        raise ValueError
+    return place
+
+
 class VaultOptions(ConnectionOptions):
     """How to reach a Vault or OpenBao, and which of its mounts to write in."""
 
@@ -61,16 +70,22 @@ class VaultOptions(ConnectionOptions):
     ]
     auth: Annotated[AuthOptions, Form("a mapping with a method"), Field(description="login")]
     namespace: Annotated[
-        str | None, Form("a namespace"), Field(description="namespace, where there are any")
+        str | None,
+        BeforeValidator(_namespace),
+        Form("a namespace such as platform or platform/team, never root"),
+        Field(description="namespace of login and mount, where there are any"),
     ] = None
     ca_file: Annotated[
         str | None,
         Form("an absolute path"),
         Field(description="certificates of the authority that signed the server's"),
     ] = None
-    mount: Annotated[str, Form("the name of a KV v2 mount"), Field(description="KV v2 mount")] = (
-        "kv"
-    )
+    mount: Annotated[
+        str,
+        BeforeValidator(plain_place),
+        Form("the name of a KV v2 mount"),
+        Field(description="KV v2 mount"),
+    ] = "kv"
     staleness: Annotated[
         timedelta,
         BeforeValidator(duration),
@@ -125,10 +140,15 @@ class VaultDestination(DestinationBase):
         return replace(super().traits, staleness=self.options.staleness)
 
     def identity(self, target: Target) -> str:
-        """Return server, namespace, mount and path in one."""
-        space = self.options.namespace or ""
-        mount = self.options.mount.strip("/")
-        return f"vault:{self.options.address.lower()}/{space}/{mount}/{self.place(target)}"
+        """Return the address by which the server knows the entry, whatever names what part of it.
+
+        SECURITY: a namespace may stand in the header or begin the path, so `namespace: a` with the
+        mount `kv` and the mount `a/kv` are one place [measured]. What requests are made of is
+        compared, because by nothing else does the server tell entries apart.
+        """
+        space, mount = self.options.namespace, self.options.mount
+        parts = [*([space] if space else []), mount, "data", self.place(target)]
+        return f"vault:{self.options.address.lower()}/{'/'.join(parts)}"
 
     @property
     def login_ends_in(self) -> timedelta | None:
@@ -142,36 +162,39 @@ class VaultDestination(DestinationBase):
 
     @classmethod
     def least_policy(cls, options: Any, entries: Sequence[tuple[Target, str]]) -> str:
-        """Return a policy in HCL."""
+        """Return a policy in HCL; its paths are relative to the namespace that it is written in."""
         rights: dict[str, tuple[str, ...]] = {}
         for path, retire in sorted((_placed(options, target), how) for target, how in entries):
             rights |= _rights(options, path, retire)
         rights |= dict.fromkeys(_OWN_TOKEN, ("update",))
         rights["auth/token/lookup-self"] = ("read",)
-        return "\n".join(_rule(path, needed) for path, needed in rights.items())
+        rules = [_rule(path, needed) for path, needed in rights.items()]
+        return "\n".join([*_where(options), *rules])
 
     def _probe(self) -> str:
         life = self._login.check()
         self._check_mount()
-        server = f"{self.options.address}, mount {self.options.mount}"
+        space = f", namespace {self.options.namespace}" if self.options.namespace else ""
+        server = f"{self.options.address}{space}, mount {self.options.mount}"
         return f"{server}: {life}; reads reach the leader {self._reads.way()}"
 
     def _check_mount(self) -> None:
         """Ask what is mounted, as the servers' own command lines do before each `kv` command."""
-        mount = self.options.mount.strip("/")
+        mount, space = self.options.mount, self.options.namespace
+        where = f"-namespace={space} " if space else ""
         try:
             found = self._login.request("get", f"/v1/sys/internal/ui/mounts/{mount}", None)
         except vendor.Forbidden:
             raise Denied(
                 f"{self.name}: there is no mount {mount}, or the login has no right in it",
                 hint="compare its policy with `keyturn policy vault`; a mount is made by"
-                f" `vault secrets enable -path={mount} -version=2 kv`",
+                f" `vault secrets enable {where}-path={mount} -version=2 kv`",
             ) from None
         data = found.get("data") or {}
         if data.get("type") != "kv" or (data.get("options") or {}).get("version") != "2":
             raise Rejected(
                 f"{self.name}: the mount {mount} is no KV store of version 2",
-                hint=f"`vault kv enable-versioning {mount}`, or name another mount",
+                hint=f"`vault kv enable-versioning {where}{mount}`, or name another mount",
             )
 
     def _probe_entry(self, target: Target, retire: str) -> None:
@@ -242,6 +265,8 @@ class VaultDestination(DestinationBase):
         try:
             answer, fresh = self._reads.get(full)
         except vendor.InvalidPath as error:
+            if error.errors:  # an entry that is missing says nothing; a mount or a namespace does
+                raise self._absent() from None
             return _body(error), self._reads.way().fresh
         except vendor.VaultError as error:
             raise self._refusal("get", full, error) from None
@@ -364,7 +389,7 @@ class VaultDestination(DestinationBase):
         except vendor.InvalidPath as error:
             if absent:
                 return _body(error)
-            raise NotFound(f"{self.name}: no KV v2 mount {self.options.mount}") from None
+            raise self._absent() from None
         except vendor.VaultError as error:
             raise self._refusal(method, full, error) from None
 
@@ -377,6 +402,13 @@ class VaultDestination(DestinationBase):
             return Rejected(f"{self.name}: the request was refused (400)")
         return self._translate(error)
 
+    def _absent(self) -> NotFound:
+        space = f" in the namespace {self.options.namespace}" if self.options.namespace else ""
+        return NotFound(
+            f"{self.name}: no KV v2 mount {self.options.mount}{space}",
+            hint="check the connection's address, namespace and mount",
+        )
+
     def _lacking(self, need: str, path: str) -> Denied:
         return Denied(
             f"{self.name}: the login lacks {need} on {path}",
@@ -384,7 +416,7 @@ class VaultDestination(DestinationBase):
         )
 
     def _full(self, path: str) -> str:
-        return f"/v1/{self.options.mount.strip('/')}/{path}"
+        return f"/v1/{self.options.mount}/{path}"
 
     def _translate(self, error: Exception) -> DestinationError:
         return translate(self.name, error)
@@ -399,7 +431,10 @@ def translate(name: str, error: Exception) -> DestinationError:
     if isinstance(error, vendor.RateLimitExceeded):
         return Throttled(f"{name}: too many requests")
     if isinstance(error, vendor.InvalidPath):
-        return NotFound(f"{name}: nothing is mounted there")
+        return NotFound(
+            f"{name}: nothing is mounted there",
+            hint="check the connection's address, namespace and mount",
+        )
     if isinstance(
         error, vendor.InvalidRequest | vendor.UnsupportedOperation | vendor.ParamValidationError
     ):
@@ -436,7 +471,7 @@ def _placed(options: VaultOptions, target: Target) -> str:
 
 def _rights(options: VaultOptions, path: str, retire: str) -> dict[str, tuple[str, ...]]:
     """Return the capabilities that rotations of one entry need, by API path."""
-    mount = options.mount.strip("/")
+    mount = options.mount
     rights: dict[str, tuple[str, ...]] = {
         f"{mount}/data/{path}": ("create", "read", "update"),
         f"{mount}/metadata/{path}": ("create", "read", "update"),
@@ -445,6 +480,12 @@ def _rights(options: VaultOptions, path: str, retire: str) -> dict[str, tuple[st
         verb = "destroy" if retire == "destroy" else "delete"
         rights[f"{mount}/{verb}/{path}"] = ("create", "update")
     return rights
+
+
+def _where(options: VaultOptions) -> list[str]:
+    """Say, as a comment of the policy, where it must be written."""
+    space = options.namespace
+    return [f"# to be written in the namespace {space}: -namespace={space}"] if space else []
 
 
 def _rule(path: str, capabilities: Sequence[str]) -> str:
