@@ -1,4 +1,4 @@
-"""What the tests of Vault and OpenBao share: a root, AppRole logins, the contract's hooks."""
+"""What the tests of Vault and OpenBao share: a root, namespaces, logins, the contract's hooks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from keyturn.destinations.vault_auth import AuthOptions
 from keyturn.testing import openbao
 from keyturn.testing.contract import OTHER_STORE_ID, STORE_ID, DestinationContract
 from keyturn.testing.fakes import FakeClock
+from keyturn.testing.kubernetes import ApiServer
+from keyturn.testing.production import await_true
 from support.recording_proxy import Answer, Call, Forward, Proxy
 
+AUDIENCE = "vault"  # of the service account tokens
 Root = Callable[..., Any]  # (method, path, body=None) -> what the server says, as root
 
 _NUMBERS = itertools.count(1)
@@ -66,10 +69,71 @@ def approle(
     return AuthOptions(method="approle", role_id=role_id, secret_id_file=str(path))
 
 
-def printed_policy(mount: str, prefix: str, targets: list[Target]) -> str:
+def in_namespace(root: Root, namespace: str) -> Root:
+    """Give a way to ask inside of a namespace, which the server takes as the begin of a path."""
+    return lambda method, path, body=None: root(method, f"{namespace}/{path}", body)
+
+
+def new_namespace(root: Root, path: str, *, mount: str) -> Root:
+    """Make a namespace, beneath one that is there, with a mount that demands check-and-set."""
+    above, _, name = path.rpartition("/")
+    (in_namespace(root, above) if above else root)("PUT", f"sys/namespaces/{name}", {})
+    inside = in_namespace(root, path)
+    inside("POST", f"sys/mounts/{mount}", {"type": "kv", "options": {"version": "2"}})
+    await_true(lambda: inside("POST", f"{mount}/config", {"cas_required": True}) == {})
+    return inside
+
+
+def kubernetes(
+    root: Root,
+    folder: Path,
+    cluster: ApiServer,
+    name: str,
+    *,
+    policy: str,
+    ttl: str = "60s",
+    mount: str | None = None,
+    **role: Any,
+) -> AuthOptions:
+    """Make a role for one service account and project a token of it, readable for anybody."""
+    place = mount or "kubernetes"
+    with contextlib.suppress(urllib.error.HTTPError):
+        root("POST", f"sys/auth/{place}", {"type": "kubernetes"})
+    config = {
+        "kubernetes_host": cluster.address,
+        "kubernetes_ca_cert": cluster.ca_file.read_text(),
+        "token_reviewer_jwt": cluster.reviewer,
+        "disable_local_ca_jwt": True,
+    }
+    root("POST", f"auth/{place}/config", config)
+    root("PUT", f"sys/policies/acl/{name}", {"policy": policy})
+    bound = {
+        "bound_service_account_names": [name],
+        "bound_service_account_namespaces": ["prod"],
+        "audience": AUDIENCE,
+        "token_policies": [name],
+        "token_ttl": ttl,
+        "token_no_default_policy": True,
+    }
+    root("POST", f"auth/{place}/role/{name}", {**bound, **role})
+    path = folder / f"{name}-service-account"
+    project(path, cluster.token(cluster.account("prod", name), audiences=[AUDIENCE]))
+    options = {"method": "kubernetes", "role": name, "token_file": str(path)}
+    return AuthOptions.model_validate({**options, **({"mount": mount} if mount else {})})
+
+
+def project(path: Path, token: str, *, mode: int = 0o644) -> None:
+    """Put a service account's token there at one stroke, as kubelet replaces it."""
+    new = path.with_suffix(".new")
+    new.write_text(token)
+    new.chmod(mode)
+    new.replace(path)
+
+
+def printed_policy(mount: str, prefix: str, targets: list[Target], **more: Any) -> str:
     """Return what `keyturn policy vault` prints for these entries, for both ways to retire."""
     login = {"method": "token", "token_file": "/x"}
-    options = VaultOptions(address="https://x", auth=login, mount=mount, prefix=prefix)
+    options = VaultOptions(address="https://x", auth=login, mount=mount, prefix=prefix, **more)
     entries = [(target, how) for target in targets for how in ("disable", "destroy")]
     return VaultDestination.least_policy(options, entries)
 
@@ -141,6 +205,7 @@ class ByPolicyContract(VaultContract):
     granted: list[Target]
     prefix: str
     mount: str
+    namespace: str | None = None
 
     def _target(self, name: str, **more: Any) -> Target:
         target = super()._target(name, **more)
@@ -150,7 +215,7 @@ class ByPolicyContract(VaultContract):
 
     def grant(self, targets: list[Target]) -> None:
         """Write the policy for these entries; it holds at once, for tokens that are out as well."""
-        text = printed_policy(self.mount, self.prefix, targets)
+        text = printed_policy(self.mount, self.prefix, targets, namespace=self.namespace)
         self.root("PUT", f"sys/policies/acl/{self.role}", {"policy": text})
 
     @contextlib.contextmanager
@@ -166,14 +231,18 @@ class ByPolicyContract(VaultContract):
         """Make the connection, and everything that it needs at the server."""
         self.prefix = self.role = new_prefix()
         self.mount, self.granted = mount, []
-        policy = printed_policy(mount, self.prefix, [])
-        auth = approle(self.root, folder, self.role, policy=policy, token_num_uses=uses)
+        auth = self.login(folder, uses=uses)
+        options = {"namespace": self.namespace, **options}
         return connect(address, auth, prefix=self.prefix, mount=mount, **options)
+
+    def login(self, folder: Path, *, uses: int) -> AuthOptions:
+        """Make a role whose policy is the printed one, for no entry yet."""
+        policy = printed_policy(self.mount, self.prefix, [], namespace=self.namespace)
+        return approle(self.root, folder, self.role, policy=policy, token_num_uses=uses)
 
 
 def sibling_of(destination: Any, address: str, auth: AuthOptions) -> VaultDestination:
     """Make the connection of another store to the same place."""
     options = destination.options
-    return connect(
-        address, auth, store_id=OTHER_STORE_ID, prefix=options.prefix, mount=options.mount
-    )
+    same = {name: getattr(options, name) for name in ("prefix", "mount", "namespace", "ca_file")}
+    return connect(address, auth, store_id=OTHER_STORE_ID, **same)
