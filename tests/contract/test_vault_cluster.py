@@ -15,11 +15,18 @@ from keyturn.errors import Conflict, Denied, DestinationUnavailable
 from keyturn.testing.contract import PLACE, new_entry
 from keyturn.testing.production import Production, production
 from support.recording_proxy import recording_proxy
-from support.vault import approle, connect, new_prefix, printed_policy
+from support.vault import (
+    approle,
+    connect,
+    in_namespace,
+    new_namespace,
+    new_prefix,
+    printed_policy,
+)
 
 pytestmark = pytest.mark.full  # three servers and elections of ten seconds
 
-MOUNT = "teams"
+MOUNT, NAMESPACE = "teams", "platform"
 PATIENCE = 60.0
 
 
@@ -31,32 +38,35 @@ def cluster(
     reads = request.param == "standbys-read"
     with production(tmp_path_factory.mktemp("bao"), nodes=3, standby_reads=reads) as one:
         one.mount(MOUNT)
+        new_namespace(one.call, NAMESPACE, mount=MOUNT)
         yield one
 
 
 class Place:
     """One entry and its role, reached through any node."""
 
-    def __init__(self, cluster: Production, folder: Path) -> None:
-        self.cluster, self.prefix = cluster, new_prefix()
-        policy = printed_policy(MOUNT, self.prefix, [PLACE])
-        self.auth = approle(cluster.call, folder, self.prefix, policy=policy)
+    def __init__(self, cluster: Production, folder: Path, namespace: str | None = None) -> None:
+        self.cluster, self.prefix, self.namespace = cluster, new_prefix(), namespace
+        self.root = in_namespace(cluster.call, namespace) if namespace else cluster.call
+        policy = printed_policy(MOUNT, self.prefix, [PLACE], namespace=namespace)
+        self.auth = approle(self.root, folder, self.prefix, policy=policy)
 
     def through(self, address: str, **options: Any) -> VaultDestination:
         """Connect to one node."""
-        options = {"ca_file": str(self.cluster.ca_file), **options}
+        same = {"ca_file": str(self.cluster.ca_file), "namespace": self.namespace}
+        options = {**same, **options}
         return connect(address, self.auth, mount=MOUNT, prefix=self.prefix, **options)
 
     def number(self) -> int:
         """Return the number of the newest version, by the leader."""
-        found = self.cluster.call("GET", f"{MOUNT}/data/{self.prefix}/{PLACE.path}")
+        found = self.root("GET", f"{MOUNT}/data/{self.prefix}/{PLACE.path}")
         return int(found["data"]["metadata"]["version"])
 
 
 @pytest.fixture
-def place(cluster: Production, tmp_path: Path) -> Place:
-    """Give an entry of its own."""
-    return Place(cluster, tmp_path)
+def place(request: pytest.FixtureRequest, cluster: Production, tmp_path: Path) -> Place:
+    """Give an entry of its own, outside of namespaces unless the test names one."""
+    return Place(cluster, tmp_path, getattr(request, "param", None))
 
 
 def patiently(step: Any) -> Any:
@@ -71,6 +81,7 @@ def patiently(step: Any) -> Any:
             time.sleep(0.2)
 
 
+@pytest.mark.parametrize("place", [None, NAMESPACE], indirect=True)
 def test_what_is_written_at_one_node_is_read_at_all_at_once(place: Place) -> None:
     """Two hundred moves, each written at one node and looked at through another at once: never late."""
     nodes = [place.through(node.address) for node in place.cluster.nodes]
@@ -85,6 +96,7 @@ def test_what_is_written_at_one_node_is_read_at_all_at_once(place: Place) -> Non
         one.close()
 
 
+@pytest.mark.parametrize("place", [None, NAMESPACE], indirect=True)
 def test_a_real_redirect_is_refused(place: Place) -> None:
     """A standby that may not forward sends a 307 to the leader: nothing goes there from us."""
     leader, standby = place.cluster.leader(), place.cluster.standbys()[0]

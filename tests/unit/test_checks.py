@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from keyturn.daemon.checks import check, least_policy
-from keyturn.errors import Refused
+from keyturn.errors import ConfigError, Refused
 
 CONTENT: dict[str, Any] = {
     "version": 1,
@@ -74,6 +74,35 @@ def test_a_policy_is_printed_for_one_connection_that_has_some(tmp_path: Path) ->
         with pytest.raises(Refused, match=words) as refused:
             least_policy(path, kind, name)
         assert refused.value.hint
+
+
+def test_one_entry_by_header_and_by_path_has_one_owner(tmp_path: Path) -> None:
+    """A namespace as an option and as the begin of the mount lead to one entry: refused offline."""
+    bao = {**CONTENT["connections"]["bao"], "prefix": ""}
+    same = {"namespace": "a/b", "mount": "kv"}, {"namespace": "/a/", "mount": "b/kv"}
+    other = {"namespace": "a", "mount": "kv"}
+    for pair, good in ((same, False), ((same[0], other), True)):
+        connections = {
+            f"v{n}": {**bao, **one, "auth": dict(bao["auth"])} for n, one in enumerate(pair)
+        }
+        agents = {f"a{n}": {"destinations": [{"to": f"v{n}", "path": "x"}]} for n in range(2)}
+        content = {**CONTENT, "connections": connections, "agents": agents}
+        path = written(tmp_path, content)
+        if good:
+            assert check(path)["ok"]
+        else:
+            with pytest.raises(ConfigError, match="expected an entry of its own"):
+                check(path)
+
+
+def test_a_policy_for_a_namespace_says_so(tmp_path: Path) -> None:
+    """Its first line is a comment that names where it must be written."""
+    bao = {**CONTENT["connections"]["bao"], "namespace": "a/b"}
+    content = {**CONTENT, "connections": {**CONTENT["connections"], "bao": bao}}
+
+    text = least_policy(written(tmp_path, content), "vault", "bao")["text"]
+
+    assert text.startswith("# to be written in the namespace a/b: -namespace=a/b\npath ")
 
 
 def files_only(root: Path) -> dict[str, Any]:

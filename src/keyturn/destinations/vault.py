@@ -24,7 +24,7 @@ from keyturn.core.duration import FORM
 from keyturn.core.model import Target, Traits
 from keyturn.destinations.base import ConnectionOptions, DestinationBase, Form, duration
 from keyturn.destinations.entry import merged, observed, refuse_foreign, without_ours
-from keyturn.destinations.vault_auth import AuthOptions, plain_place
+from keyturn.destinations.vault_auth import AUTH_FORM, AuthOptions, plain_place
 from keyturn.destinations.vault_login import Login, is_safe_address
 from keyturn.destinations.vault_reads import Reads
 from keyturn.errors import (
@@ -68,7 +68,7 @@ class VaultOptions(ConnectionOptions):
         Form("https://host[:port] (http on loopback only)"),
         Field(description="address of the server"),
     ]
-    auth: Annotated[AuthOptions, Form("a mapping with a method"), Field(description="login")]
+    auth: Annotated[AuthOptions, Form(AUTH_FORM), Field(description="login")]
     namespace: Annotated[
         str | None,
         BeforeValidator(_namespace),
@@ -83,7 +83,7 @@ class VaultOptions(ConnectionOptions):
     mount: Annotated[
         str,
         BeforeValidator(plain_place),
-        Form("the name of a KV v2 mount"),
+        Form("the name of a KV v2 mount such as kv or team/kv"),
         Field(description="KV v2 mount"),
     ] = "kv"
     staleness: Annotated[

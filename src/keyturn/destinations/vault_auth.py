@@ -23,6 +23,10 @@ from keyturn.errors import ConfigError, Denied, DestinationError, DestinationUna
 
 WRAPPED_BY = "secret-id"  # end of the only path that may have made a wrapped secret id
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
+AUTH_FORM = (
+    "a method with its own keys alone: token with token_file, approle with secret_id_file and one of"
+    " role_id and role_id_file, or kubernetes with role"
+)
 _PROJECTED = f"an absolute path (kubernetes: {SERVICE_ACCOUNT} by default)"
 
 
@@ -89,7 +93,7 @@ class AuthOptions(BaseModel):
     mount: Annotated[
         str | None,
         BeforeValidator(plain_place),
-        Form("the mount of the auth method"),
+        Form("the mount of the auth method such as kubernetes or k8s/eu"),
         Field(description="mount of the method, by default its name"),
     ] = None
 
