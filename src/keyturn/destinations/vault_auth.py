@@ -211,7 +211,7 @@ class Kubernetes:
 
         SECURITY: anybody may be able to read it, for this file alone. Kubelet projects it 0644
         unless the pod has an fsGroup (0640) or one user for all of its containers (0600); it lies in
-        memory, in the pod's own volume below a folder of root's, and ends within the hour.
+        memory, in the pod's own volume below a folder of root's, and ends with the pod (ADR 14).
         """
         del send
         token = text_of(self._file, self._name, anybody_may_read=True)
