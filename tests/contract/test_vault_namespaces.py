@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from keyturn.core.model import Target
 from keyturn.destinations.vault import VaultDestination, VaultOptions
 from keyturn.destinations.vault_auth import AuthOptions
-from keyturn.errors import KeyturnError, NotFound
+from keyturn.errors import Denied, KeyturnError, NotFound
 from keyturn.testing.contract import PLACE, new_entry, publish
 from keyturn.testing.kubernetes import ApiServer, api_server
 from keyturn.testing.production import Production, production
@@ -288,6 +288,30 @@ def test_what_vanishes_later_is_no_missing_entry(scene: Scene) -> None:
     scene.server.call("DELETE", "sys/namespaces/passing")
     with pytest.raises(KeyturnError):
         one.observe(PLACE)
+
+
+def test_a_wrapped_secret_id_is_taken_inside_of_a_namespace(scene: Scene) -> None:
+    """Its creation path is relative to the namespace there; one made for anything else is refused."""
+    plain = scene.connect("platform/team")
+    role = str(plain.options.auth.secret_id_file).rpartition("/")[2].removesuffix("-secret-id")
+    path = scene.folder / "wrapping"
+    wrapped = {"method": "approle", "role_id": plain.options.auth.role_id, "wrapped": True}
+    auth = AuthOptions(**wrapped, secret_id_file=str(path))
+
+    def wrap(what: str, body: dict[str, str]) -> VaultDestination:
+        headers = {"X-Vault-Wrap-TTL": "60s", "X-Vault-Namespace": "platform/team"}
+        node = scene.server.nodes[0]
+        found = node.call("POST", what, body, token=scene.server.token, headers=headers)
+        path.touch(mode=0o600)
+        path.write_text(found["wrap_info"]["token"])
+        options = plain.options.model_copy(update={"auth": auth})
+        made = VaultDestination(options, name="w", store_id=plain.store_id, clock=plain.clock)
+        scene.opened.append(made)
+        return made
+
+    assert wrap(f"auth/approle/role/{role}/secret-id", {}).observe(PLACE).exists is False
+    with pytest.raises(Denied, match="not made for a secret id"):
+        wrap("sys/wrapping/wrap", {"secret_id": "planted"}).observe(PLACE)
 
 
 def test_a_probe_names_the_namespace(scene: Scene) -> None:

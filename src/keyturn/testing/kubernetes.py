@@ -138,8 +138,10 @@ class ApiServer:
         """Let nobody listen at its address, until the block ends."""
         port = self._http.server_port
         self.close()
-        yield
-        self._http = self._listen(port)
+        try:
+            yield
+        finally:
+            self._http = self._listen(port)
 
     def close(self) -> None:
         """Stop listening."""
