@@ -221,8 +221,8 @@ class Kubernetes:
     def refusal(self, error: vendor.VaultError, *, worked: bool) -> DestinationError:
         """Tell what is wrong from a review that could not be made, as far as the server does.
 
-        Both servers name what is wrong with the token or the role, and say "permission denied"
-        alone where Kubernetes did not confirm the token: also where they cannot reach it [measured].
+        They name what is wrong with the token or the role, and say "permission denied" alone where
+        Kubernetes did not confirm the token: also where it cannot be asked [measured at OpenBao 2.7].
         Where this very login has worked before, and the token has not ended, that is waited out.
         """
         lives = self._ends_at is not None and self._ends_at > time.time()
@@ -250,7 +250,7 @@ def _is_bare(error: vendor.VaultError) -> bool:
 
 
 def _end_of(token: str) -> float | None:
-    """Return when a JWT says that it ends; it is ours, and nothing is decided by it but a message."""
+    """Return when a JWT says that it ends, unverified: it only tells how a refusal is to be read."""
     try:
         part = token.split(".")[1]
         claims = json.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
