@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hvac.exceptions import VaultError
 from pydantic import ValidationError
 
 from keyturn.destinations.vault import VaultDestination
-from keyturn.destinations.vault_auth import SERVICE_ACCOUNT, AuthOptions
+from keyturn.destinations.vault_auth import SERVICE_ACCOUNT, AuthOptions, Kubernetes
 from keyturn.errors import Denied, DestinationUnavailable
 from keyturn.testing import openbao
 from keyturn.testing.contract import PLACE, new_entry
@@ -314,6 +315,29 @@ def test_a_token_that_is_not_projected_is_named_by_its_file(scene: Scene) -> Non
 
     with pytest.raises(Denied, match="service-account cannot be read"):
         destination.observe(PLACE)
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "waits"),
+    [
+        (403, "permission denied", True),
+        (403, "1 error occurred:\n\t* permission denied\n\n", True),
+        (403, "service account name not authorized", False),
+        (400, "permission denied", False),
+    ],
+)
+def test_a_no_without_a_reason_is_known_in_both_forms(
+    cluster: ApiServer, tmp_path: Path, status: int, text: str, waits: bool
+) -> None:
+    """Vault wraps the words that OpenBao says alone; a reason, or another status, is no outage."""
+    path = tmp_path / "token"
+    project(path, cluster.token(cluster.account("prod", "x")))
+    method = Kubernetes(AuthOptions(method="kubernetes", role="k", token_file=str(path)), "bao")
+    error = VaultError.from_status(status, "refused", errors=[text])
+    assert set(method.credentials(lambda *_: None)) == {"role", "jwt"}
+
+    assert isinstance(method.refusal(error, worked=True), DestinationUnavailable) is waits
+    assert isinstance(method.refusal(error, worked=False), Denied)
 
 
 # --- options --------------------------------------------------------------------------------
