@@ -20,6 +20,7 @@ from keyturn.errors import Denied, DestinationUnavailable
 from keyturn.testing import openbao
 from keyturn.testing.contract import PLACE, new_entry
 from keyturn.testing.kubernetes import PATH, ApiServer, api_server
+from keyturn.testing.wire import Answer, Call
 from support.vault import (
     AUDIENCE,
     ByPolicyContract,
@@ -378,13 +379,18 @@ def test_what_does_not_belong_to_a_method_is_refused(options: dict[str, Any]) ->
 def test_the_stand_in_asks_who_asks(cluster: ApiServer) -> None:
     """As at a real API server the reviewer needs a token of his own, and the right to review."""
     other = cluster.account("prod", "nobody")
-    good = {"spec": {"token": cluster.token(other)}}
+    good = json.dumps({"spec": {"token": cluster.token(other)}}).encode()
+
+    def asked(bearer: str) -> Answer:
+        headers = {"authorization": f"Bearer {bearer}"}
+        return cluster.answer(Call(method="POST", target=PATH, headers=headers, body=good))
 
     assert PATH.endswith("/tokenreviews")
-    assert cluster.answer("", good)[0] == 401
-    assert cluster.answer(cluster.token(other), good)[0] == 403
-    status, body = cluster.answer(cluster.reviewer, good)
-    assert (status, body["status"]["user"]["username"]) == (201, other.username)
+    assert asked("").status == 401
+    assert asked(cluster.token(other)).status == 403
+    answer = asked(cluster.reviewer)
+    assert answer.status == 201
+    assert json.loads(answer.body)["status"]["user"]["username"] == other.username
 
 
 def test_the_stand_in_takes_no_token_for_another(cluster: ApiServer) -> None:

@@ -17,7 +17,8 @@ from keyturn.errors import Denied, KeyturnError, NotFound
 from keyturn.testing.contract import PLACE, new_entry, publish
 from keyturn.testing.kubernetes import ApiServer, api_server
 from keyturn.testing.production import Production, production
-from support.recording_proxy import Call, Proxy, recording_proxy
+from keyturn.testing.wire import Call
+from support.recording_proxy import Proxy, recording_proxy
 from support.vault import (
     ByPolicyContract,
     Root,
@@ -67,8 +68,7 @@ def strays(proxy: Proxy, namespace: str) -> list[Call]:
     return [
         call
         for call, _ in proxy.seen
-        if call.headers.get("x-vault-namespace") != namespace
-        and call.path.partition("?")[0] not in OUTSIDE
+        if call.headers.get("x-vault-namespace") != namespace and call.path not in OUTSIDE
     ]
 
 

@@ -16,16 +16,8 @@ from keyturn.destinations.vault import VaultDestination
 from keyturn.errors import DestinationUnavailable, KeyturnError, Rejected, Throttled
 from keyturn.testing.contract import PLACE, new_entry
 from keyturn.testing.production import Production, production
-from support.recording_proxy import (
-    Answer,
-    Call,
-    Forward,
-    HangUp,
-    Proxy,
-    StandbyBehind,
-    recording_proxy,
-    straight,
-)
+from keyturn.testing.wire import Answer, Call, Forward, HangUp, straight
+from support.recording_proxy import Proxy, StandbyBehind, recording_proxy
 from support.vault import approle, connect, new_prefix, printed_policy
 
 MOUNT = "teams"
@@ -72,7 +64,7 @@ class Scene:
     def true_answer(self) -> Answer:
         """Return the answer to a read that is true now."""
         token = {"x-vault-token": self.server.token}
-        return self.proxy.forward(Call(method="GET", path=self.path, headers=token))
+        return self.proxy.forward(Call(method="GET", target=self.path, headers=token))
 
 
 @pytest.fixture
@@ -248,7 +240,7 @@ def test_a_redirect_in_the_middle_is_not_followed(scene: Scene, status: int) -> 
     with recording_proxy(scene.server.address, ca_file=scene.server.ca_file) as stranger:
 
         def rule(call: Call, forward: Forward) -> Answer:
-            to = {"Location": f"{stranger.address}{call.path}"}
+            to = {"Location": f"{stranger.address}{call.target}"}
             return Answer(status=status, headers=to)
 
         scene.proxy.rule = rule

@@ -18,7 +18,8 @@ from keyturn.testing.contract import OTHER_STORE_ID, STORE_ID, DestinationContra
 from keyturn.testing.fakes import FakeClock
 from keyturn.testing.kubernetes import ApiServer
 from keyturn.testing.production import await_true
-from support.recording_proxy import Answer, Call, Forward, Proxy
+from keyturn.testing.wire import Answer, Call, Forward
+from support.recording_proxy import Proxy
 
 AUDIENCE = "vault"  # of the service account tokens
 Root = Callable[..., Any]  # (method, path, body=None) -> what the server says, as root

@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import http.server
 import json
 import secrets
-import ssl
-import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import (
 )
 
 from keyturn.testing.certificates import new_authority
+from keyturn.testing.wire import Answer, Call, Server, as_json
 
 ISSUER = "https://kubernetes.default.svc.cluster.local"  # also the API server's own audience
 PATH = "/apis/authentication.k8s.io/v1/tokenreviews"
@@ -63,10 +61,9 @@ class ApiServer:
         self.reviews: list[Mapping[str, Any]] = []  # what was asked and answered, in order
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._accounts: dict[str, Account] = {}
-        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self._context.load_cert_chain(*authority.issue("kube-apiserver"))
-        self._http = self._listen(0)
-        self.address = f"https://127.0.0.1:{self._http.server_port}"
+        self._certificate = authority.issue("kube-apiserver")
+        self._server = self._listen(0)
+        self.address = self._server.address
         self._reviewer = self.account("vault", "token-reviewer")
         self.reviewer = self.token(self._reviewer)
 
@@ -136,57 +133,34 @@ class ApiServer:
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:
         """Let nobody listen at its address, until the block ends."""
-        port = self._http.server_port
+        port = self._server.place[1]
         self.close()
         try:
             yield
         finally:
-            self._http = self._listen(port)
+            self._server = self._listen(port)
 
     def close(self) -> None:
         """Stop listening."""
-        self._http.shutdown()
-        self._http.server_close()
+        self._server.close()
 
-    def answer(self, bearer: str, asked: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
-        """Return status and body for one TokenReview by whoever holds this bearer token."""
-        caller = self.review(bearer)
+    def answer(self, call: Call) -> Answer:
+        """Answer one TokenReview by whoever holds the bearer token of the call."""
+        if (call.method, call.path) != ("POST", PATH):
+            return _status(404, "NotFound")
+        caller = self.review(call.headers.get("authorization", "").removeprefix("Bearer "))
         if not caller.get("authenticated"):
-            return 401, _status(401, "Unauthorized")
+            return _status(401, "Unauthorized")
         if caller["user"]["username"] != self._reviewer.username:
-            return 403, _status(403, "Forbidden")
-        spec = asked.get("spec") or {}
+            return _status(403, "Forbidden")
+        spec = (call.json() or {}).get("spec") or {}
         found = self.review(str(spec.get("token", "")), spec.get("audiences") or ())
         self.reviews.append({**spec, **found})
         kind = {"kind": "TokenReview", "apiVersion": "authentication.k8s.io/v1"}
-        return 201, {**kind, "metadata": {}, "spec": spec, "status": found}
+        return as_json(201, {**kind, "metadata": {}, "spec": spec, "status": found})
 
-    def _listen(self, port: int) -> http.server.ThreadingHTTPServer:
-        cluster = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                asked = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                bearer = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-                if self.path == PATH:
-                    status, body = cluster.answer(bearer, json.loads(asked))
-                else:
-                    status, body = 404, _status(404, "NotFound")
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.end_headers()
-                self.wfile.write(json.dumps(body).encode())
-
-            def log_message(self, *_args: Any) -> None:
-                pass
-
-        made = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        made.daemon_threads = True
-        made.socket = self._context.wrap_socket(
-            made.socket, server_side=True, do_handshake_on_connect=False
-        )
-        threading.Thread(target=made.serve_forever, args=(0.05,), daemon=True).start()
-        return made
+    def _listen(self, port: int) -> Server:
+        return Server(self.answer, port=port, certificate=self._certificate)
 
 
 @contextlib.contextmanager
@@ -199,9 +173,9 @@ def api_server(folder: Path) -> Iterator[ApiServer]:
         one.close()
 
 
-def _status(code: int, reason: str) -> dict[str, Any]:
+def _status(code: int, reason: str) -> Answer:
     kind = {"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure"}
-    return {**kind, "reason": reason, "code": code}
+    return as_json(code, {**kind, "reason": reason, "code": code})
 
 
 def _encoded(values: Mapping[str, Any]) -> str:
