@@ -12,9 +12,12 @@ _signal.pthread_sigmask(_signal.SIG_BLOCK, {_signal.SIGUSR1, _signal.SIGHUP})
 # trust somebody else. OpenSSL reads its own when it is loaded: so before anything imports `ssl`.
 import os  # noqa: E402
 
+from keyturn import ambient  # noqa: E402
+
 _AMBIENT = ("PG", "VAULT_", "BAO_", "OPENSSL_", "SSL_CERT_", "SSLKEYLOGFILE", "NETRC")
 _AMBIENT_SDKS = ("AWS_", "BOTO_", "AZURE_", "MSI_", "IDENTITY_", "IMDS_", "ARM_")
 _AMBIENT_ENDS = ("_PROXY", "_CA_BUNDLE")
+ambient.kept.update({name: os.environ[name] for name in ambient.CONTAINER if name in os.environ})
 for _name in tuple(os.environ):
     if _name.upper().startswith(_AMBIENT + _AMBIENT_SDKS) or _name.upper().endswith(_AMBIENT_ENDS):
         del os.environ[_name]

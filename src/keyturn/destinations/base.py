@@ -128,7 +128,7 @@ class DestinationBase(ABC):
         self.store_id = store_id
         self.clock = clock
         self._lane = _Lane(name, options.parallel)
-        self._limit = _WriteLimit(options.write_limit, clock)
+        self._limit = WriteLimit(options.write_limit, clock)
 
     @property
     def traits(self) -> Traits:
@@ -358,23 +358,30 @@ def _settle(future: Future[T], body: Callable[[], T]) -> None:
         future.set_result(result)
 
 
-class _WriteLimit:
+class Timeline:
+    """When the next write may be: shared by connections that have one quota between them."""
+
+    def __init__(self) -> None:
+        self.next = _NO_TIME
+        self.guard = threading.Lock()
+
+
+class WriteLimit:
     """At most so many writes a second; short pauses are waited for, long ones give way."""
 
-    def __init__(self, rate: float | None, clock: Clock) -> None:
+    def __init__(self, rate: float | None, clock: Clock, line: Timeline | None = None) -> None:
         self._gap = timedelta(seconds=1 / rate) if rate else None
         self._clock = clock
-        self._next = _NO_TIME
-        self._guard = threading.Lock()
+        self._line = line or Timeline()
 
     def take(self, longest: timedelta) -> timedelta:
         """Take the next slot and return how far away it is. Raises Throttled if that is too far."""
         if self._gap is None:
             return _NO_TIME
-        with self._guard:
+        with self._line.guard:
             now = self._clock.boottime()
-            slot = max(now, self._next)
+            slot = max(now, self._line.next)
             if slot - now > longest:
                 raise Throttled("our own write limit is reached", retry_after=slot - now)
-            self._next = slot + self._gap
+            self._line.next = slot + self._gap
         return slot - now
