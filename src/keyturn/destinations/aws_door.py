@@ -8,6 +8,7 @@ Sources: the botocore documentation (configuration, events) and its source, of v
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -87,6 +88,8 @@ class Door:
             proxies={},
             timeout=(connect, seconds),
             max_pool_connections=parallel,
+            # As the SDK sets it: without it each request waits for an acknowledgement, 40 ms.
+            socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
         )
 
     def client(self, service: str, *, endpoint: str | None, keys: Callable[[], Keys] | None) -> Any:

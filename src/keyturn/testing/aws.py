@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from moto.moto_server.werkzeug_app import create_backend_app
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from keyturn.testing.aws_access import Access, AccessRefused, AssumableRole, Policy, Principal
@@ -64,7 +64,7 @@ class StandIn:
         self.instance = Instance()
         self._strict: dict[tuple[str, str], Strict] = {}
         self._guard = threading.Lock()
-        self._moto = DomainDispatcherApplication(create_backend_app)
+        self._moto = create_backend_app("secretsmanager")
         self.root = self.access.new_keys(self.account, user="root")
         self.front = Front(self._serve, port=port, certificate=certificate)
         self.address = self.front.address
