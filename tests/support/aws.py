@@ -42,7 +42,8 @@ def options_for(one: StandIn, keys: Path, **more: Any) -> AwsOptions:
         **({"ca_file": str(one.ca_file)} if one.ca_file else {}),
         **more,
     }
-    return AwsOptions.model_validate(values)
+    given = {key: value for key, value in values.items() if value is not None}
+    return AwsOptions.model_validate(given)
 
 
 def connect(

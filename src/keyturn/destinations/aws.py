@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from keyturn.core.model import Target, Traits
+from keyturn.destinations.aws_budget import line_of
 from keyturn.destinations.aws_door import Door, Keys
 from keyturn.destinations.aws_errors import WORN_OUT, code_of, understand
 from keyturn.destinations.aws_login import Login, Role
@@ -45,7 +45,7 @@ from keyturn.destinations.aws_secret import (
     parsed,
     secret_of,
 )
-from keyturn.destinations.base import LONGEST_PAUSE, DestinationBase, Timeline, WriteLimit
+from keyturn.destinations.base import LONGEST_PAUSE, DestinationBase, WriteLimit
 from keyturn.destinations.entry import merged, observed, refuse_foreign, without_ours
 from keyturn.errors import (
     ConfigError,
@@ -67,23 +67,6 @@ _WRITES = {"create_secret": "CreateSecret", "put_secret_value": "PutSecretValue"
 _NAMES = {"describe_secret": "DescribeSecret", "get_secret_value": "GetSecretValue",
           "get_caller_identity": "GetCallerIdentity", **_WRITES}  # fmt: skip
 _ABSENT = "ResourceNotFoundException"
-
-# Connections that share a quota share the line; gone when the last of them is.
-_lines: weakref.WeakValueDictionary[tuple[Any, ...], _Line] = weakref.WeakValueDictionary()
-_lines_guard = threading.Lock()
-
-
-class _Line(Timeline):
-    """The writes of one region. Times of another clock cannot be compared with these."""
-
-    def __init__(self, clock: Clock) -> None:
-        super().__init__()
-        self.clock = clock  # kept, or its id could be another's
-
-
-def _line(clock: Clock, *key: Any) -> _Line:
-    with _lines_guard:
-        return _lines.setdefault((id(clock), *key), _Line(clock))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +92,7 @@ class AwsDestination(DestinationBase):
         # Not per call but per request, where a call can be three of them: see `_ask`.
         self._limit = WriteLimit(None, clock)
         login = options.in_account or (options.auth, options.role_arn)
-        line = _line(clock, options.endpoint, options.region, login)
+        line = line_of(clock, options.endpoint, options.region, login)
         self._budget = WriteLimit(options.write_limit, clock, line)
         self._door = Door(
             region=options.region,
@@ -359,11 +342,13 @@ class AwsDestination(DestinationBase):
             return self._created(target, entry, expected)
         shown = self._shown(secret)
         text, version = made(target, merged(target, shown or {}, entry), entry.version_id)
+        pending = secret.labels.get(PENDING) == version
         if version != secret.token:
             self._refuse(target, secret, shown, expected)
-            self._place_copy(target, secret, entry, text, version)
+            pending = self._place_copy(target, secret, entry, text, version) or pending
             self._move(secret, version)
-        self._unlabel(secret, version, PENDING)
+        if pending:
+            self._unlabel(secret, version, PENDING)
         return version
 
     def _withdraw(self, target: Target, owner: str, version_id: str, expected: str) -> str:
@@ -469,19 +454,23 @@ class AwsDestination(DestinationBase):
 
     def _place_copy(
         self, target: Target, secret: AwsSecret, entry: Entry, text: str, version: str
-    ) -> None:
-        """See that the copy is there, under AWSPENDING unless it has a label. Steals no label."""
+    ) -> bool:
+        """See that the copy is there; returns whether it was put now, under AWSPENDING.
+
+        That label is stolen from nobody: what we staged and gave up we may move it from.
+        """
         if secret.owner != entry.owner:
             marks = self._marks(entry, made=False)
             self._ask("tag_resource", what=secret.name, SecretId=secret.arn, Tags=marks)
         if secret.labels_of(version):
-            return
+            return False
         try:
             if self._staged(target, secret) == "":
                 raise Conflict(f"{self.name}: somebody else's {PENDING} is on {secret.name}")
         except _Changed:
             raise Conflict from None
         self._put(secret, text, version, PENDING)
+        return True
 
     def _marks(self, entry: Entry, *, made: bool) -> list[dict[str, str]]:
         tags = {**(self.options.tags if made else {}), OWNER: entry.owner, FENCE: str(entry.fence)}

@@ -25,7 +25,7 @@ from botocore.credentials import Credentials, ReadOnlyCredentials
 from botocore.httpsession import URLLib3Session
 from botocore.loaders import Loader
 
-from keyturn.errors import DestinationUnavailable, Rejected
+from keyturn.errors import DestinationUnavailable
 
 ANSWER_LIMIT = 1024 * 1024
 LONGEST_CONNECT = 5.0
@@ -127,7 +127,7 @@ def _read(raw: Any, length: str | None) -> bytes:
     for chunk in raw.stream(_CHUNK):
         body += chunk
         if len(body) > ANSWER_LIMIT:
-            raise Rejected("the answer is larger than 1 MiB")
+            raise DestinationUnavailable("the answer is larger than 1 MiB")
     if length is not None and length.isdecimal() and int(length) != len(body):
         raise DestinationUnavailable("the answer was cut short")
     return bytes(body)

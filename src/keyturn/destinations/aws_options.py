@@ -93,7 +93,9 @@ class AwsOptions(ConnectionOptions):
     session_name: Annotated[
         str,
         Form("2 to 64 characters of A-Z a-z 0-9 _ = , . @ -"),
-        Field(pattern=r"^[A-Za-z0-9_=,.@-]{2,64}$", description="name of our sessions in CloudTrail"),
+        Field(
+            pattern=r"^[A-Za-z0-9_=,.@-]{2,64}$", description="name of our sessions in CloudTrail"
+        ),
     ] = "keyturn"
     account: Annotated[
         str | None,
