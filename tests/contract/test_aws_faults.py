@@ -78,9 +78,11 @@ class Scene:
 
 
 @pytest.fixture
-def scene(server: StandIn, tmp_path: Path) -> Iterator[Scene]:
-    """Give a place for one entry; a call may take a second."""
-    destination = connect(server, server.keys_file(tmp_path), call_deadline="1s")
+def scene(server: StandIn, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Scene]:
+    """Give a place for one entry; where the server stalls a call may take a second."""
+    params = getattr(getattr(request.node, "callspec", None), "params", {})
+    deadline = "1s" if params.get("fault") is stall else "10s"
+    destination = connect(server, server.keys_file(tmp_path), call_deadline=deadline)
     one = Scene(server, tmp_path, destination, agent(server))
     yield one
     one.calm()

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from keyturn.testing import openbao
+from keyturn.testing.aws import StandIn, connection, stand_in
 from support.postgres import Cluster, postgres
 from support.running import Keyturn
 from support.traps import Traps, traps
@@ -35,8 +36,17 @@ def laid(tmp_path: Path) -> Iterator[Traps]:
         yield one
 
 
-def installation(folder: Path, server: openbao.Server, laid: Traps) -> Keyturn:
-    """Make a Keyturn with a file and an OpenBao per agent that runs among the traps."""
+@pytest.fixture
+def aws(tmp_path: Path) -> Iterator[StandIn]:
+    """Give a stand-in for AWS that speaks TLS."""
+    with stand_in(tmp_path / "aws", tls=True) as one:
+        yield one
+
+
+def installation(
+    folder: Path, server: openbao.Server, laid: Traps, aws: StandIn | None = None
+) -> Keyturn:
+    """Make a Keyturn with a file and an OpenBao per agent, perhaps AWS, that runs among the traps."""
     (folder / "keyturn").mkdir()
     one = Keyturn(folder / "keyturn", agents=0)
     one.content["connections"]["bao"] = {
@@ -50,6 +60,14 @@ def installation(folder: Path, server: openbao.Server, laid: Traps) -> Keyturn:
     places = [{"to": "files", "path": "one"}, {"to": "bao", "path": "one"}]
     one.content["agents"] = {"one": {"destinations": places}}
     one.write()
+    if aws is not None:
+        where = {**connection(aws, aws.keys_file(folder)), "staleness": "0s"}
+        role = aws.access.new_role(aws.account, "among-traps")
+        one.content["connections"]["aws"] = {
+            **where, "call_deadline": "1s", "prefix": folder.name, "role_arn": role.arn,
+        }  # fmt: skip
+        places.append({"to": "aws", "path": "one"})
+        one.write()
     # As systemd starts it: `python -I` closes what Python itself takes from the environment.
     one.python = [sys.executable, "-I"]
     one.environ = laid.environ()
@@ -96,6 +114,23 @@ def test_a_whole_life_among_traps_touches_none(
     assert laid.caught() == []
 
 
+def test_a_whole_life_with_aws_among_traps_touches_none(
+    tmp_path: Path, server: openbao.Server, laid: Traps, aws: StandIn
+) -> None:
+    """A role by keys of a named file: no ~/.aws, no AWS_*, no metadata service, no program."""
+    keyturn = installation(tmp_path, server, laid, aws)
+    with keyturn:
+        life(keyturn)
+        secret = aws.secret(f"{tmp_path.name}/one")
+        assert secret is not None
+        text = secret.versions[str(secret.default_version_id)]["secret_string"]
+        assert json.loads(text) == keyturn.held("one")
+    assert laid.caught() == []
+    assert {call.operation for call, _ in aws.front.seen} >= {
+        "AssumeRole", "GetCallerIdentity", "CreateSecret", "PutSecretValue",
+    }  # fmt: skip
+
+
 def test_with_the_daemon_down_no_trap_is_touched(
     tmp_path: Path, server: openbao.Server, laid: Traps
 ) -> None:
@@ -122,10 +157,14 @@ def test_the_traps_can_catch(tmp_path: Path, laid: Traps, server: openbao.Server
         "token": "import os; os.environ.pop('VAULT_TOKEN'); import hvac; hvac.Client()",
         "libpq": "import psycopg; psycopg.connect('dbname=x', connect_timeout=2)",
         "keys": "import ssl; ssl.create_default_context()",
+        "boto3": "import boto3; boto3.client('sts', region_name='eu-west-1')",
+        "models": "import os; [os.environ.pop(n) for n in list(os.environ) if n.startswith('AWS_')]; import boto3; boto3.client('sts', region_name='eu-west-1')",
+        "instance": "import botocore.utils as u; u.InstanceMetadataFetcher(timeout=1, num_attempts=1, base_url=__import__('os').environ['IMDS_ENDPOINT']).retrieve_iam_role_credentials()",
     }
     expected = {
         "proxy": "sent", "program": "ran vault login", "netrc": "opened", "hvac": "sent",
         "token": ".vault-token", "libpq": "pg_service", "keys": "tls-keys",
+        "boto3": ".aws/config", "models": "models/endpoints.json", "instance": "sent",
     }  # fmt: skip
     environ = {k: v for k, v in laid.environ().items() if not k.startswith("PYTHON")}
     for name, text in code.items():
@@ -145,7 +184,8 @@ def test_every_trap_is_named_in_the_environment(laid: Traps) -> None:
     names = set(laid.environ())
     for name in ("http_proxy", "HTTPS_PROXY", "ALL_PROXY", "VAULT_ADDR", "BAO_TOKEN", "NETRC",
                  "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "PGHOSTADDR", "PGPASSFILE", "PYTHONPATH",
-                 "SSLKEYLOGFILE", "VAULT_CLIENT_CERT", "XDG_CONFIG_HOME"):  # fmt: skip
+                 "SSLKEYLOGFILE", "VAULT_CLIENT_CERT", "XDG_CONFIG_HOME", "AWS_PROFILE",
+                 "AWS_ENDPOINT_URL", "AWS_CONFIG_FILE", "BOTO_CONFIG"):  # fmt: skip
         assert name in names
     assert len(names) > 80
     assert os.access(laid.programs / "openssl", os.X_OK)

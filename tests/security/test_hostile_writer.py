@@ -1,7 +1,7 @@
 """Somebody who may write where an agent reads: what they write is never accepted, never spread.
 
-The writer strikes at random points of the saga, before and after every effect, on files and on a real
-OpenBao. Each story has a seed, which a failure names.
+The writer strikes at random points of the saga, before and after every effect, on files, on a real
+OpenBao and on the strict stand-in for AWS. Each story has a seed, which a failure names.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 
 from keyturn import rotation
 from keyturn.core import lifecycle
@@ -28,8 +29,11 @@ from keyturn.destinations.vault_auth import AuthOptions
 from keyturn.errors import KeyturnError, StaleRevision
 from keyturn.ports import Entry, Observed
 from keyturn.testing import openbao
+from keyturn.testing.aws import StandIn, stand_in
 from keyturn.wiring import SystemClock
 from support import bench as benches
+from support.aws import agent
+from support.aws import connect as connect_aws
 from support.bench import Bench, Crash
 from support.vault import connect, root_of
 
@@ -125,6 +129,79 @@ class VaultPlace:
         self._ask("DELETE", self._path("metadata", target))
 
 
+class AwsPlace:
+    """A region of AWS by the strict stand-in, and somebody whose policy lets them write there."""
+
+    def __init__(self, server: StandIn, folder: Path) -> None:
+        self._server, self._raw = server, agent(server)
+        self._keys = server.keys_file(folder)
+        self._prefix = ""
+
+    def connect(self, store_id: str) -> Any:
+        made = connect_aws(self._server, self._keys, store_id=store_id)
+        self._prefix = made.options.prefix
+        return made
+
+    def _name(self, target: Target) -> str:
+        return f"{self._prefix}/{target.path}"
+
+    def read(self, target: Target) -> Any:
+        """Read as an agent does."""
+        with contextlib.suppress(ClientError, ValueError, KeyError):
+            return json.loads(
+                self._raw.get_secret_value(SecretId=self._name(target))["SecretString"]
+            )
+        return None
+
+    def write(self, target: Target, values: Values) -> None:
+        self._put(target, SecretString=json.dumps(values))
+
+    def _put(self, target: Target, **value: Any) -> None:
+        name = self._name(target)
+        with contextlib.suppress(ClientError):
+            self._raw.restore_secret(SecretId=name)
+        try:
+            self._raw.put_secret_value(SecretId=name, **value)
+        except self._raw.exceptions.ResourceNotFoundException:
+            self._raw.create_secret(Name=name, **value)
+
+    def delete(self, target: Target) -> None:
+        with contextlib.suppress(ClientError):
+            self._raw.delete_secret(SecretId=self._name(target), ForceDeleteWithoutRecovery=True)
+
+    def odd(self, target: Target, draw: random.Random) -> None:
+        """Write values of odd kinds, other marks, stage, move labels, mark it for deletion."""
+        name, kind = self._name(target), draw.randrange(7)
+        if kind == 0:
+            self.write(target, {"id": 1, "secret": ["x"], "version": None})
+        elif kind == 1:
+            self._put(target, SecretBinary=b"\xff" * 60_000)
+        elif kind == 2:
+            self._put(target, SecretString='{"id": "bot", "id": "neighbour"}')
+        with contextlib.suppress(ClientError):
+            if kind == 3:
+                tag = {"Key": OWNER, "Value": draw.choice(["else", "k" * 64])}
+                self._raw.tag_resource(SecretId=name, Tags=[tag])
+            elif kind == 4:
+                self._raw.put_secret_value(
+                    SecretId=name, SecretString="{}", VersionStages=["AWSPENDING"]
+                )
+            elif kind == 5:
+                held = self._raw.describe_secret(SecretId=name)["VersionIdsToStages"]
+                labels = {label: version for version, named in held.items() for label in named}
+                other = draw.choice(sorted(held))
+                self._raw.update_secret_version_stage(
+                    SecretId=name, VersionStage="AWSCURRENT", MoveToVersionId=other,
+                    RemoveFromVersionId=labels["AWSCURRENT"],
+                )  # fmt: skip
+            elif kind == 6:
+                self._raw.delete_secret(SecretId=name, RecoveryWindowInDays=7)
+
+    def clear(self, target: Target) -> None:
+        """What the person does who was called: take all of it away."""
+        self.delete(target)
+
+
 class Real:
     """A real destination as the saga's bench plays it: a point before and after each write."""
 
@@ -146,6 +223,9 @@ class Real:
         self._bench.point("read")
         found: Observed = self._destination.read(target, version_id)
         return found
+
+    def stage(self, target: Target, entry: Entry, *, expected: str) -> Any:
+        return self._write("stage", target, entry, expected=expected)
 
     def activate(self, target: Target, entry: Entry, *, expected: str) -> Any:
         return self._write("activate", target, entry, expected=expected)
@@ -341,14 +421,25 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openbao.Server]
         yield one
 
 
+@pytest.fixture(scope="module")
+def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandIn]:
+    """Give one stand-in for AWS to all stories."""
+    with stand_in(tmp_path_factory.mktemp("aws"), rate=100_000) as one:
+        yield one
+
+
 @pytest.mark.parametrize(
     "stories",
     [STORIES, pytest.param(10 * STORIES, marks=[pytest.mark.full, pytest.mark.timeout(2400)])],
     ids=["tenth", "whole"],
 )
-@pytest.mark.parametrize("kind", ["file", "vault"])
+@pytest.mark.parametrize("kind", ["file", "vault", "aws"])
 def test_what_a_hostile_writer_writes_is_never_accepted_or_spread(
-    kind: str, stories: int, server: openbao.Server, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    stories: int,
+    server: openbao.Server,
+    aws: StandIn,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No foreign value accepted, no other agent's entry touched, told within five minutes."""
     monkeypatch.setattr(benches, "SWEEP", SWEEP)
@@ -356,7 +447,8 @@ def test_what_a_hostile_writer_writes_is_never_accepted_or_spread(
     strikes = 0
     for number in range(stories):
         folder = benches.quick_folder()
-        place = FilePlace(folder) if kind == "file" else VaultPlace(server)
-        strikes += tell(place, f"hostile {kind} {number}")
+        places = {"file": lambda: FilePlace(folder), "vault": lambda: VaultPlace(server),
+                  "aws": lambda: AwsPlace(aws, folder)}  # fmt: skip
+        strikes += tell(places[kind](), f"hostile {kind} {number}")
     print(f"\nhostile writer, {kind}: {stories} stories, {strikes} strikes, 0 accepted")
     assert strikes > stories

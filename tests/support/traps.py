@@ -1,6 +1,6 @@
 """Surroundings that are all traps: whatever a library takes from them leaves a trace here.
 
-Every variable that an HTTP, Vault, PostgreSQL or TLS library honours points at a socket that listens,
+Every variable that an HTTP, Vault, AWS, PostgreSQL or TLS library honours points at a socket that listens,
 at a file that is watched, or at a folder of programs that note each call.
 """
 
@@ -21,7 +21,7 @@ _EVENT = struct.Struct("iIII")
 
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "FTP_PROXY", "NO_PROXY")
 PROGRAMS = (
-    "vault", "bao", "sudo", "su", "git", "ps", "openssl", "lsb_release", "ldconfig", "gcc", "cc",
+    "vault", "bao", "aws", "sudo", "su", "git", "ps", "openssl", "lsb_release", "ldconfig", "gcc", "cc",
     "ld", "objdump", "sh", "bash", "curl", "wget", "psql", "pg_config", "systemctl", "hostname",
     "uname", "ip", "ifconfig", "arp", "netstat", "id", "getent", "which", "whoami", "stty", "tput",
     "less", "python", "python3", "gpg", "pass", "ssh", "env", "file", "security", "kubectl",
@@ -92,11 +92,13 @@ class Traps:
         self.home, self.programs = folder / "home", folder / "bin"
         self.modules, self.calls = folder / "modules", folder / "calls"
         self.listener = Listener()
-        for place in (self.home / ".postgresql", self.programs, self.modules):
+        aws = self.home / ".aws"
+        watched = [self.home, self.home / ".postgresql", self.modules, aws, aws / "models"]
+        for place in (*watched[1:], self.programs):
             place.mkdir(parents=True)
         self._lay_files()
         self._lay_programs()
-        self._lookout = Lookout(self.home, self.home / ".postgresql", self.modules)
+        self._lookout = Lookout(*watched)
 
     def close(self) -> None:
         """Take the traps away."""
@@ -125,6 +127,7 @@ class Traps:
             "HOME": str(self.home),
             **self._network(),
             **self._vault(),
+            **self._aws(),
             **self._postgresql(),
             **self._python(),
         }
@@ -163,6 +166,33 @@ class Traps:
             found.update({prefix + name: text for name, text in texts.items()})
         return found
 
+    def _aws(self) -> dict[str, str]:
+        """Return what boto3 honours: keys, files, programs, addresses, metadata services."""
+        addresses = dict.fromkeys(
+            ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_SECRETS_MANAGER", "AWS_ENDPOINT_URL_STS",
+             "AWS_EC2_METADATA_SERVICE_ENDPOINT", "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+             "IMDS_ENDPOINT"), self.address,
+        )  # fmt: skip
+        files = {
+            "AWS_CONFIG_FILE": "config", "AWS_SHARED_CREDENTIALS_FILE": "credentials",
+            "AWS_WEB_IDENTITY_TOKEN_FILE": "web-token", "AWS_CA_BUNDLE": "ca.pem",
+            "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE": "container-token", "BOTO_CONFIG": "boto.cfg",
+        }  # fmt: skip
+        return {
+            **addresses,
+            **{name: str(self.home / ".aws" / place) for name, place in files.items()},
+            "AWS_ACCESS_KEY_ID": "AKIATRAP", "AWS_SECRET_ACCESS_KEY": "trap",
+            "AWS_SESSION_TOKEN": "trap", "AWS_PROFILE": "trap", "AWS_DEFAULT_PROFILE": "trap",
+            "AWS_REGION": "us-trap-1", "AWS_DEFAULT_REGION": "us-trap-1",
+            "AWS_ROLE_ARN": "arn:aws:iam::111122223333:role/trap", "AWS_ROLE_SESSION_NAME": "trap",
+            "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI": "/trap",
+            "AWS_CONTAINER_AUTHORIZATION_TOKEN": "trap", "AWS_DATA_PATH": str(self.home / ".aws"),
+            "AWS_CSM_ENABLED": "true", "AWS_CSM_HOST": "127.0.0.1",
+            "AWS_CSM_PORT": str(self.listener.port), "AWS_STS_REGIONAL_ENDPOINTS": "legacy",
+            "AWS_RETRY_MODE": "adaptive", "AWS_MAX_ATTEMPTS": "9", "AWS_USE_FIPS_ENDPOINT": "true",
+            "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "false", "AWS_SDK_UA_APP_ID": "trap",
+        }  # fmt: skip
+
     def _postgresql(self) -> dict[str, str]:
         port = str(self.listener.port)
         return {
@@ -198,12 +228,26 @@ class Traps:
             ".pg_service.conf": f"[trap]\nhost=127.0.0.1\nport={port}\n", "pg_service.conf": "",
             "client.pem": "", "client.key": "", "openssl.cnf": "", "tls-keys": "",
             ".postgresql/root.crt": "", ".postgresql/postgresql.crt": "",
+            ".aws/config": f"[default]\nregion = us-trap-1\nendpoint_url = {self.address}\n"
+            f"[profile trap]\ncredential_process = {self.programs}/aws\n",
+            ".aws/credentials": "[default]\naws_access_key_id = AKIATRAP\naws_secret_access_key = trap\n",
+            ".aws/web-token": "trap", ".aws/container-token": "trap", ".aws/boto.cfg": "", ".boto": "",
+            ".aws/models/endpoints.json": "{}",
         }  # fmt: skip
         for name, text in files.items():
             (self.home / name).write_text(text)
             (self.home / name).chmod(0o600)
         trap = f"open({str(self.calls)!r}, 'a').write('module\\n')\n"
-        for name in ("sitecustomize", "usercustomize", "hvac", "requests", "yaml", "keyturn"):
+        for name in (
+            "sitecustomize",
+            "usercustomize",
+            "hvac",
+            "requests",
+            "yaml",
+            "boto3",
+            "botocore",
+            "keyturn",
+        ):
             (self.modules / f"{name}.py").write_text(trap)
 
     def _lay_programs(self) -> None:

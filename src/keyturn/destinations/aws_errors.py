@@ -39,6 +39,8 @@ _BAD_LOGIN = WORN_OUT | {
     "MissingAuthenticationToken", "MissingAuthenticationTokenException", "OptInRequired",
     "InvalidIdentityToken", "IDPRejectedClaim", "IDPCommunicationError", "AuthFailure",
 }  # fmt: skip
+ACTIONS = ("CreateSecret", "DescribeSecret", "GetSecretValue", "PutSecretValue", "TagResource",
+           "UpdateSecretVersionStage")  # fmt: skip
 _KEY = frozenset({"EncryptionFailure", "DecryptionFailure", "KMSAccessDeniedException"})
 _POLICY = "compare its policy with `keyturn policy aws`"
 
@@ -95,8 +97,8 @@ def _named(
             hint=f"it must be enabled and the login needs its rights: {_POLICY}",
         )
     if code in _DENIED:
-        service = "sts" if operation.startswith(("Assume", "GetCaller")) else "secretsmanager"
-        return Denied(f"{name}: the login lacks {service}:{operation} on {what}", hint=_POLICY)
+        lacking = _action_of(error, operation)
+        return Denied(f"{name}: the login lacks {lacking} on {what}", hint=_POLICY)
     if code in _BAD_LOGIN or (not code and status in (401, 403)):
         return Denied(
             f"{name}: the login is refused ({code or status})",
@@ -151,6 +153,17 @@ def _chain(error: Any) -> list[Any]:
         found += fresh
         more += fresh
     return found
+
+
+def _action_of(error: vendor.ClientError, operation: str) -> str:
+    """Return the missing action: one request can need two, and only the text says which.
+
+    Nothing of the text but one of our own words comes out of here.
+    """
+    text = str(_part(error, "Error").get("Message"))
+    named = next((one for one in ACTIONS if f"{one} on " in text), None)
+    service = "sts" if operation.startswith(("Assume", "GetCaller")) else "secretsmanager"
+    return f"{service}:{operation}" if named is None else f"secretsmanager:{named}"
 
 
 def _is_of_key(error: vendor.ClientError) -> bool:

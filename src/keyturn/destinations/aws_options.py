@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from keyturn.core.duration import FORM
 from keyturn.core.model import Target
+from keyturn.destinations.aws_errors import ACTIONS
 from keyturn.destinations.aws_login import AuthOptions
 from keyturn.destinations.base import ConnectionOptions, Form, _rate, duration
 
@@ -24,8 +25,6 @@ _ROLE = re.compile(r"arn:(aws[a-z-]*):iam::([0-9]{12}):role/[\w+=,.@/-]{1,512}",
 _TAG = re.compile(r"[\w .:/=+@-]{1,128}")
 _PARTITIONS = (("cn-", "aws-cn"), ("us-gov-", "aws-us-gov"), ("us-iso-", "aws-iso"),
                ("us-isob-", "aws-iso-b"), ("eusc-", "aws-eusc"))  # fmt: skip
-_ENTRY = ("CreateSecret", "DescribeSecret", "GetSecretValue", "PutSecretValue", "TagResource",
-          "UpdateSecretVersionStage")  # fmt: skip
 
 
 def _region(value: object) -> object:
@@ -88,7 +87,9 @@ class AwsOptions(ConnectionOptions):
         RoleArn, Field(description="role to assume with that login, in any account")
     ] = None
     external_id: Annotated[
-        str | None, Form("an external id"), Field(description="what that role's trust asks for")
+        str | None,
+        Form("2 to 1224 characters"),
+        Field(min_length=2, max_length=1224, description="what that role's trust asks for"),
     ] = None
     session_name: Annotated[
         str,
@@ -184,7 +185,7 @@ def least_rights(options: AwsOptions, names: Iterable[str]) -> str:
             {
                 "Sid": "KeyturnEntries",
                 "Effect": "Allow",
-                "Action": [f"secretsmanager:{action}" for action in _ENTRY],
+                "Action": [f"secretsmanager:{action}" for action in ACTIONS],
                 "Resource": [_arn(options, f"{n}{end}") for n in wanted for end in ("", "-??????")],
             }
         )

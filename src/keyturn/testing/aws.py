@@ -154,6 +154,7 @@ class StandIn:
         context = {"kms:ViaService": f"secretsmanager.{region}.amazonaws.com"}
         if key.startswith("alias/"):
             context["kms:ResourceAliases"] = key
+        if not key.startswith(("arn:", "key/")):
             key = f"key/{key}"
         arn = key if key.startswith("arn:") else f"arn:aws:kms:{region}:{one.account}:{key}"
         for action in needed:
