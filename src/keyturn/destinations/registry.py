@@ -8,7 +8,7 @@ from keyturn.destinations.base import DestinationBase
 from keyturn.errors import ConfigError
 
 GROUP = "keyturn.destinations"
-EXTRAS = frozenset({"aws", "vault"})  # types of ours whose library is an extra, by the same name
+EXTRAS = frozenset({"aws", "azure", "vault"})  # types of ours whose library is an extra
 
 
 def load(kind: str) -> type[DestinationBase]:

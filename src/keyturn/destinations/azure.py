@@ -1,0 +1,465 @@
+"""Azure Key Vault secrets, through azure-keyvault-secrets and azure-identity.
+
+Each write adds a version, which agents read at once; none can be made conditional. What stands in for
+that: whose a version is and which of ours stands in its tags, so that a repeated write finds the one
+whose answer was lost; a surplus one is disabled; only older versions are ever disabled, by their id
+(rules 9 to 11 of the protocol). Names know letters, digits and `-` only, in either case.
+Sources: see `azure_calls` and `azure_login`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from pydantic import BeforeValidator, Field
+
+from keyturn.core.duration import FORM
+from keyturn.core.model import Target, Traits
+from keyturn.destinations.azure_calls import (
+    LIST,
+    READ,
+    RECOVER,
+    RIGHTS,
+    UPDATE,
+    WRITE,
+    Calls,
+    Copy,
+    Deleted,
+)
+from keyturn.destinations.azure_login import PUBLIC_CLOUD, AuthOptions, Login, https_origin
+from keyturn.destinations.base import ConnectionOptions, DestinationBase, Form, duration
+from keyturn.destinations.entry import merged, observed, refuse_foreign, without_ours
+from keyturn.errors import (
+    ConfigError,
+    Conflict,
+    Denied,
+    DestinationError,
+    DestinationUnavailable,
+    Rejected,
+)
+from keyturn.ports import Clock, Entry, Observed
+
+OWNER, VERSION, FENCE = "keyturn-owner", "keyturn-version", "keyturn-fence"
+LONGEST_NAME = 127
+MOST_TAGS = 15 - 3
+STALE_READS = 5  # how often a read that is older than our own last write is made
+STALE_PAUSE = 0.05
+STALE_LIMIT = 60.0  # seconds after which an older answer is believed: somebody put a backup back
+RECOVERY_PAUSE = 0.5
+PROBED = "keyturn-probe"
+_FORBIDDEN_TAG = re.compile(r"keyturn-", re.IGNORECASE)
+_ACTIONS = (READ, LIST, WRITE, UPDATE, RECOVER)
+
+
+def _tags(value: object) -> object:
+    if not isinstance(value, dict) or len(value) > MOST_TAGS:
+        raise ValueError
+    for name, text in value.items():
+        good = isinstance(name, str) and isinstance(text, str) and 0 < len(name) <= 256
+        if not good or len(text) > 256 or _FORBIDDEN_TAG.match(name):
+            raise ValueError
+    return value
+
+
+class AzureOptions(ConnectionOptions):
+    """How to reach a Key Vault."""
+
+    vault: Annotated[
+        str,
+        BeforeValidator(https_origin),
+        Form("https://NAME.vault.azure.net, or https://host[:port]"),
+        Field(description="address of the vault"),
+    ]
+    auth: Annotated[AuthOptions, Form("a mapping with a method"), Field(description="login")] = (
+        AuthOptions()
+    )
+    authority: Annotated[
+        str,
+        BeforeValidator(https_origin),
+        Form("https://host[:port]"),
+        Field(description="where logins other than managed-identity go: sovereign clouds"),
+    ] = PUBLIC_CLOUD
+    ca_file: Annotated[
+        str | None,
+        Form("an absolute path"),
+        Field(description="certificates of the authority that signed the servers'"),
+    ] = None
+    tags: Annotated[
+        Mapping[str, str],
+        BeforeValidator(_tags),
+        Form("a mapping of at most 12 tags, none of them keyturn-…"),
+        Field(description="more tags for each version"),
+    ] = {}
+    write_limit: Annotated[
+        float | None,
+        ConnectionOptions.model_fields["write_limit"].metadata[0],
+        Form("a number of writes a second such as 20/s"),
+        Field(description="most writes a second; a vault takes 30"),
+    ] = 20.0
+    staleness: Annotated[
+        timedelta,
+        BeforeValidator(duration),
+        Form(FORM),
+        Field(description="how far what agents read may be behind"),
+    ] = timedelta(0)
+    expires_after: Annotated[
+        timedelta | None,
+        BeforeValidator(duration),
+        Form(FORM),
+        Field(description="expiry shown on a version, from when it was minted"),
+    ] = None
+    not_before: Annotated[
+        bool,
+        Form("true or false"),
+        Field(description="show on a version that it is not to be used before it was minted"),
+    ] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Written:
+    """Our own last write to a secret, and when it was by this process's own clock."""
+
+    copy: Copy
+    at: float
+
+
+class AzureDestination(DestinationBase):
+    """One vault."""
+
+    Options = AzureOptions
+    TRAITS = Traits(keeps_versions=True)
+
+    def __init__(self, options: Any, *, name: str, store_id: str, clock: Clock) -> None:
+        super().__init__(options, name=name, store_id=store_id, clock=clock)
+        self._login = Login(
+            auth=options.auth,
+            authority=options.authority,
+            ca_file=options.ca_file,
+            timeout=options.call_deadline,
+            name=name,
+        )
+        self._calls = Calls(
+            vault=options.vault,
+            login=self._login,
+            ca_file=options.ca_file,
+            timeout=options.call_deadline,
+            name=name,
+        )
+        self._written: dict[str, _Written] = {}
+        self._guard = threading.Lock()
+
+    @property
+    def traits(self) -> Traits:
+        """What this destination can do."""
+        return replace(super().traits, staleness=self.options.staleness)
+
+    def identity(self, target: Target) -> str:
+        """Return vault and secret, in lower case: the service tells no cases apart."""
+        host = self.options.vault.partition("://")[2]
+        return f"azure:{host}/{self.place(target)}".lower()
+
+    def place(self, target: Target) -> str:
+        """Return the name of a secret: `/`, `.` and `_` become `-`. Raises ConfigError."""
+        return _name(self.options, super().place(target))
+
+    @property
+    def login_ends_in(self) -> timedelta | None:
+        """How long the certificate of our login is good, where it is one."""
+        return self._login.ends_in
+
+    def close(self) -> None:
+        """Close what is open."""
+        super().close()
+        self._calls.close()
+        self._login.close()
+
+    @classmethod
+    def least_policy(cls, options: Any, entries: Sequence[tuple[Target, str]]) -> str:
+        """Return a custom role, and the scopes to assign it at: one secret each. JSON."""
+        group = "/subscriptions/SUBSCRIPTION/resourceGroups/GROUP"
+        vault = (urlsplit(options.vault).hostname or "").partition(".")[0]
+        names = sorted({_placed(options, target).lower() for target, _ in entries})
+        role = {
+            "Name": f"Keyturn {vault}",
+            "Description": "Rotates the secrets of agents, without deleting any",
+            "IsCustom": True,
+            "Actions": [],
+            "NotActions": [],
+            "DataActions": [RIGHTS + action for action in _ACTIONS],
+            "NotDataActions": [],
+            "AssignableScopes": [group],
+        }
+        base = f"{group}/providers/Microsoft.KeyVault/vaults/{vault}/secrets"
+        found = {"role": role, "scopes": [f"{base}/{name}" for name in names]}
+        return json.dumps(found, indent=2)
+
+    def _probe(self) -> str:
+        """Log in, and ask for a secret that nobody has: a right to it is not needed for an answer."""
+        try:
+            self._calls.get(PROBED)
+        except Denied as error:
+            if READ not in str(error):
+                raise
+        return f"{self.options.vault}: logged in by {self.options.auth.method}"
+
+    def _probe_entry(self, target: Target, retire: str) -> None:
+        """Try the rights that show without a write; the right to write shows with one only."""
+        name = self.place(target)
+        self._observe(target)
+        self._calls.versions(name)
+        self._calls.may_update(name)
+
+    # --- reading ----------------------------------------------------------------------------
+
+    def _observe(self, target: Target) -> Observed:
+        name = self.place(target)
+        latest = self._latest(name)
+        if latest is None:
+            return Observed()
+        owner = self._owner(name, latest)
+        values = _values(latest)
+        if values is None:
+            # Disabled, or no entry: what others may hold in it is not ours to replace.
+            foreign = latest.enabled or not self._wrote(latest)
+            return Observed(
+                exists=True, other_keys=foreign, owner=owner, token=latest.version,
+                locator="" if latest.enabled else latest.version,
+            )  # fmt: skip
+        return observed(
+            target.keys, values, owner=owner, token=latest.version, locator=latest.version
+        )
+
+    def _latest(self, name: str) -> Copy | None:
+        """Read the latest version; one that is older than our own last write is read again."""
+        for attempt in range(STALE_READS):
+            found = self._calls.get(name)
+            if found is not None and not found.version:
+                found = _newest(self._calls.versions(name))
+            if not self._is_behind(name, found):
+                return found
+            time.sleep(STALE_PAUSE * 2**attempt)
+        if found is not None:
+            raise DestinationUnavailable(
+                f"{self.name}: only stale answers for the secret", sent=False
+            )
+        with self._guard:
+            self._written.pop(name.lower(), None)  # somebody has deleted it
+        return None
+
+    def _is_behind(self, name: str, found: Copy | None) -> bool:
+        with self._guard:
+            ours = self._written.get(name.lower())
+        if ours is None or time.monotonic() - ours.at > STALE_LIMIT:
+            return False
+        if found is None:
+            return True
+        return found.version != ours.copy.version and found.created < ours.copy.created
+
+    def _owner(self, name: str, latest: Copy) -> str | None:
+        """Return whose the secret is. A version that somebody else added has no mark of its own.
+
+        Then the newest marked one tells; of two of the same second it is another store's.
+        """
+        if OWNER in latest.tags:
+            return latest.tags[OWNER]
+        marked = [copy for copy in self._calls.versions(name) if OWNER in copy.tags]
+        newest = max((copy.created for copy in marked), default=None)
+        owners = {copy.tags[OWNER] for copy in marked if copy.created == newest}
+        return max(owners - {self.store_id} or owners, default=None)
+
+    def _wrote(self, copy: Copy) -> bool:
+        return copy.tags.get(OWNER) == self.store_id
+
+    # --- writing ----------------------------------------------------------------------------
+
+    def _activate(self, target: Target, entry: Entry, expected: str) -> str:
+        name = self.place(target)
+        latest = self._latest(name)
+        shown = self._replaceable(target, latest)
+        wanted = merged(target, shown, entry)
+        if latest is not None and _is_same(latest, shown, wanted, entry):
+            self._disable(name, self._twins(name, entry.version_id, but=latest.version))
+            return latest.version
+        owner = self._owner(name, latest) if latest is not None else None
+        refuse_foreign(target, shown, owner=owner, store_id=self.store_id)
+        twins = self._twins(name, entry.version_id) if latest is not None else []
+        written = self._put(target, name, wanted, entry)
+        self._disable(name, twins)
+        return written.version
+
+    def _replaceable(self, target: Target, latest: Copy | None) -> Mapping[str, Any]:
+        """Return the values that a write would replace. Raises Rejected where nobody knows them."""
+        if latest is None:
+            return {}
+        values = _values(latest)
+        if values is not None:
+            return values
+        if latest.enabled:
+            raise Rejected(f"{self.name}: the entry is no JSON object")
+        if target.merge or not self._wrote(latest):
+            raise Rejected(
+                f"{self.name}: the latest version is disabled, what it holds cannot be read",
+                hint="enable it, or purge the secret",
+            )
+        return {}
+
+    def _twins(self, name: str, version_id: str, *, but: str = "") -> list[Copy]:
+        """Return the enabled copies of a version of ours: more than one after a lost answer."""
+        return [
+            copy
+            for copy in self._calls.versions(name)
+            if copy.enabled and copy.version != but and copy.tags.get(VERSION) == version_id
+        ]
+
+    def _disable(self, name: str, copies: Sequence[Copy]) -> None:
+        for copy in copies:
+            self._calls.disable(name, copy.version)
+
+    def _put(self, target: Target, name: str, wanted: Mapping[str, Any], entry: Entry) -> Copy:
+        tags = {OWNER: entry.owner, VERSION: entry.version_id, FENCE: str(entry.fence)}
+        after = self.options.expires_after
+        try:
+            written = self._calls.put(
+                name,
+                _text(wanted),
+                tags={**self.options.tags, **tags},
+                not_before=entry.minted_at if self.options.not_before else None,
+                expires_on=entry.not_after if after is None else entry.minted_at + after,
+            )
+        except Deleted:
+            self._bring_back(target, name)
+            raise Conflict from None
+        self._remember(name, written)
+        return written
+
+    def _remember(self, name: str, written: Copy) -> None:
+        with self._guard:
+            self._written[name.lower()] = _Written(
+                copy=replace(written, value=None), at=time.monotonic()
+            )
+
+    def _bring_back(self, target: Target, name: str) -> None:
+        """Recover a deleted secret and wait until it is there: a name cannot be used otherwise.
+
+        Its last version is shown again until ours replaces it.
+        """
+        marks = self._calls.deleted(name)
+        if marks is not None and not (
+            target.adopt or target.merge or marks.get(OWNER) == self.store_id
+        ):
+            raise Rejected(
+                f"{self.name}: a deleted secret has that name, and is not ours",
+                hint="purge it, or recover it and set adopt: true",
+            )
+        self._calls.recover(name)
+        until = time.monotonic() + self.options.call_deadline.total_seconds() / 2
+        while self._calls.get(name) is None:
+            if time.monotonic() > until:
+                raise DestinationUnavailable(
+                    f"{self.name}: the deleted secret is being recovered", sent=False
+                )
+            time.sleep(RECOVERY_PAUSE)
+
+    def _withdraw(self, target: Target, owner: str, version_id: str, expected: str) -> str:
+        """Add a version without our keys: the old ones are cleaned like any copy."""
+        name = self.place(target)
+        latest = self._latest(name)
+        if latest is None:
+            return ""
+        values = _values(latest) or {}
+        marked = self._owner(name, latest)
+        left = without_ours(target, values, marked=marked, owner=owner, version_id=version_id)
+        if left is None:
+            return latest.version
+        kept = {tag: latest.tags[tag] for tag in (FENCE,) if tag in latest.tags}
+        tags = {**self.options.tags, OWNER: owner, **kept}
+        written = self._calls.put(name, _text(left), tags=tags, not_before=None, expires_on=None)
+        self._remember(name, written)
+        return written.version
+
+    def _retire(self, target: Target, version_id: str, locator: str, how: str) -> None:
+        """Disable a version and its twins, never the latest. One alone cannot be destroyed here."""
+        name = self.place(target)
+        latest = self._latest(name)
+        if latest is None:
+            return
+        if locator == latest.version:
+            raise Rejected(f"{self.name}: that copy is the one shown")
+        self._disable(
+            name,
+            [
+                copy
+                for copy in self._calls.versions(name)
+                if copy.enabled
+                and copy.version != latest.version
+                and self._is_copy(name, target, copy, version_id, locator)
+            ],
+        )
+
+    def _is_copy(
+        self, name: str, target: Target, copy: Copy, version_id: str, locator: str
+    ) -> bool:
+        """Whether a version is this one of ours. SECURITY: tags can be changed, values cannot."""
+        if copy.tags.get(VERSION) == version_id:
+            return True
+        if copy.version != locator:
+            return False
+        found = self._calls.get(name, copy.version)
+        values = _values(found) if found is not None else None
+        return values is not None and values.get(target.keys.version) == version_id
+
+    def _translate(self, error: Exception) -> DestinationError:
+        """Name what got past `azure_calls`: a broken answer, since faults of ours are told apart."""
+        if isinstance(error, DestinationError):
+            return error
+        return DestinationUnavailable(f"{self.name}: {type(error).__name__}")
+
+
+def _name(options: AzureOptions, path: str) -> str:
+    name = re.sub(r"[/._]", "-", path)
+    if len(name) > LONGEST_NAME:
+        raise ConfigError(
+            f"expected a path of at most {LONGEST_NAME} characters, the prefix included",
+            hint="the names of secrets are no longer in a Key Vault",
+        )
+    return name
+
+
+def _placed(options: AzureOptions, target: Target) -> str:
+    return _name(options, f"{options.prefix}/{target.path}" if options.prefix else target.path)
+
+
+def _newest(copies: Sequence[Copy]) -> Copy | None:
+    return max(copies, key=lambda copy: (copy.created, copy.version), default=None)
+
+
+def _values(copy: Copy) -> Mapping[str, Any] | None:
+    """Return what an entry holds; None where it is disabled or no JSON object."""
+    if copy.value is None:
+        return None
+    try:
+        found = json.loads(copy.value)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _text(values: Mapping[str, Any]) -> str:
+    """Write values, in ASCII: somebody's half of a surrogate pair cannot be sent otherwise."""
+    return json.dumps(values)
+
+
+def _is_same(latest: Copy, shown: Mapping[str, Any], wanted: object, entry: Entry) -> bool:
+    return (
+        latest.tags.get(VERSION) == entry.version_id
+        and latest.tags.get(OWNER) == entry.owner
+        and shown == wanted
+    )
