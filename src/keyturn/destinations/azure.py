@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -168,7 +168,7 @@ class AzureDestination(DestinationBase):
 
     def place(self, target: Target) -> str:
         """Return the name of a secret: `/`, `.` and `_` become `-`. Raises ConfigError."""
-        return _name(self.options, super().place(target))
+        return _name(super().place(target))
 
     @property
     def login_ends_in(self) -> timedelta | None:
@@ -242,7 +242,10 @@ class AzureDestination(DestinationBase):
         for attempt in range(STALE_READS):
             found = self._calls.get(name)
             if found is not None and not found.version:
-                found = _newest(self._calls.versions(name))
+                disabled = [copy for copy in self._calls.versions(name) if not copy.enabled]
+                found = max(disabled, key=_age, default=None)
+                if found is None:
+                    raise self._incomplete()
             if not self._is_behind(name, found):
                 return found
             time.sleep(STALE_PAUSE * 2**attempt)
@@ -275,6 +278,18 @@ class AzureDestination(DestinationBase):
         owners = {copy.tags[OWNER] for copy in marked if copy.created == newest}
         return max(owners - {self.store_id} or owners, default=None)
 
+    def _looked_through(self, name: str) -> tuple[list[Copy], Copy | None]:
+        """List the versions, and then read the latest one. In this order, and no other.
+
+        What was listed before, and is not the latest now, never will be it again: it can be disabled.
+        The other way round the newest of the list may be what agents read by then [measured].
+        """
+        copies = self._calls.versions(name)
+        return copies, self._latest(name)
+
+    def _incomplete(self) -> DestinationUnavailable:
+        return DestinationUnavailable(f"{self.name}: the list of versions has a gap", sent=False)
+
     def _wrote(self, copy: Copy) -> bool:
         return copy.tags.get(OWNER) == self.store_id
 
@@ -282,17 +297,16 @@ class AzureDestination(DestinationBase):
 
     def _activate(self, target: Target, entry: Entry, expected: str) -> str:
         name = self.place(target)
-        latest = self._latest(name)
+        copies, latest = self._looked_through(name)
         shown = self._replaceable(target, latest)
         wanted = merged(target, shown, entry)
         if latest is not None and _is_same(latest, shown, wanted, entry):
-            self._disable(name, self._twins(name, entry.version_id, but=latest.version))
+            self._disable(name, self._surplus(copies, latest, entry.version_id))
             return latest.version
         owner = self._owner(name, latest) if latest is not None else None
         refuse_foreign(target, shown, owner=owner, store_id=self.store_id)
-        twins = self._twins(name, entry.version_id) if latest is not None else []
         written = self._put(target, name, wanted, entry)
-        self._disable(name, twins)
+        self._disable(name, self._surplus(copies, written, entry.version_id))
         return written.version
 
     def _replaceable(self, target: Target, latest: Copy | None) -> Mapping[str, Any]:
@@ -311,13 +325,21 @@ class AzureDestination(DestinationBase):
             )
         return {}
 
-    def _twins(self, name: str, version_id: str, *, but: str = "") -> list[Copy]:
-        """Return the enabled copies of a version of ours: more than one after a lost answer."""
-        return [
-            copy
-            for copy in self._calls.versions(name)
-            if copy.enabled and copy.version != but and copy.tags.get(VERSION) == version_id
-        ]
+    def _surplus(self, copies: Sequence[Copy], shown: Copy, version_id: str) -> list[Copy]:
+        """Return what a lost answer has left: copies of ours beside the one of their version to keep.
+
+        Kept is what is shown, and of an older version the newest: a request whose answer was lost
+        can have landed later than its repetition.
+        """
+        found: list[Copy] = []
+        kept = {version_id: shown.version}
+        for copy in sorted(_older(copies, shown), key=_age, reverse=True):
+            of = copy.tags.get(VERSION)
+            if of is None or not copy.enabled or not self._wrote(copy):
+                continue
+            if kept.setdefault(of, copy.version) != copy.version:
+                found.append(copy)
+        return found
 
     def _disable(self, name: str, copies: Sequence[Copy]) -> None:
         for copy in copies:
@@ -388,21 +410,16 @@ class AzureDestination(DestinationBase):
     def _retire(self, target: Target, version_id: str, locator: str, how: str) -> None:
         """Disable a version and its twins, never the latest. One alone cannot be destroyed here."""
         name = self.place(target)
-        latest = self._latest(name)
+        copies, latest = self._looked_through(name)
         if latest is None:
             return
         if locator == latest.version:
             raise Rejected(f"{self.name}: that copy is the one shown")
-        self._disable(
-            name,
-            [
-                copy
-                for copy in self._calls.versions(name)
-                if copy.enabled
-                and copy.version != latest.version
-                and self._is_copy(name, target, copy, version_id, locator)
-            ],
-        )
+        if all(copy.version != latest.version for copy in copies):
+            raise self._incomplete()  # broken, too old, or somebody has just written
+        for copy in _older(copies, latest):
+            if copy.enabled and self._is_copy(name, target, copy, version_id, locator):
+                self._calls.disable(name, copy.version)
 
     def _is_copy(
         self, name: str, target: Target, copy: Copy, version_id: str, locator: str
@@ -423,7 +440,7 @@ class AzureDestination(DestinationBase):
         return DestinationUnavailable(f"{self.name}: {type(error).__name__}")
 
 
-def _name(options: AzureOptions, path: str) -> str:
+def _name(path: str) -> str:
     name = re.sub(r"[/._]", "-", path)
     if len(name) > LONGEST_NAME:
         raise ConfigError(
@@ -434,11 +451,19 @@ def _name(options: AzureOptions, path: str) -> str:
 
 
 def _placed(options: AzureOptions, target: Target) -> str:
-    return _name(options, f"{options.prefix}/{target.path}" if options.prefix else target.path)
+    return _name(f"{options.prefix}/{target.path}" if options.prefix else target.path)
 
 
-def _newest(copies: Sequence[Copy]) -> Copy | None:
-    return max(copies, key=lambda copy: (copy.created, copy.version), default=None)
+def _older(copies: Sequence[Copy], shown: Copy) -> list[Copy]:
+    """Return what was written before the one that is shown, by its time as well.
+
+    SECURITY: a read that is behind would show an older one, and the real one would be disabled.
+    """
+    return [c for c in copies if c.version != shown.version and c.created <= shown.created]
+
+
+def _age(copy: Copy) -> tuple[datetime, str]:
+    return copy.created, copy.version
 
 
 def _values(copy: Copy) -> Mapping[str, Any] | None:

@@ -140,19 +140,22 @@ class Calls:
             ),
             harmless=False,
         )
-        written = self._bundle(found, secret)
+        written = self._bundle(found, secret, sent=True)
         if dict(written.tags) != dict(tags):
-            raise self._nonsense("to a write")
+            raise self._nonsense("to a write", sent=True)
         return written
 
     def disable(self, secret: str, version: str) -> None:
         """Disable one version. Its value and its tags stay."""
-        self._ask(
+        found = self._ask(
             UPDATE,
             secret,
             lambda client: client.update_secret_properties(secret, version, enabled=False),
             harmless=False,
         )
+        done = self._copy(found, secret, None, sent=True)
+        if done.version != version or done.enabled:
+            raise self._nonsense("to a change", sent=True)
 
     def may_update(self, secret: str) -> None:
         """Raise Denied where versions cannot be disabled; asks for one that is not there."""
@@ -165,7 +168,7 @@ class Calls:
             found = self._ask(READ, secret, lambda client: client.get_deleted_secret(secret))
         except _Absent:
             return None
-        return dict(found.properties.tags or {})
+        return self._copy(found.properties, secret, None, deleted=True).tags
 
     def recover(self, secret: str) -> None:
         """Begin to bring a soft-deleted secret back; it takes a moment until it is there."""
@@ -313,31 +316,42 @@ class Calls:
             raise self._nonsense("to a list")
         return parts._replace(netloc=urlsplit(self._url).netloc).geturl()
 
-    def _bundle(self, found: KeyVaultSecret, secret: str) -> Copy:
+    def _bundle(self, found: KeyVaultSecret, secret: str, *, sent: bool = False) -> Copy:
         if not isinstance(found.value, str):
-            raise self._nonsense("to a read")
-        return self._copy(found.properties, secret, found.value)
+            raise self._nonsense("about a secret", sent=sent)
+        return self._copy(found.properties, secret, found.value, sent=sent)
 
-    def _copy(self, found: SecretProperties, secret: str, value: str | None) -> Copy:
-        """Take an answer in, if it is about this secret of this vault."""
+    def _copy(
+        self,
+        found: SecretProperties,
+        secret: str,
+        value: str | None,
+        *,
+        deleted: bool = False,
+        sent: bool = False,
+    ) -> Copy:
+        """Take an answer in, if it is about this secret of this vault.
+
+        A deleted one is named in the past tense or the present: only its name is looked at.
+        """
+        version, created = found.version, found.created_on
         right = (
             urlsplit(found.id or "").hostname == urlsplit(self._vault).hostname
             and (found.name or "").lower() == secret.lower()
-            and isinstance(found.version, str)
-            and isinstance(found.created_on, datetime)
+            and (bool(version) or deleted)
         )
-        if not right or not found.version or found.created_on is None:
-            raise self._nonsense("to a read")
+        if not right or not isinstance(created, datetime):
+            raise self._nonsense("about a secret", sent=sent)
         return Copy(
-            version=found.version,
+            version=version or "",
             enabled=found.enabled is not False,
-            created=found.created_on,
+            created=created,
             tags=dict(found.tags or {}),
             value=value,
         )
 
-    def _nonsense(self, what: str) -> DestinationUnavailable:
-        return DestinationUnavailable(f"{self._name}: the answer {what} makes no sense")
+    def _nonsense(self, what: str, *, sent: bool = False) -> DestinationUnavailable:
+        return DestinationUnavailable(f"{self._name}: the answer {what} makes no sense", sent=sent)
 
 
 class _Absent(DestinationError):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import ssl
 import threading
 from collections.abc import Mapping
@@ -44,6 +45,9 @@ from keyturn.errors import (
     Rejected,
     Throttled,
 )
+
+# SECURITY: it logs a refused login as a warning, with whatever text the other side has sent.
+logging.getLogger("azure.identity").setLevel(logging.CRITICAL)
 
 ANSWER_LIMIT = 1024 * 1024
 LONGEST_RETRY_AFTER = 300
@@ -178,12 +182,18 @@ class Login:
     def get_token_info(
         self, *scopes: str, options: TokenRequestOptions | None = None
     ) -> AccessTokenInfo:
-        """Return a token, by a new login where the last one ran out. Raises a DestinationError."""
+        """Return a token, by a new login where the last one ran out. Raises a DestinationError.
+
+        SECURITY: the tenant is the one of the configuration, whatever a challenge names. The SDK
+        keeps challenges for the whole process, so one would outlive a vault's move to another.
+        """
+        wanted: TokenRequestOptions = {**(options or {})}
+        wanted.pop("tenant_id", None)
         with self._guard:
             try:
                 credential = self._ready()
                 self._session.last = None
-                return credential.get_token_info(*scopes, options=options or {})
+                return credential.get_token_info(*scopes, options=wanted)
             except KeyturnError:
                 raise
             except Exception as error:  # noqa: BLE001 - azure-identity wraps whatever it meets
@@ -204,8 +214,6 @@ class Login:
         options: TokenRequestOptions = {"enable_cae": enable_cae}
         if claims:
             options["claims"] = claims
-        if tenant_id:
-            options["tenant_id"] = tenant_id
         found = self.get_token_info(*scopes, options=options)
         return AccessToken(found.token, found.expires_on)
 
@@ -288,7 +296,7 @@ class Login:
         if last is None:
             return Denied(
                 f"{self._name}: the login was not tried ({type(error).__name__})",
-                hint="compare tenant_id with the tenant of the vault, and client_id",
+                hint="check tenant_id, client_id and authority",
             )
         return self._judged(last.status_code, last.content, last.headers.get("Retry-After"))
 
