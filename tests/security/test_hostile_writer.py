@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from keyturn import rotation
 from keyturn.core import lifecycle
 from keyturn.core.model import Agent, Credential, Target
 from keyturn.core.secret import RANDOM_LENGTH, _base62, _checksum
-from keyturn.destinations import vault
+from keyturn.destinations import azure, azure_login, vault
 from keyturn.destinations.file import FileDestination, FileOptions
 from keyturn.destinations.vault import OWNER
 from keyturn.destinations.vault_auth import AuthOptions
@@ -30,7 +30,9 @@ from keyturn.errors import KeyturnError, StaleRevision
 from keyturn.ports import Entry, Observed
 from keyturn.testing import openbao
 from keyturn.testing.aws import StandIn, stand_in
+from keyturn.testing.azure import Cloud
 from keyturn.wiring import SystemClock
+from support import azure as azures
 from support import bench as benches
 from support.aws import agent
 from support.aws import connect as connect_aws
@@ -200,6 +202,63 @@ class AwsPlace:
     def clear(self, target: Target) -> None:
         """What the person does who was called: take all of it away."""
         self.delete(target)
+
+
+class AzurePlace:
+    """A vault of the stand-in with the printed rights, and somebody who may write there."""
+
+    def __init__(self, cloud: Cloud) -> None:
+        self._cloud, self._vault = cloud, cloud.vault
+        self._names: Any = None
+
+    def connect(self, store_id: str) -> Any:
+        identity = self._cloud.machine()
+        auth = azure_login.AuthOptions(client_id=identity.client_id)
+        made = azures.connect(self._cloud, auth, store_id=store_id)
+        entries = [(target, "disable") for target in (BOT, NEIGHBOUR)]
+        found = json.loads(type(made).least_policy(made.options, entries))
+        for scope in found["scopes"]:
+            actions = set(found["role"]["DataActions"])
+            self._vault.grant(identity, actions, secret=scope.rpartition("/")[2])
+        self._names = made.place
+        return made
+
+    def read(self, target: Target) -> Any:
+        """Read as an agent does; None where there is nothing of use."""
+        try:
+            return azures.shown(self._vault, self._names(target))
+        except (ValueError, RecursionError):
+            return None
+
+    def write(self, target: Target, values: Values) -> None:
+        """Add a version: without tags, or with those that the latest one has."""
+        latest = self._vault.latest(self._names(target))
+        tags = latest.tags if latest is not None and len(str(values)) % 2 else {}
+        self._vault.add(self._names(target), json.dumps(values), tags)
+
+    def delete(self, target: Target) -> None:
+        self._vault.delete(self._names(target))
+
+    def odd(self, target: Target, draw: random.Random) -> None:
+        """Write what is no entry, disable what is shown, change tags, take everything away."""
+        name, kind = self._names(target), draw.randrange(5)
+        latest = self._vault.latest(name)
+        if kind == 0:
+            self._vault.add(name, draw.choice(['{"id": "bot", "sec', "[1]", "", "[" * 9000]))
+        elif kind == 1:
+            self.write(target, {"id": 1, "secret": ["x"], "version": None})
+        elif kind == 2:
+            self.clear(target)
+        elif latest is not None and kind == 3:
+            latest.enabled = False
+        elif latest is not None:
+            for copy in self._vault.secrets[name.lower()].versions:
+                tag = draw.choice([azure.OWNER, azure.VERSION, azure.FENCE])
+                copy.tags[tag] = draw.choice(["else", "k" * 64, *latest.tags.values()])
+
+    def clear(self, target: Target) -> None:
+        """What the person does who was called: take all of it away."""
+        self._vault.purge(self._names(target))
 
 
 class Real:
@@ -428,29 +487,42 @@ def aws(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandIn]:
         yield one
 
 
+@pytest.fixture(scope="module")
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
+    """Give one Azure to all stories."""
+    with azures.reachable_cloud(tmp_path_factory.mktemp("azure")) as one:
+        yield one
+
+
 @pytest.mark.parametrize(
     "stories",
     [STORIES, pytest.param(10 * STORIES, marks=[pytest.mark.full, pytest.mark.timeout(2400)])],
     ids=["tenth", "whole"],
 )
-@pytest.mark.parametrize("kind", ["file", "vault", "aws"])
+@pytest.mark.parametrize("kind", ["file", "vault", "aws", "azure"])
 def test_what_a_hostile_writer_writes_is_never_accepted_or_spread(
     kind: str,
     stories: int,
     server: openbao.Server,
     aws: StandIn,
+    cloud: Cloud,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No foreign value accepted, no other agent's entry touched, told within five minutes."""
     monkeypatch.setattr(benches, "SWEEP", SWEEP)
     stories //= 5 if kind == "aws" else 1  # each request there costs several times as much
-    monkeypatch.setattr(vault, "STALE_PAUSE", 0.0)  # here nobody is behind
+    for adapter in (vault, azure):
+        monkeypatch.setattr(adapter, "STALE_PAUSE", 0.0)  # here nobody is behind
     strikes = 0
     for number in range(stories):
         folder = benches.quick_folder()
-        place: Any = FilePlace(folder) if kind == "file" else None
-        place = VaultPlace(server) if kind == "vault" else place
-        place = AwsPlace(aws, folder) if kind == "aws" else place
+        places: dict[str, Callable[[], Any]] = {
+            "file": lambda: FilePlace(folder),  # noqa: B023 - called in this round
+            "vault": lambda: VaultPlace(server),
+            "aws": lambda: AwsPlace(aws, folder),  # noqa: B023
+            "azure": lambda: AzurePlace(cloud),
+        }
+        place = places[kind]()
         strikes += tell(place, f"hostile {kind} {number}")
     print(f"\nhostile writer, {kind}: {stories} stories, {strikes} strikes, 0 accepted")
     assert strikes > stories
