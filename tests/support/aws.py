@@ -21,6 +21,7 @@ from keyturn.testing.contract import OTHER_STORE_ID, STORE_ID, DestinationContra
 from keyturn.wiring import SystemClock
 
 _NUMBERS = itertools.count(1)
+_AGENTS: dict[tuple[str, ...], Any] = {}
 
 
 def new_prefix() -> str:
@@ -55,8 +56,15 @@ def connect(
 
 
 def agent(one: StandIn, who: Principal | None = None, region: str = REGION) -> Any:
-    """Return a plain client of boto3, as agents have one."""
+    """Return a plain client of boto3, as agents have one: the same for the same, kept to the end."""
     who = who or one.root
+    key = (one.address, who.access, who.secret, str(who.token), region)
+    if key not in _AGENTS:
+        _AGENTS[key] = _agent(one, who, region)
+    return _AGENTS[key]
+
+
+def _agent(one: StandIn, who: Principal, region: str) -> Any:
     return boto3.session.Session().client(
         "secretsmanager",
         region_name=region,
