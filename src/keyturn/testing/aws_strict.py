@@ -233,13 +233,13 @@ class Strict:
         self._check_labels(labels)
         held = set(labels_of(secret).values())
         old = self.now() - DAY
-        bare = sorted(
-            (one["createdate"], version)
-            for version, one in secret.versions.items()
+        bare = [
+            version
+            for version, one in secret.versions.items()  # the oldest first
             if version not in held and one["createdate"] < old
-        )
+        ]
         while len(secret.versions) >= MOST_VERSIONS and bare:
-            del secret.versions[bare.pop(0)[1]]
+            del secret.versions[bare.pop(0)]
         if len(secret.versions) >= MOST_VERSIONS:
             raise AccessRefused("LimitExceededException", "The secret has too many versions.")
 
