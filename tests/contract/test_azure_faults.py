@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from azure.keyvault.secrets._shared import http_challenge_cache
 
 from keyturn.core.model import Target
 from keyturn.destinations import azure
@@ -192,8 +193,6 @@ class Once:
 
 def fresh_connection(one: Cloud, **more: Any) -> AzureDestination:
     """Make a connection that has to log in, and to be challenged, before anything else."""
-    from azure.keyvault.secrets._shared import http_challenge_cache
-
     http_challenge_cache.clear()
     return connect(one, root(one), **more)
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from azure.keyvault.secrets._shared import http_challenge_cache
+
 from keyturn.core.model import Target
 from keyturn.destinations.azure import AzureDestination, AzureOptions
 from keyturn.destinations.azure_login import AuthOptions
@@ -28,6 +30,7 @@ def new_prefix() -> str:
 @contextlib.contextmanager
 def reachable_cloud(folder: Path, **more: Any) -> Iterator[Cloud]:
     """Run a cloud that is reached under the real names."""
+    http_challenge_cache.clear()  # the SDK keeps those of the cloud before, with its tenant
     with cloud(folder, **more) as one, resolving(one.places):
         for vault in one.vaults.values():
             vault.most_writes = vault.most_others = 10**6  # the limits have tests of their own

@@ -243,7 +243,10 @@ class AzureDestination(DestinationBase):
             found = self._calls.get(name)
             if found is not None and not found.version:
                 disabled = [copy for copy in self._calls.versions(name) if not copy.enabled]
-                found = max(disabled, key=_age, default=None)
+                # Times have seconds only: of two in one second it is the one that is not ours.
+                found = max(
+                    disabled, key=lambda c: (c.created, not self._wrote(c), c.version), default=None
+                )
                 if found is None:
                     raise self._incomplete()
             if not self._is_behind(name, found):

@@ -2,14 +2,13 @@
 
 Client credentials by secret, by an assertion that a registered certificate has signed, and by a
 federated token; managed identities as a virtual machine gets them. As strict as Microsoft's pages
-on these flows say: audience, issuer, subject and time of each assertion, one use of each.
+on these flows say: audience, issuer, subject and time of each assertion (msal sends one again).
 """
 
 from __future__ import annotations
 
 import base64
 import secrets
-import threading
 import time
 import uuid
 from collections.abc import Mapping
@@ -61,9 +60,7 @@ class Entra:
         self.life = LIFE
         self.issuers: dict[str, rsa.RSAPublicKey] = {}  # of federated tokens, by issuer
         self._key = secrets.token_bytes(32)
-        self._used: set[str] = set()
         self._void_before = 0.0
-        self._guard = threading.Lock()
 
     def add(self, identity: Identity) -> Identity:
         """Register an identity."""
@@ -201,10 +198,6 @@ class Entra:
             raise _Refused(700027) from None
         if not claims["iss"] == claims["sub"] == identity.client_id:
             raise _Refused(700021)
-        with self._guard:
-            if claims["jti"] in self._used:
-                raise _Refused(50029)
-            self._used.add(claims["jti"])
 
     def _given(self, identity: Identity, resource: str) -> dict[str, Any]:
         now = time.time()
