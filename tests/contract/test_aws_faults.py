@@ -26,8 +26,9 @@ from keyturn.errors import (
     Throttled,
 )
 from keyturn.testing.aws import StandIn, stand_in
-from keyturn.testing.aws_http import Answer, Call, Forward, HangUp, refusal, straight
+from keyturn.testing.aws_access import refusal
 from keyturn.testing.contract import PLACE, new_entry, parts, publish, withdraw
+from keyturn.testing.wire import Answer, Call, Forward, HangUp, straight
 from support.aws import agent, connect, labels, versions
 
 TAKEN = Target(to="aws", path=PLACE.path, adopt=True, merge=True)

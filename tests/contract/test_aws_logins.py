@@ -197,7 +197,7 @@ def test_an_instance_by_the_second_version_of_the_service_only(
 ) -> None:
     """A token is put first; whoever refuses that is not asked without one."""
     server.instance.role = server.access.new_role(server.account, "instance")
-    places = {("169.254.169.254", 80): ("127.0.0.1", server.front.port)}
+    places = {("169.254.169.254", 80): ("127.0.0.1", server.front.place[1])}
     with resolving(places):
         destination = works(server, tmp_path, auth={"method": "instance"})
         assert "assumed-role/instance/" in destination.probe()

@@ -253,7 +253,7 @@ def test_what_is_not_signed_right_is_refused(server: StandIn, name: str) -> None
     ended = server.access.session(role, "over")
     call = lambda: agent(server, ended).describe_secret(SecretId=name)  # noqa: E731
     assert code(call) == "ExpiredTokenException"
-    line = http.client.HTTPConnection("127.0.0.1", server.front.port)
+    line = http.client.HTTPConnection("127.0.0.1", server.front.place[1])
     headers = {"X-Amz-Target": "secretsmanager.DescribeSecret"}
     line.request("POST", "/", body=b"{}", headers=headers)
     answer = line.getresponse()

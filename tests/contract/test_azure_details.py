@@ -29,7 +29,7 @@ from keyturn.errors import (
     Rejected,
     Throttled,
 )
-from keyturn.testing.azure import ALL, Answer, App, Call, Cloud, as_json
+from keyturn.testing.azure import ALL, Cloud
 from keyturn.testing.contract import (
     MINTED_AT,
     OTHER_STORE_ID,
@@ -39,6 +39,7 @@ from keyturn.testing.contract import (
     parts,
     withdraw,
 )
+from keyturn.testing.wire import Answer, Call, Forward, as_json
 from support.azure import by_secret, connect, reachable_cloud, root, shown
 
 PAIRS = 10_000
@@ -547,7 +548,7 @@ def test_a_write_that_is_late_does_not_fence_a_later_one(
     destination.activate(PLACE, new_entry(1), expected="")
     paused, go = threading.Event(), threading.Event()
 
-    def pause(call: Call, app: App) -> Answer:
+    def pause(call: Call, app: Forward) -> Answer:
         if call.method == "PUT" and new_entry(2).version_id in call.body.decode():
             paused.set()
             go.wait(10)

@@ -26,9 +26,10 @@ from keyturn.errors import (
     Rejected,
     Throttled,
 )
-from keyturn.testing.azure import Answer, App, Call, Cloud, HangUp, as_json
+from keyturn.testing.azure import Cloud
 from keyturn.testing.certificates import new_authority
 from keyturn.testing.contract import PLACE, new_entry, parts
+from keyturn.testing.wire import Answer, Call, Forward, HangUp, as_json
 from support.azure import connect, reachable_cloud, root, shown
 
 DEADLINE = "700ms"
@@ -72,74 +73,74 @@ def _is_asked(call: Call) -> bool:
     return call.path.startswith("/secrets") and "authorization" in call.headers
 
 
-def error_500(call: Call, app: App) -> Answer:
+def error_500(call: Call, app: Forward) -> Answer:
     """Fail, and do nothing."""
     return as_json(500, ERROR)
 
 
-def error_500_after(call: Call, app: App) -> Answer:
+def error_500_after(call: Call, app: Forward) -> Answer:
     """Do it, and say that it failed."""
     app(call)
     return as_json(500, ERROR)
 
 
-def error_503(call: Call, app: App) -> Answer:
+def error_503(call: Call, app: Forward) -> Answer:
     """Be away for a while."""
     return as_json(503, ERROR, Retry_After="5")
 
 
-def too_many(call: Call, app: App) -> Answer:
+def too_many(call: Call, app: Forward) -> Answer:
     """Throttle."""
     return as_json(429, {"error": {"code": "Throttled", "message": "x"}}, Retry_After="7")
 
 
-def forbidden(call: Call, app: App) -> Answer:
+def forbidden(call: Call, app: Forward) -> Answer:
     """Deny the permission."""
     return as_json(403, RBAC)
 
 
-def reset_before(call: Call, app: App) -> Answer:
+def reset_before(call: Call, app: Forward) -> Answer:
     """Reset the connection, and do nothing."""
     raise HangUp
 
 
-def reset_after(call: Call, app: App) -> Answer:
+def reset_after(call: Call, app: Forward) -> Answer:
     """Do it, and reset the connection."""
     app(call)
     raise HangUp
 
 
-def stall(call: Call, app: App) -> Answer:
+def stall(call: Call, app: Forward) -> Answer:
     """Answer after the deadline of the call."""
     time.sleep(1.2)
     return app(call)
 
 
-def truncated(call: Call, app: App) -> Answer:
+def truncated(call: Call, app: Forward) -> Answer:
     """Do it, and stop in the middle of the answer."""
     answer = app(call)
     return Answer(status=answer.status, body=answer.body, headers=answer.headers, missing=50)
 
 
-def no_json(call: Call, app: App) -> Answer:
+def no_json(call: Call, app: Forward) -> Answer:
     """Do it, and answer with a page."""
     app(call)
     return Answer(status=200, body=b"<html>canary", headers={"Content-Type": "text/html"})
 
 
-def empty_object(call: Call, app: App) -> Answer:
+def empty_object(call: Call, app: Forward) -> Answer:
     """Do it, and answer with nothing in it."""
     app(call)
     return as_json(200, {})
 
 
-def wrong_kinds(call: Call, app: App) -> Answer:
+def wrong_kinds(call: Call, app: Forward) -> Answer:
     """Do it, and answer with values of other kinds."""
     app(call)
     return as_json(200, {"value": 7, "id": ["canary"], "attributes": "canary", "tags": 1})
 
 
-def somebody_elses(call: Call, app: App) -> Answer:
+def somebody_elses(call: Call, app: Forward) -> Answer:
     """Do it, and answer with what is another secret's."""
     app(call)
     item = {"id": "https://example.vault.azure.net/secrets/other/" + "a" * 32,
@@ -148,18 +149,18 @@ def somebody_elses(call: Call, app: App) -> Answer:
     return as_json(200, {**item, "value": value})
 
 
-def far_too_much(call: Call, app: App) -> Answer:
+def far_too_much(call: Call, app: Forward) -> Answer:
     """Answer with more than a mebibyte."""
     return Answer(status=200, body=b"{" + b" " * 1_100_000)
 
 
-def redirect(call: Call, app: App) -> Answer:
+def redirect(call: Call, app: Forward) -> Answer:
     """Send the client to another host."""
     place = "https://login.microsoftonline.com/stranger"
     return Answer(status=307, headers={"Location": place})
 
 
-FAULTS: dict[Callable[[Call, App], Answer], type[KeyturnError]] = {
+FAULTS: dict[Callable[[Call, Forward], Answer], type[KeyturnError]] = {
     error_500: DestinationUnavailable,
     error_500_after: DestinationUnavailable,
     error_503: DestinationUnavailable,
@@ -181,10 +182,10 @@ FAULTS: dict[Callable[[Call, App], Answer], type[KeyturnError]] = {
 class Once:
     """Lets a fault happen to the first call of a kind, and all others pass."""
 
-    def __init__(self, kind: str, fault: Callable[[Call, App], Answer]) -> None:
+    def __init__(self, kind: str, fault: Callable[[Call, Forward], Answer]) -> None:
         self.kind, self.fault, self.hit = kind, fault, 0
 
-    def __call__(self, call: Call, app: App) -> Answer:
+    def __call__(self, call: Call, app: Forward) -> Answer:
         if not self.hit and CALLS[self.kind](call):
             self.hit += 1
             return self.fault(call, app)
@@ -200,7 +201,7 @@ def fresh_connection(one: Cloud, **more: Any) -> AzureDestination:
 @pytest.mark.parametrize("kind", CALLS)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_each_fault_at_each_call_ends_well(
-    one: Cloud, kind: str, fault: Callable[[Call, App], Answer]
+    one: Cloud, kind: str, fault: Callable[[Call, Forward], Answer]
 ) -> None:
     """One call goes wrong: our error for it and no other, and the repetition makes it all good."""
     before = connect(one, root(one))
@@ -265,7 +266,7 @@ def _judge(raised: list[KeyturnError], kind: str, fault: Any) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_each_fault_of_the_metadata_service_ends_well(
-    one: Cloud, fault: Callable[[Call, App], Answer]
+    one: Cloud, fault: Callable[[Call, Forward], Answer]
 ) -> None:
     """A managed identity's login goes wrong once: our error, and the next one is good."""
     identity = one.machine()
@@ -289,7 +290,7 @@ def test_an_older_answer_is_not_taken_for_what_was_written(one: Cloud) -> None:
     destination.activate(PLACE, OLD, expected="")
     kept: list[Answer] = []
 
-    def freeze(call: Call, app: App) -> Answer:
+    def freeze(call: Call, app: Forward) -> Answer:
         if not CALLS["read"](call):
             return app(call)
         if len(kept) < 1:
@@ -361,10 +362,10 @@ def test_after_lost_answers_each_rotation_has_one_enabled_version(
     destination = connect(one, root(one))
     name, lost = destination.place(PLACE), Counter[str]()
     faults = (reset_after, error_500_after, truncated, empty_object)
-    late: list[tuple[Call, App]] = []
+    late: list[tuple[Call, Forward]] = []
     turn = 0
 
-    def lose(call: Call, app: App) -> Answer:
+    def lose(call: Call, app: Forward) -> Answer:
         if not CALLS["write"](call):
             return app(call)
         number = json.loads(call.body)["tags"][VERSION]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from azure.keyvault.secrets._shared import http_challenge_cache
 
 from keyturn.destinations.azure_login import AuthOptions, Login, https_origin
 from keyturn.errors import Denied, DestinationUnavailable
-from keyturn.testing.azure import Answer, App, Call, Cloud, Identity, as_json
+from keyturn.testing.azure import Cloud, Identity
 from keyturn.testing.contract import PLACE, new_entry
+from keyturn.testing.wire import Answer, Call, Forward, as_json
 from support.azure import by_secret, connect, reachable_cloud, root, shown
 
 SUBJECT = "system:serviceaccount:keyturn:keyturn"
@@ -120,11 +122,10 @@ def test_a_vault_that_refuses_every_token_is_denied(one: Cloud) -> None:
     destination = connect(one, root(one))
     destination.observe(PLACE)
 
-    def refuse(call: Call, app: App) -> Answer:
+    def refuse(call: Call, app: Forward) -> Answer:
         if not call.path.startswith("/secrets"):
             return app(call)
-        bare = Call(method=call.method, host=call.host, path=call.path, query={}, headers={})
-        return app(bare)
+        return app(replace(call, headers={"host": call.headers["host"]}))
 
     one.server.rule = refuse
     before = len(one.server.seen)
@@ -217,7 +218,7 @@ def test_a_challenge_for_a_foreign_resource_gets_no_token(one: Cloud, resource: 
         f'Bearer authorization="{one.entra.authority}/{one.entra.tenant}", resource="{resource}"'
     )
 
-    def ask(call: Call, app: App) -> Answer:
+    def ask(call: Call, app: Forward) -> Answer:
         if call.path.startswith("/secrets"):
             return as_json(401, {"error": {"code": "Unauthorized"}}, WWW_Authenticate=header)
         return app(call)
@@ -244,7 +245,7 @@ def test_a_token_endpoint_elsewhere_gets_no_credential(one: Cloud) -> None:
     destination = connect(one, root(one))
     elsewhere = f"https://example.vault.azure.net/{one.entra.tenant}/oauth2/v2.0/token"
 
-    def lead(call: Call, app: App) -> Answer:
+    def lead(call: Call, app: Forward) -> Answer:
         if call.path.endswith("openid-configuration"):
             base = one.entra.authority
             found = {"token_endpoint": elsewhere, "authorization_endpoint": base, "issuer": base}

@@ -27,9 +27,16 @@ from typing import Any
 from moto.moto_server.werkzeug_app import create_backend_app
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
-from keyturn.testing.aws_access import Access, AccessRefused, AssumableRole, Policy, Principal
-from keyturn.testing.aws_http import Answer, Call, Front, refusal
+from keyturn.testing.aws_access import (
+    Access,
+    AccessRefused,
+    AssumableRole,
+    Policy,
+    Principal,
+    refusal,
+)
 from keyturn.testing.aws_strict import WRITES, Found, Strict
+from keyturn.testing.wire import Answer, Call, Server
 
 ACCOUNT, REGION = "123456789012", "eu-west-1"
 RATE = 50  # writes a second, of an account and region together
@@ -66,7 +73,7 @@ class StandIn:
         self._guard = threading.Lock()
         self._moto = create_backend_app("secretsmanager")
         self.root = self.access.new_keys(self.account, user="root")
-        self.front = Front(self._serve, port=port, certificate=certificate)
+        self.front = Server(self.serve, port=port, certificate=certificate)
         self.address = self.front.address
 
     def close(self) -> None:
@@ -104,7 +111,8 @@ class StandIn:
 
     # --- serving ----------------------------------------------------------------------------
 
-    def _serve(self, call: Call) -> Answer:
+    def serve(self, call: Call) -> Answer:
+        """Answer one call, as the services of AWS do."""
         if call.path.startswith(("/latest/", "/container")):
             return self._metadata(call)
         if not call.headers.get("x-amz-target", "").startswith("secretsmanager."):

@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import parse_qs
 from xml.sax.saxutils import escape
 
-from keyturn.testing.aws_http import Answer, Call
+from keyturn.testing.wire import Answer, Call
 
 SKEW = timedelta(minutes=15)
 _AUTHORIZATION = re.compile(
@@ -286,6 +286,15 @@ def _is_now(stamp: str, day: str) -> bool:
 def _name(code: str, service: str) -> str:
     """JSON services put a word behind what the others call by the bare name."""
     return code if service == "sts" else f"{code}Exception"
+
+
+def refusal(code: str, text: str, *, status: int = 400, **headers: str) -> Answer:
+    """Return what a JSON service of AWS answers to what it refuses."""
+    body = json.dumps({"__type": code, "message": text}).encode()
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Answer(
+        status=status, headers={"Content-Type": "application/x-amz-json-1.1", **named}, body=body
+    )
 
 
 def _xml(operation: str, inner: str) -> Answer:

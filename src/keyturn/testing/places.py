@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from keyturn.testing import resolver
+from keyturn.testing.certificates import new_authority
+from keyturn.testing.wire import Server, served
 
 KINDS = ("file", "vault", "aws", "azure")
 PREFIX = "agents"
@@ -26,15 +28,15 @@ Read = Callable[[str], dict[str, Any] | None]
 class Place:
     """One destination; `read` gives an agent's entry, None where there is none.
 
-    `names` lead to a stand-in; `rule` puts a rule between the daemon and what it talks to, where the
-    place can (files cannot); agents read past it.
+    `names` lead a daemon to a stand-in. `door` is the server that daemons come to and agents do not:
+    a rule put there is between the two. None for files and for OpenBao.
     """
 
     kind: str
     connection: Mapping[str, Any]
     read: Read
     names: Mapping[resolver.Place, resolver.Place] = field(default_factory=dict)
-    server: Any = None
+    door: Server | None = None
 
 
 @contextlib.contextmanager
@@ -98,14 +100,17 @@ def _aws(folder: Path) -> Iterator[Place]:
 
     from keyturn.testing import aws
 
-    with aws.stand_in(folder, tls=True) as one:
+    authority = new_authority(folder / "tls")
+    with (
+        aws.stand_in(folder) as one,
+        served(one.serve, certificate=authority.issue("aws")) as door,
+    ):
         client = boto3.session.Session().client(
             "secretsmanager",
             region_name=aws.REGION,
             endpoint_url=one.address,
             aws_access_key_id=one.root.access,
             aws_secret_access_key=one.root.secret,
-            verify=str(one.ca_file),
             config=Config(proxies={}),
         )
 
@@ -116,10 +121,18 @@ def _aws(folder: Path) -> Iterator[Place]:
                 return None
             return _object(found["SecretString"])
 
-        # The service keeps 100 versions of a secret a day, and nobody would wait for that here.
-        more = {"prefix": PREFIX, "versions_per_day": 100_000, "write_limit": "40/s"}
-        connection = {**aws.connection(one, one.keys_file(folder)), **more, "staleness": "0s"}
-        yield Place(kind="aws", connection=connection, read=read, server=one.front)
+        connection = {
+            **aws.connection(one, one.keys_file(folder)),
+            "endpoint": door.address,
+            "sts_endpoint": door.address,
+            "ca_file": str(authority.ca_file),
+            "prefix": PREFIX,
+            "staleness": "0s",
+            "write_limit": "40/s",
+            # The service keeps 100 versions of a secret a day, and nobody would wait for that here.
+            "versions_per_day": 100_000,
+        }
+        yield Place(kind="aws", connection=connection, read=read, door=door)
 
 
 @contextlib.contextmanager
@@ -130,7 +143,11 @@ def _azure(folder: Path) -> Iterator[Place]:
 
     from keyturn.testing import azure
 
-    with azure.cloud(folder) as cloud, resolver.resolving(cloud.places):
+    with (
+        azure.cloud(folder) as cloud,
+        served(cloud.answer, certificate=cloud.certificate) as beside,
+        resolver.resolving(dict.fromkeys(cloud.places, beside.place)),
+    ):
         identity, secret_file = cloud.application()
         cloud.vault.grant(identity)
         cloud.vault.most_others = 10**6  # of a whole vault: agents ask more often here than there
@@ -164,7 +181,7 @@ def _azure(folder: Path) -> Iterator[Place]:
             connection=connection,
             read=read,
             names=cloud.places,
-            server=cloud.server,
+            door=cloud.server,
         )
         client.close()
         credential.close()

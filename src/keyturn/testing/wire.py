@@ -13,7 +13,7 @@ import socket
 import ssl
 import struct
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,15 @@ class Call:
     def host(self) -> str:
         """The name that was asked for, in lower case, with its port if one was given."""
         return self.headers.get("host", "").lower()
+
+    @property
+    def operation(self) -> str:
+        """What services whose calls all look alike name in a header or the body (AWS); else ""."""
+        target = self.headers.get("x-amz-target", "")
+        if "." in target:
+            return target.rpartition(".")[2]
+        named = (pair[7:] for pair in self.body[:4096].split(b"&") if pair.startswith(b"Action="))
+        return next(named, b"").decode("ascii", "replace")
 
     def json(self) -> Any:
         """Return the body's JSON; None where it is none."""
@@ -127,6 +136,16 @@ class Server:
             return None
         self.seen.append((call, answer.status))
         return answer
+
+
+@contextlib.contextmanager
+def served(serve: Forward, **more: Any) -> Iterator[Server]:
+    """Run a server until the block ends."""
+    one = Server(serve, **more)
+    try:
+        yield one
+    finally:
+        one.close()
 
 
 def _handler(server: Server) -> type[http.server.BaseHTTPRequestHandler]:

@@ -22,14 +22,11 @@ from cryptography.x509.oid import NameOID
 
 from keyturn.testing.azure.entra import EXCHANGE, Entra, Identity
 from keyturn.testing.azure.vaults import ALL, Vault
-from keyturn.testing.azure.wire import Answer, App, Call, HangUp, Rule, Server, as_json
 from keyturn.testing.certificates import CertificateAuthority, new_authority
 from keyturn.testing.resolver import Place
+from keyturn.testing.wire import Answer, Call, Server, as_json
 
-__all__ = [
-    "ALL", "Answer", "App", "Call", "Cloud", "HangUp", "Identity", "Rule", "Vault", "as_json",
-    "cloud",
-]  # fmt: skip
+__all__ = ["ALL", "Cloud", "Identity", "Vault", "cloud"]
 
 DOMAIN, AUTHORITY = "vault.azure.net", "login.microsoftonline.com"
 METADATA = ("169.254.169.254", 80)
@@ -44,6 +41,7 @@ class Cloud:
     ca: CertificateAuthority
     entra: Entra
     vaults: Mapping[str, Vault]  # by their addresses
+    certificate: tuple[Path, Path]  # good for all names of its vaults and its authority
     places: dict[Place, Place] = field(default_factory=dict)  # for the resolver
     server: Server = field(init=False)
     metadata: Server = field(init=False)
@@ -148,8 +146,9 @@ def cloud(
     entra = Entra(authority=f"https://{authority}{more}", resource=f"https://{domain}")
     bases = [f"https://{host}{more}" for host in hosts]
     vaults = {base: Vault(base=base, entra=entra) for base in bases}
-    one = Cloud(folder=folder, ca=ca, entra=entra, vaults=vaults)
-    one.server = Server(one.answer, certificate=ca.issue("azure", *hosts, authority))
+    certificate = ca.issue("azure", *hosts, authority)
+    one = Cloud(folder=folder, ca=ca, entra=entra, vaults=vaults, certificate=certificate)
+    one.server = Server(one.answer, certificate=certificate)
     one.metadata = Server(entra.imds)
     one.places = {(host, port): one.server.place for host in (*hosts, authority)}
     one.places[METADATA] = one.metadata.place

@@ -21,7 +21,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from keyturn.testing.azure.wire import Answer, Call, as_json
+from keyturn.testing.wire import Answer, Call, as_json
 
 ASSERTION = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 EXCHANGE = "api://AzureADTokenExchange"

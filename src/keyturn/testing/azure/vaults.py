@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keyturn.testing.azure.entra import Entra, Identity
-from keyturn.testing.azure.wire import Answer, Call, as_json
+from keyturn.testing.wire import Answer, Call, as_json
 
 API_VERSIONS = frozenset(
     {"7.0", "7.1", "7.2", "7.3", "7.4", "7.5", "7.6", "2025-07-01", "2026-04-01"}
