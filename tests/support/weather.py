@@ -49,7 +49,7 @@ class Weather:
 
     def __init__(self, kind: str, *, seed: object, share: float, stall: float) -> None:
         self.seen: Counter[str] = Counter()
-        self.calm = False
+        self.calm = True
         self._refusals = REFUSALS[kind]
         self._draw = random.Random(f"weather {kind} {seed}")
         self._share, self._stall = share, stall

@@ -2,50 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from keyturn.core.secret import Secret
 from keyturn.errors import StoreUnavailable, VerificationFailed
+from keyturn.testing.places import Read
 from keyturn.verifier.decision import Verifier
-
-Read = Callable[[str], dict[str, Any] | None]
-
-
-def file_reader(root: Path) -> Read:
-    """Read as an agent without any code of ours does."""
-
-    def read(agent: str) -> dict[str, Any] | None:
-        try:
-            return json.loads((root / f"{agent}.json").read_text())
-        except FileNotFoundError:
-            return None
-
-    return read
-
-
-def vault_reader(address: str, token: str, *, mount: str = "kv", prefix: str = "agents") -> Read:
-    """Read by plain hvac."""
-    import hvac
-
-    client = hvac.Client(url=address, token=token)
-
-    def read(agent: str) -> dict[str, Any] | None:
-        try:
-            found = client.secrets.kv.v2.read_secret_version(
-                f"{prefix}/{agent}", mount_point=mount, raise_on_deleted_version=True
-            )
-        except hvac.exceptions.InvalidPath:
-            return None
-        return found["data"]["data"]
-
-    return read
 
 
 class Workload(threading.Thread):
