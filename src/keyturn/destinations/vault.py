@@ -253,8 +253,7 @@ class VaultDestination(DestinationBase):
         answer, fresh = self._get(path)
         data = answer.get("data") or {}
         metadata = data.get("metadata") or {}
-        number = int(metadata.get("version") or 0)
-        values = data.get("data")
+        number, values = metadata.get("version") or 0, data.get("data")
         owner = (metadata.get("custom_metadata") or {}).get(OWNER)
         if values is None and owner is None:
             owner = self._owner(path)  # marks can stand there before a value, and after one
@@ -267,15 +266,20 @@ class VaultDestination(DestinationBase):
         except vendor.InvalidPath as error:
             if error.errors:  # an entry that is missing says nothing; a mount or a namespace does
                 raise self._absent() from None
-            return _body(error), self._reads.way().fresh
+            found, fresh = _body(error), self._reads.way().fresh
+            return (found if _is_entry(found) else {}), fresh
         except vendor.VaultError as error:
             raise self._refusal("get", full, error) from None
-        return (answer if isinstance(answer, dict) else {}), fresh
+        if not _is_entry(answer):  # taken for an empty entry it would let a version go
+            raise DestinationUnavailable(f"{self.name}: the answer to a read makes no sense")
+        return answer, fresh
 
     def _owner(self, path: str) -> str | None:
         answer = self._request("get", f"metadata/{path}", absent=True)
-        marks = ((answer or {}).get("data") or {}).get("custom_metadata") or {}
-        owner = marks.get(OWNER)
+        data = {"custom_metadata": None} if answer is None else _dict(answer).get("data")
+        if not isinstance(data, dict) or "custom_metadata" not in data:
+            raise DestinationUnavailable(f"{self.name}: the answer to a read makes no sense")
+        owner = _dict(data["custom_metadata"]).get(OWNER)
         return owner if isinstance(owner, str) else None
 
     def _mark(self, path: str) -> int:
@@ -386,9 +390,9 @@ class VaultDestination(DestinationBase):
         full = self._full(path)
         try:
             return self._login.request(method, full, body)
-        except vendor.InvalidPath as error:
+        except vendor.InvalidPath:
             if absent:
-                return _body(error)
+                return None
             raise self._absent() from None
         except vendor.VaultError as error:
             raise self._refusal(method, full, error) from None
@@ -457,6 +461,17 @@ def _body(error: vendor.VaultError) -> dict[str, Any]:
     if isinstance(found, dict) and isinstance(found.get("data"), dict):
         return found
     return {}
+
+
+def _is_entry(answer: object) -> bool:
+    """Whether an answer has what every version of an entry has, a deleted one as well."""
+    metadata = _dict(_dict(_dict(answer).get("data")).get("metadata"))
+    number = metadata.get("version")
+    return isinstance(number, int) and number > 0
+
+
+def _dict(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _is_mismatch(error: vendor.VaultError) -> bool:
