@@ -15,6 +15,8 @@ import pytest
 
 from keyturn.testing import openbao
 from keyturn.testing.aws import StandIn, connection, stand_in
+from keyturn.testing.azure import Cloud, cloud
+from keyturn.testing.resolver import as_text
 from support.postgres import Cluster, postgres
 from support.running import Keyturn
 from support.traps import Traps, traps
@@ -44,20 +46,22 @@ def aws(tmp_path: Path) -> Iterator[StandIn]:
 
 
 def installation(
-    folder: Path, server: openbao.Server, laid: Traps, aws: StandIn | None = None
+    folder: Path, server: openbao.Server | None, laid: Traps, aws: StandIn | None = None
 ) -> Keyturn:
     """Make a Keyturn with a file and an OpenBao per agent, perhaps AWS, that runs among the traps."""
     (folder / "keyturn").mkdir()
     one = Keyturn(folder / "keyturn", agents=0)
-    one.content["connections"]["bao"] = {
-        "type": "vault",
-        "call_deadline": "1s",
-        "address": server.address,
-        "ca_file": str(server.ca_file),
-        "auth": {"method": "token", "token_file": str(server.token_file)},
-        "prefix": folder.name,
-    }
-    places = [{"to": "files", "path": "one"}, {"to": "bao", "path": "one"}]
+    places = [{"to": "files", "path": "one"}]
+    if server is not None:
+        one.content["connections"]["bao"] = {
+            "type": "vault",
+            "call_deadline": "1s",
+            "address": server.address,
+            "ca_file": str(server.ca_file),
+            "auth": {"method": "token", "token_file": str(server.token_file)},
+            "prefix": folder.name,
+        }
+        places.append({"to": "bao", "path": "one"})
     one.content["agents"] = {"one": {"destinations": places}}
     one.write()
     if aws is not None:
@@ -144,6 +148,61 @@ def test_with_the_daemon_down_no_trap_is_touched(
     assert laid.caught() == []
 
 
+# Leads the names of Azure to the stand-in after the first statements of every process of ours.
+LED = """
+import sys
+import keyturn.entry
+import runpy
+from keyturn.testing.resolver import from_text, resolving
+with resolving(from_text(sys.argv[1])):
+    sys.argv = sys.argv[3:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
+    """Give an Azure under the real names."""
+    with cloud(tmp_path_factory.mktemp("azure")) as one:
+        yield one
+
+
+@pytest.mark.parametrize("method", ["managed-identity", "workload-identity", "client-secret"])
+def test_a_whole_life_with_azure_among_traps_touches_none(
+    tmp_path: Path, azure: Cloud, laid: Traps, method: str
+) -> None:
+    """No variable of a pod, a function or a command line, no cache of a login, no other program."""
+    keyturn = installation(tmp_path, None, laid)
+    auth = {"method": method, "tenant_id": azure.entra.tenant}
+    if method == "managed-identity":
+        identity, auth = azure.machine(), {"method": method}
+    elif method == "client-secret":
+        identity, path = azure.application()
+        auth["secret_file"] = str(path)
+    else:
+        identity, path = azure.federated("system:serviceaccount:keyturn:keyturn")
+        auth["token_file"] = str(path)
+    azure.vault.grant(identity)
+    keyturn.content["connections"]["azure"] = {
+        "type": "azure",
+        "vault": azure.vault.base,
+        "ca_file": str(azure.ca_file),
+        "call_deadline": "1900ms",
+        "auth": {**auth, "client_id": identity.client_id},
+        "prefix": method,
+    }
+    keyturn.content["agents"]["one"]["destinations"].append({"to": "azure", "path": "one"})
+    keyturn.write()
+    keyturn.python = [sys.executable, "-I", "-c", LED, as_text(azure.places)]
+    with keyturn:
+        life(keyturn)
+        found = azure.vault.latest(f"{method}-one")
+        assert found is not None
+        assert json.loads(found.value) == keyturn.held("one")
+    assert laid.caught() == []
+    assert any(call.method == "PUT" for call, _ in azure.server.seen)
+
+
 # --- the traps themselves -------------------------------------------------------------------
 
 
@@ -160,11 +219,13 @@ def test_the_traps_can_catch(tmp_path: Path, laid: Traps, server: openbao.Server
         "boto3": "import boto3; boto3.client('sts', region_name='eu-west-1')",
         "models": "import os; [os.environ.pop(n) for n in list(os.environ) if n.startswith('AWS_')]; import boto3; boto3.client('sts', region_name='eu-west-1')",
         "instance": "import botocore.utils as u; u.InstanceMetadataFetcher(timeout=1, num_attempts=1, base_url=__import__('os').environ['IMDS_ENDPOINT']).retrieve_iam_role_credentials()",
+        "azure": "import os; del os.environ['IDENTITY_SERVER_THUMBPRINT']; import azure.identity as a; a.ManagedIdentityCredential().get_token('https://x/.default')",
     }
     expected = {
         "proxy": "sent", "program": "ran vault login", "netrc": "opened", "hvac": "sent",
         "token": ".vault-token", "libpq": "pg_service", "keys": "tls-keys",
         "boto3": ".aws/config", "models": "models/endpoints.json", "instance": "sent",
+        "azure": "sent",
     }  # fmt: skip
     environ = {k: v for k, v in laid.environ().items() if not k.startswith("PYTHON")}
     for name, text in code.items():
@@ -185,7 +246,9 @@ def test_every_trap_is_named_in_the_environment(laid: Traps) -> None:
     for name in ("http_proxy", "HTTPS_PROXY", "ALL_PROXY", "VAULT_ADDR", "BAO_TOKEN", "NETRC",
                  "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "PGHOSTADDR", "PGPASSFILE", "PYTHONPATH",
                  "SSLKEYLOGFILE", "VAULT_CLIENT_CERT", "XDG_CONFIG_HOME", "AWS_PROFILE",
-                 "AWS_ENDPOINT_URL", "AWS_CONFIG_FILE", "BOTO_CONFIG"):  # fmt: skip
+                 "AWS_ENDPOINT_URL", "AWS_CONFIG_FILE", "BOTO_CONFIG",
+                 "AZURE_CLIENT_SECRET",
+                 "MSI_ENDPOINT", "IDENTITY_ENDPOINT", "IMDS_ENDPOINT"):  # fmt: skip
         assert name in names
     assert len(names) > 80
     assert os.access(laid.programs / "openssl", os.X_OK)

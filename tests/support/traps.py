@@ -25,6 +25,7 @@ PROGRAMS = (
     "ld", "objdump", "sh", "bash", "curl", "wget", "psql", "pg_config", "systemctl", "hostname",
     "uname", "ip", "ifconfig", "arp", "netstat", "id", "getent", "which", "whoami", "stty", "tput",
     "less", "python", "python3", "gpg", "pass", "ssh", "env", "file", "security", "kubectl",
+    "az", "azd", "pwsh", "powershell", "secret-tool",
 )  # fmt: skip
 
 
@@ -92,13 +93,15 @@ class Traps:
         self.home, self.programs = folder / "home", folder / "bin"
         self.modules, self.calls = folder / "modules", folder / "calls"
         self.listener = Listener()
-        aws = self.home / ".aws"
-        watched = [self.home, self.home / ".postgresql", self.modules, aws, aws / "models"]
-        for place in (*watched[1:], self.programs):
+        inner = [
+            self.home / name
+            for name in (".postgresql", ".azure", ".IdentityService", ".aws", ".aws/models")
+        ]
+        for place in (*inner, self.programs, self.modules):
             place.mkdir(parents=True)
         self._lay_files()
         self._lay_programs()
-        self._lookout = Lookout(*watched)
+        self._lookout = Lookout(self.home, *inner, self.modules)
 
     def close(self) -> None:
         """Take the traps away."""
@@ -128,6 +131,7 @@ class Traps:
             **self._network(),
             **self._vault(),
             **self._aws(),
+            **self._azure(),
             **self._postgresql(),
             **self._python(),
         }
@@ -193,6 +197,29 @@ class Traps:
             "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "false", "AWS_SDK_UA_APP_ID": "trap",
         }  # fmt: skip
 
+    def _azure(self) -> dict[str, str]:
+        address, home = self.address, str(self.home)
+        names = {
+            "AZURE_": {
+                "TENANT_ID": "trap", "CLIENT_ID": "trap", "CLIENT_SECRET": "trap",
+                "CLIENT_CERTIFICATE_PATH": f"{home}/client.pem", "USERNAME": "trap",
+                "PASSWORD": "trap", "AUTHORITY_HOST": address,
+                "REGIONAL_AUTHORITY_NAME": "trap", "POD_IDENTITY_AUTHORITY_HOST": address,
+                "FEDERATED_TOKEN_FILE": f"{home}/token", "CONFIG_DIR": f"{home}/.azure",
+                "KUBERNETES_TOKEN_PROXY": address, "KUBERNETES_CA_FILE": f"{home}/ca.pem",
+                "KUBERNETES_SNI_NAME": "trap", "TOKEN_CREDENTIALS": "AzureCliCredential",
+                "KEYVAULT_URL": address, "CLOUD": "trap", "LOG_LEVEL": "debug",
+                "TRACING_ENABLED": "true", "SDK_TRACING_IMPLEMENTATION": "opentelemetry",
+            },
+            "MSI_": {"ENDPOINT": address, "SECRET": "trap"},
+            "IDENTITY_": {"ENDPOINT": address, "HEADER": "trap", "SERVER_THUMBPRINT": "trap"},
+            "IMDS_": {"ENDPOINT": address},
+            "ARM_": {"USE_MSI": "true", "MSI_ENDPOINT": address, "CLIENT_SECRET": "trap"},
+        }  # fmt: skip
+        return {
+            prefix + name: text for prefix, more in names.items() for name, text in more.items()
+        }
+
     def _postgresql(self) -> dict[str, str]:
         port = str(self.listener.port)
         return {
@@ -226,6 +253,9 @@ class Traps:
             ".vault-token": "trap", "token": "trap", ".vault": f'token_helper = "{self.programs}/vault"\n',
             ".pgpass": "*:*:*:*:trap\n", ".curlrc": f"proxy = {self.address}\n", ".bao-token": "trap",
             ".pg_service.conf": f"[trap]\nhost=127.0.0.1\nport={port}\n", "pg_service.conf": "",
+            ".azure/azureProfile.json": "{}", ".azure/msal_token_cache.json": "{}",
+            ".azure/accessTokens.json": "[]", ".azure/config": "", ".azure/clouds.config": "",
+            ".IdentityService/msal.cache": "{}", ".IdentityService/msal.cache.nocae": "{}",
             "client.pem": "", "client.key": "", "openssl.cnf": "", "tls-keys": "",
             ".postgresql/root.crt": "", ".postgresql/postgresql.crt": "",
             ".aws/config": f"[default]\nregion = us-trap-1\nendpoint_url = {self.address}\n"
@@ -247,6 +277,8 @@ class Traps:
             "boto3",
             "botocore",
             "keyturn",
+            "azure",
+            "msal",
         ):
             (self.modules / f"{name}.py").write_text(trap)
 
