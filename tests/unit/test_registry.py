@@ -26,23 +26,24 @@ def test_the_shipped_types_are_found() -> None:
     """What pyproject declares can be loaded by its name."""
     assert registry.load("file") is FileDestination
     assert registry.load("memory") is MemoryDestination
-    assert {"file", "memory", "vault"} <= set(registry.names())
+    assert {"azure", "file", "memory", "vault"} <= set(registry.names())
 
 
 def test_an_unknown_type_lists_those_that_are_known() -> None:
     """A typo is answered with the choices."""
-    with pytest.raises(ConfigError, match="file, memory, vault"):
+    with pytest.raises(ConfigError, match="azure, file, memory, vault"):
         registry.load("fiel")
 
 
 def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who names a type without its library gets the line to type."""
-    monkeypatch.setitem(sys.modules, "hvac", None)
-    for name in ("keyturn.destinations.vault", "keyturn.destinations.vault_login"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    with pytest.raises(ConfigError) as error:
-        registry.load("vault")
-    assert error.value.hint == "pip install 'keyturn[vault]'"
+    for kind, library in (("vault", "hvac"), ("azure", "azure.keyvault.secrets")):
+        monkeypatch.setitem(sys.modules, library, None)
+        for more in ("", "_login", "_calls"):
+            monkeypatch.delitem(sys.modules, f"keyturn.destinations.{kind}{more}", raising=False)
+        with pytest.raises(ConfigError) as error:
+            registry.load(kind)
+        assert error.value.hint == f"pip install 'keyturn[{kind}]'"
 
 
 def test_a_bug_of_ours_is_no_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +73,7 @@ def test_nothing_is_imported_that_is_not_named() -> None:
     code = (
         "import sys; from keyturn.destinations import registry; "
         "registry.names(); registry.load('file'); import keyturn.testing; "
-        "print([m for m in ('hvac', 'requests', 'pytest', 'keyturn.destinations.vault') "
+        "print([m for m in ('hvac', 'azure', 'msal', 'requests', 'pytest', 'keyturn.destinations.vault') "
         "if m in sys.modules])"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

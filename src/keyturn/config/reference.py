@@ -31,8 +31,8 @@ _CONNECTIONS = """
 ## `connections.NAME`
 
 A named way to reach a destination: address, login, limits. Main file only. `type` names the kind of
-destination (`file`, `vault`, `aws`, or one that is installed as an entry point `keyturn.destinations`); the
-other keys are its own.
+destination (`file`, `vault`, `aws`, `azure`, or one that is installed as an entry point
+`keyturn.destinations`); the other keys are its own.
 """
 _SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("Top", models.TopSection),

@@ -35,7 +35,7 @@ from keyturn.destinations.azure_calls import (
     Deleted,
 )
 from keyturn.destinations.azure_login import PUBLIC_CLOUD, AuthOptions, Login, https_origin
-from keyturn.destinations.base import ConnectionOptions, DestinationBase, Form, duration
+from keyturn.destinations.base import ConnectionOptions, DestinationBase, Form, duration, rate
 from keyturn.destinations.entry import merged, observed, refuse_foreign, without_ours
 from keyturn.errors import (
     ConfigError,
@@ -100,7 +100,7 @@ class AzureOptions(ConnectionOptions):
     ] = {}
     write_limit: Annotated[
         float | None,
-        ConnectionOptions.model_fields["write_limit"].metadata[0],
+        BeforeValidator(rate),
         Form("a number of writes a second such as 20/s"),
         Field(description="most writes a second; a vault takes 30"),
     ] = 20.0

@@ -54,7 +54,8 @@ class Form:
         self.text = text
 
 
-def _rate(value: object) -> float:
+def rate(value: object) -> float:
+    """Read an option that is a number of writes a second. Raises ValueError."""
     found = _RATE.fullmatch(value) if isinstance(value, str) else None
     if found is None or not int(found[1]):
         raise ValueError
@@ -99,7 +100,7 @@ class ConnectionOptions(BaseModel):
     ] = ""
     write_limit: Annotated[
         float | None,
-        BeforeValidator(_rate),
+        BeforeValidator(rate),
         Form("a number of writes a second such as 20/s"),
         Field(description="most writes a second"),
     ] = None
