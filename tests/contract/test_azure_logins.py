@@ -414,7 +414,7 @@ def test_no_credential_is_in_a_text_of_the_login(one: Cloud) -> None:
     """A login that is printed by mistake shows nothing."""
     auth, identity = login(one, "client-secret")
     made = Login(
-        auth=auth, authority=one.entra.authority, ca_file=str(one.ca_file),
+        auth=auth, vault=one.vault.base, authority=one.entra.authority, ca_file=str(one.ca_file),
         timeout=timedelta(seconds=5), name="kv",
     )  # fmt: skip
     token = made.get_token_info("https://vault.azure.net/.default").token

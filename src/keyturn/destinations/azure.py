@@ -141,6 +141,7 @@ class AzureDestination(DestinationBase):
         super().__init__(options, name=name, store_id=store_id, clock=clock)
         self._login = Login(
             auth=options.auth,
+            vault=options.vault,
             authority=options.authority,
             ca_file=options.ca_file,
             timeout=options.call_deadline,

@@ -29,6 +29,7 @@ from keyturn.destinations.azure_login import (
     NO_RETRIES,
     Login,
     Session,
+    foreign,
     parsed,
     pause,
     transport,
@@ -293,10 +294,7 @@ class Calls:
             return unreachable(self._name, error, harmless=harmless)
         if type(error) is ValueError and "challenge" in str(error):
             # SECURITY: the SDK's own check, before any token is asked for. Only its text tells.
-            return Denied(
-                f"{self._name}: the vault names a resource that is not its own, no token was sent",
-                hint="check `vault`: something else answers there, or it asks for a wider domain",
-            )
+            return foreign(self._name)
         return DestinationUnavailable(f"{self._name}: {type(error).__name__}", sent=not harmless)
 
     # --- answers ----------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import json
 import logging
 import ssl
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -163,12 +163,14 @@ class Login:
         self,
         *,
         auth: AuthOptions,
+        vault: str,
         authority: str,
         ca_file: str | None,
         timeout: timedelta,
         name: str,
     ) -> None:
         self._auth = auth
+        self._vault = urlsplit(vault).hostname or ""
         self._authority = authority
         self._name = name
         host = IMDS if auth.method == "managed-identity" else authority
@@ -189,6 +191,7 @@ class Login:
         """
         wanted: TokenRequestOptions = {**(options or {})}
         wanted.pop("tenant_id", None)
+        self._check(scopes)
         with self._guard:
             try:
                 credential = self._ready()
@@ -235,6 +238,17 @@ class Login:
             self._session.close()
 
     # --- inside -----------------------------------------------------------------------------
+
+    def _check(self, scopes: Sequence[str]) -> None:
+        """Refuse a token for anything but the vault's own domain.
+
+        SECURITY: the SDK checks challenges as well, before 4.11.2 only when one first comes: it was
+        kept, and followed afterwards [measured].
+        """
+        for scope in scopes:
+            domain = urlsplit(scope).hostname or ""
+            if not domain or not self._vault.endswith(f".{domain}"):
+                raise foreign(self._name)
 
     def _ready(self) -> Credential:
         proof = self._read_proof()
@@ -397,6 +411,14 @@ def transport(session: Session, *, ca_file: str | None, timeout: timedelta) -> R
         connection_timeout=seconds,
         read_timeout=seconds,
         connection_verify=ca_file or True,
+    )
+
+
+def foreign(name: str) -> Denied:
+    """Say that a vault asks for a token of somebody else."""
+    return Denied(
+        f"{name}: the vault names a resource that is not its own, no token was sent",
+        hint="check `vault`: something else answers there, or it asks for another domain",
     )
 
 
