@@ -198,6 +198,33 @@ def test_a_landed_twin_is_disabled_and_the_shown_one_stays(
     assert [copy.enabled for copy in copies(one, destination)] == [False, False, False, True]
 
 
+@pytest.mark.parametrize("act", ["activate", "retire"])
+def test_what_lands_between_two_looks_is_never_disabled(
+    one: Cloud, destination: AzureDestination, act: str
+) -> None:
+    """A late write becomes what agents read while we look: it is not taken for a surplus one."""
+    first = destination.activate(PLACE, new_entry(1), expected="")
+    if act == "retire":
+        destination.activate(PLACE, new_entry(2), expected="")
+    twin, landed = copies(one, destination)[0], []
+
+    def land(call: Call, app: App) -> Answer:
+        answer = app(call)
+        if call.path.startswith("/secrets") and answer.status == 200 and not landed:
+            landed.append(one.vault.add(destination.place(PLACE), twin.value, twin.tags))
+        return answer
+
+    one.server.rule = land
+    with contextlib.suppress(DestinationUnavailable):  # "read again" is a good answer as well
+        if act == "activate":
+            destination.activate(PLACE, new_entry(1), expected="")
+        else:
+            version_id = new_entry(1).version_id
+            destination.retire(PLACE, version_id=version_id, locator=first, how="disable")
+    assert landed
+    assert copies(one, destination)[-1].enabled
+
+
 def test_a_copy_without_its_tags_is_put_away_by_its_value(
     one: Cloud, destination: AzureDestination
 ) -> None:
