@@ -12,7 +12,6 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +26,6 @@ from keyturn.destinations.file import FileDestination, FileOptions
 from keyturn.destinations.vault import OWNER
 from keyturn.destinations.vault_auth import AuthOptions
 from keyturn.errors import KeyturnError, StaleRevision
-from keyturn.ports import Entry, Observed
 from keyturn.testing import openbao
 from keyturn.testing.aws import StandIn, stand_in
 from keyturn.testing.azure import Cloud
@@ -37,6 +35,7 @@ from support import bench as benches
 from support.aws import agent
 from support.aws import connect as connect_aws
 from support.bench import Bench, Crash
+from support.real import Real
 from support.vault import connect, root_of
 
 SWEEP = timedelta(minutes=5)
@@ -259,47 +258,6 @@ class AzurePlace:
     def clear(self, target: Target) -> None:
         """What the person does who was called: take all of it away."""
         self._vault.purge(self._names(target))
-
-
-class Real:
-    """A real destination as the saga's bench plays it: a point before and after each write."""
-
-    def __init__(self, bench: Bench, destination: Any, place: Any) -> None:
-        self._bench, self._destination = bench, destination
-        self.traits = destination.traits
-        self.faults: list[str] = []
-        self.inner = SimpleNamespace(raw_get=place.read, close=destination.close)
-
-    def fall(self) -> None:
-        """Nothing of it hangs."""
-
-    def observe(self, target: Target) -> Observed:
-        self._bench.point("observe")
-        found: Observed = self._destination.observe(target)
-        return found
-
-    def read(self, target: Target, version_id: str) -> Observed:
-        self._bench.point("read")
-        found: Observed = self._destination.read(target, version_id)
-        return found
-
-    def stage(self, target: Target, entry: Entry, *, expected: str) -> Any:
-        return self._write("stage", target, entry, expected=expected)
-
-    def activate(self, target: Target, entry: Entry, *, expected: str) -> Any:
-        return self._write("activate", target, entry, expected=expected)
-
-    def withdraw(self, target: Target, **more: Any) -> Any:
-        return self._write("withdraw", target, **more)
-
-    def retire(self, target: Target, **more: Any) -> Any:
-        return self._write("retire", target, **more)
-
-    def _write(self, what: str, *arguments: Any, **more: Any) -> Any:
-        self._bench.point(f"before {what}")
-        done = getattr(self._destination, what)(*arguments, **more)
-        self._bench.point(f"after {what}")
-        return done
 
 
 class Story:
