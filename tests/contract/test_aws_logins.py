@@ -421,6 +421,9 @@ def test_each_right_of_the_policy_is_needed(server: StandIn, tmp_path: Path, act
         {"auth": {"method": "instance", "file": "/x"}}, {"write_limit": "0/s"},
         {"auth": {"method": "container", "token_file": "/x"}}, {"access_key": "x"},
         {"auth": {"method": "web-identity", "token_file": "/x"}},
+        {"endpoint": "https://emulator", "role_arn": "arn:aws:iam::111122223333:role/x"},
+        {"endpoint": "https://evilamazonaws.com", "role_arn": "arn:aws:iam::111122223333:role/x"},
+        {"external_id": "x"},
     ],
     ids=str,
 )  # fmt: skip

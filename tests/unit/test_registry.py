@@ -26,7 +26,7 @@ def test_the_shipped_types_are_found() -> None:
     """What pyproject declares can be loaded by its name."""
     assert registry.load("file") is FileDestination
     assert registry.load("memory") is MemoryDestination
-    assert {"azure", "file", "memory", "vault"} <= set(registry.names())
+    assert {"aws", "azure", "file", "memory", "vault"} <= set(registry.names())
 
 
 def test_an_unknown_type_lists_those_that_are_known() -> None:
@@ -35,15 +35,20 @@ def test_an_unknown_type_lists_those_that_are_known() -> None:
         registry.load("fiel")
 
 
-def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "library"),
+    [("vault", "hvac"), ("aws", "boto3.session"), ("azure", "azure.keyvault.secrets")],
+)
+def test_a_missing_library_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, kind: str, library: str
+) -> None:
     """Who names a type without its library gets the line to type."""
-    for kind, library in (("vault", "hvac"), ("azure", "azure.keyvault.secrets")):
-        monkeypatch.setitem(sys.modules, library, None)
-        for more in ("", "_login", "_calls"):
-            monkeypatch.delitem(sys.modules, f"keyturn.destinations.{kind}{more}", raising=False)
-        with pytest.raises(ConfigError) as error:
-            registry.load(kind)
-        assert error.value.hint == f"pip install 'keyturn[{kind}]'"
+    monkeypatch.setitem(sys.modules, library, None)
+    for name in [name for name in sys.modules if name.startswith(f"keyturn.destinations.{kind}")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ConfigError) as error:
+        registry.load(kind)
+    assert error.value.hint == f"pip install 'keyturn[{kind}]'"
 
 
 def test_a_bug_of_ours_is_no_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +78,8 @@ def test_nothing_is_imported_that_is_not_named() -> None:
     code = (
         "import sys; from keyturn.destinations import registry; "
         "registry.names(); registry.load('file'); import keyturn.testing; "
-        "print([m for m in ('hvac', 'azure', 'msal', 'requests', 'pytest', 'keyturn.destinations.vault') "
+        "print([m for m in ('hvac', 'requests', 'boto3', 'botocore', 'moto', 'azure', 'msal', 'pytest', "
+        "'keyturn.destinations.vault', 'keyturn.destinations.aws', 'keyturn.destinations.azure') "
         "if m in sys.modules])"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -193,18 +193,18 @@ class AwsDestination(DestinationBase):
 
     def _observe(self, target: Target) -> Observed:
         name = self.place(target)
-        found, secret = Observed(), None
+        found: Observed | None = None
         for attempt in range(READS):
-            if attempt:
-                time.sleep(READ_PAUSE * attempt)
+            time.sleep(READ_PAUSE * attempt)
             try:
                 secret = self._described(name)
                 found = self._seen(target, secret)
             except _Changed:
+                found = None
                 continue
             if not self._is_behind(name, secret):
                 return replace(found, fresh=self._is_fresh(name, secret))
-        if secret is not None and not found.exists and secret.token:
+        if found is None:
             raise DestinationUnavailable(
                 f"{self.name}: {name} changes while it is read", sent=False
             )
@@ -554,7 +554,7 @@ class AwsDestination(DestinationBase):
         write = method in _WRITES
         if write:
             deadline = self.options.call_deadline
-            longest = deadline if patient else min(LONGEST_PAUSE, deadline / 2)
+            longest = deadline / 2 if patient else min(LONGEST_PAUSE, deadline / 2)
             time.sleep(self._budget.take(longest).total_seconds())
         return self._requested(self._client(), method, what=what, write=write, **parameters)
 

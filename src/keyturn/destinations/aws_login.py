@@ -19,7 +19,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -69,6 +69,11 @@ CredentialFile = Annotated[Path | None, BeforeValidator(_file), Form("an absolut
 
 class AuthOptions(BaseModel):
     """How to log in. Secrets are only ever named by file."""
+
+    rule: ClassVar[str] = (
+        "the keys of its method only: none for instance, address (and token_file) for container,"
+        " profile and file, file for keys, role_arn and token_file for web-identity"
+    )
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, hide_input_in_errors=True, validate_default=False

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -19,6 +19,7 @@ from keyturn.destinations.aws_login import AuthOptions
 from keyturn.destinations.base import ConnectionOptions, Form, _rate, duration
 
 DAY = timedelta(hours=24)
+_OF_AWS = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws", ".on.aws")
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _REGION = re.compile(r"[a-z]{2,4}(-[a-z]+)+-[0-9]{1,2}", re.ASCII)
 _ROLE = re.compile(r"arn:(aws[a-z-]*):iam::([0-9]{12}):role/[\w+=,.@/-]{1,512}", re.ASCII)
@@ -73,6 +74,11 @@ RoleArn = Annotated[str | None, BeforeValidator(_role), Form("arn:aws:iam::ACCOU
 
 class AwsOptions(ConnectionOptions):
     """How to reach AWS Secrets Manager: one region of one account."""
+
+    rule: ClassVar[str] = (
+        "an account that is that of role_arn, and sts_endpoint wherever a role is assumed and"
+        " endpoint is not one of AWS"
+    )
 
     region: Annotated[
         str,
@@ -143,9 +149,13 @@ class AwsOptions(ConnectionOptions):
     ] = 100
 
     @model_validator(mode="after")
-    def _one_account(self) -> AwsOptions:
+    def _fits_together(self) -> AwsOptions:
         named = account_in(self.role_arn)
         if named and self.account not in (None, named):
+            raise ValueError
+        takes_role = self.role_arn is not None or self.auth.method == "web-identity"
+        if takes_role and self.sts_endpoint is None and not is_of_aws(self.endpoint):
+            # SECURITY: an emulator's keys, or a token meant for it, are nothing for the real STS.
             raise ValueError
         return self
 
@@ -168,8 +178,8 @@ def partition_of(region: str) -> str:
 
 def is_of_aws(endpoint: str | None) -> bool:
     """Whether an address leads to the service itself, by whatever way."""
-    host = (urlsplit(endpoint).hostname or "") if endpoint else "amazonaws.com"
-    return host.endswith(("amazonaws.com", "amazonaws.com.cn", ".api.aws", ".on.aws"))
+    host = urlsplit(endpoint).hostname if endpoint else None
+    return endpoint is None or (host or "").endswith(_OF_AWS)
 
 
 def least_rights(options: AwsOptions, names: Iterable[str]) -> str:
