@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from keyturn import ambient
 from keyturn.core.model import Target
+from keyturn.daemon import checks
 from keyturn.destinations.aws import AwsDestination
 from keyturn.destinations.aws_options import AwsOptions
-from keyturn.errors import Denied, DestinationUnavailable
-from keyturn.testing.aws import REGION, StandIn, stand_in
+from keyturn.errors import ConfigError, Denied, DestinationUnavailable
+from keyturn.testing.aws import REGION, StandIn, connection, stand_in
 from keyturn.testing.aws_access import Principal
 from keyturn.testing.contract import PLACE, new_entry, publish
 from keyturn.testing.resolver import resolving
@@ -403,6 +405,47 @@ def test_each_right_of_the_policy_is_needed(server: StandIn, tmp_path: Path, act
     assert ("KMS key" if ":" in action else f"secretsmanager:{action}") in str(refused.value)
     assert "keyturn policy aws" in refused.value.hint
     destination.close()
+
+
+def configured(folder: Path, server: StandIn, **policy: str) -> Path:
+    """Write a configuration with one agent at AWS."""
+    content = {
+        "version": 1,
+        "store": {"url": f"sqlite:///{folder}/state/keyturn.db"},
+        "connections": {
+            "prod": {**connection(server, server.keys_file(folder)), "account": server.account}
+        },
+        "policies": {"default": policy},
+        "agents": {"bot": {"destinations": [{"to": "prod", "path": "bot"}]}},
+    }
+    return file(folder / "keyturn.yaml", yaml.safe_dump(content))
+
+
+def test_the_command_prints_the_policy(server: StandIn, tmp_path: Path) -> None:
+    """`keyturn policy aws`: what is printed is JSON for exactly the configured entries."""
+    found = checks.least_policy(configured(tmp_path, server), "aws")
+    resources = json.loads(found["text"])["Statement"][0]["Resource"]
+    arn = f"arn:aws:secretsmanager:{REGION}:{server.account}:secret:bot"
+    assert resources == [arn, f"{arn}-??????"]
+
+
+def test_check_probes_and_says_as_whom(server: StandIn, tmp_path: Path) -> None:
+    """`keyturn check --probe` logs in and reads every entry; nothing is written."""
+    found = checks.check(configured(tmp_path, server), probe=True)
+    assert found["ok"], found
+    said = {row["name"]: row["detail"] for row in found["checks"]}
+    assert (
+        said["connection prod"] == f"{REGION}, account {server.account}: logged in as 'user/root'"
+    )
+    assert said["entries prod"] == "1 of 1 can be rotated"
+    assert server.writes() == []
+
+
+def test_an_interval_below_the_quota_is_refused(server: StandIn, tmp_path: Path) -> None:
+    """The file is not taken with a policy that would use up the versions of a secret."""
+    short = {"every": "10m", "grace": "15m", "consumer_cache": "5m", "jitter": "0%"}
+    with pytest.raises(ConfigError, match="one rotation every 14m24s"):
+        checks.check(configured(tmp_path, server, **short))
 
 
 # --- the options ----------------------------------------------------------------------------

@@ -169,7 +169,8 @@ def _action_of(error: vendor.ClientError, operation: str) -> str:
 def _is_of_key(error: vendor.ClientError) -> bool:
     """Tell a missing right on the key from one on the secret: the code is the same for both."""
     text = _part(error, "Error").get("Message")
-    return isinstance(text, str) and "kms" in text.lower()
+    said = text.lower() if isinstance(text, str) else ""
+    return "kms:" in said or "access to kms" in said  # and not an entry that is called so
 
 
 def _part(error: BaseException, name: str) -> dict[str, Any]:
