@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -12,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import urllib3.exceptions
+from botocore.exceptions import SSLError
 
 from keyturn.core.model import Target
 from keyturn.destinations.aws import AwsDestination
+from keyturn.destinations.aws_errors import understand
 from keyturn.destinations.aws_secret import CURRENT
 from keyturn.errors import (
     Conflict,
@@ -143,6 +147,11 @@ def short(call: Call, forward: Forward) -> Answer:
     return replace(answer, body=answer.body[:25], missing=len(answer.body) - 25)
 
 
+def padded(call: Call, forward: Forward) -> Answer:
+    """Send all of the JSON and promise more: the SDK would not notice."""
+    return replace(forward(call), missing=10)
+
+
 def truncated(call: Call, forward: Forward) -> Answer:
     """Send half of the JSON and call it all."""
     answer = forward(call)
@@ -176,7 +185,7 @@ def redirect(call: Call, forward: Forward) -> Answer:
 
 
 LOST: tuple[Fault, ...] = (
-    gateway, cut_after, stall, short, truncated, html, listed, empty, redirect,
+    gateway, cut_after, stall, short, padded, truncated, html, listed, empty, redirect,
 )  # fmt: skip
 SILENT = {truncated, html, listed, empty}
 UNDONE: tuple[Fault, ...] = (internal, cut_before)
@@ -231,6 +240,7 @@ def test_a_write_that_fails_somehow_is_made_once(
     """Whatever becomes of the answer: it is said that it may have landed, and there is one version."""
     target, attempt = ready(scene, operation)
     scene.at(operation, fault)
+    scene.server.front.seen.clear()
     if operation == "TagResource" and fault in SILENT:
         attempt()  # its answer is empty in the best case as well
     else:
@@ -243,6 +253,10 @@ def test_a_write_that_fails_somehow_is_made_once(
         assert caught.value.sent
         assert caught.value.retryable
     scene.calm()
+    asked = [call.operation for call, _ in scene.server.front.seen]
+    assert asked.count(operation) == 1 - (
+        fault is stall
+    )  # not answered yet; tries are made in one place, and that is the saga
     before = 0 if operation == "CreateSecret" else 1
 
     restarted = connect(
@@ -507,6 +521,18 @@ def test_a_certificate_that_does_not_hold_ends_it_before_anything_is_sent(tmp_pa
                 assert "ca_file" in caught.value.hint
             destination.close()
         assert one.front.seen == []
+
+
+def test_only_a_certificate_that_does_not_hold_is_sure_to_come_first() -> None:
+    """Other troubles of TLS can follow a request that has landed."""
+    for reason, sent in (
+        (ssl.SSLCertVerificationError(1, "x"), False),
+        (ssl.SSLError(1, "x"), True),
+    ):
+        error = SSLError(endpoint_url="https://x", error=urllib3.exceptions.SSLError(reason))
+        found = understand(error, name="aws", operation="PutSecretValue", what="x", write=True)
+        assert isinstance(found, DestinationUnavailable)
+        assert found.sent is sent
 
 
 def test_a_server_that_is_away_is_unavailable(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from keyturn.core.model import Keys, Target
 from keyturn.destinations.aws import AwsDestination
 from keyturn.destinations.aws_budget import line_of
-from keyturn.destinations.aws_secret import CURRENT, FENCE, OWNER, PENDING, PREVIOUS
+from keyturn.destinations.aws_secret import CURRENT, FENCE, OWNER, PENDING, PREVIOUS, name_of
 from keyturn.errors import (
     ConfigError,
     Conflict,
@@ -312,19 +312,29 @@ def test_withdrawing_leaves_no_label_but_the_services_own(scene: Scene) -> None:
     assert scene.labels().keys() == {CURRENT, PENDING}
 
 
-def test_the_value_of_others_is_not_guessable_from_a_name(scene: Scene) -> None:
-    """VersionIds are public: with another secret the same keys of others make another name."""
-    names = set()
-    for seed in (1, 2):
-        target = Target(to="aws", path=f"guess-{seed}", merge=True)
-        scene.raw.create_secret(Name=scene.destination.place(target), SecretString='{"pin": 1234}')
-        entry = new_entry(seed)
-        publish(scene.destination, target, entry)
-        name = scene.destination.observe(target).token
-        names.add(name)
-        withdraw(scene.destination, target, entry, name)
-        names.add(scene.destination.observe(target).token)
-    assert len(names) == 4
+def test_the_value_of_others_is_not_guessable_from_a_name() -> None:
+    """VersionIds are public: they are keyed with the entry's secret, or with the one that goes."""
+    values = {"pin": 1234, **parts(PLACE.keys, new_entry(1))}
+    other = {**values, PLACE.keys.secret: new_entry(2).secret.reveal()}
+    version_id = new_entry(1).version_id
+    assert name_of(PLACE, values, version_id) == name_of(PLACE, dict(values), version_id)
+    assert name_of(PLACE, values, version_id) != name_of(PLACE, other, version_id)
+    left = {"pin": 1234}
+    assert name_of(PLACE, left, version_id, key="a") != name_of(PLACE, left, version_id, key="b")
+
+
+def test_the_shown_copy_keeps_every_label(scene: Scene) -> None:
+    """Retiring what is shown is refused before anything is taken from it."""
+    publish(scene.destination, PLACE, new_entry(1))
+    shown = scene.labels()[CURRENT]
+    scene.raw.update_secret_version_stage(
+        SecretId=scene.name, VersionStage=PENDING, MoveToVersionId=shown
+    )
+    with pytest.raises(Rejected, match="is the one shown"):
+        scene.destination.retire(
+            PLACE, version_id=new_entry(1).version_id, locator=shown, how="destroy"
+        )
+    assert scene.labels() == {CURRENT: shown, PENDING: shown}
 
 
 # --- where nothing is written ---------------------------------------------------------------
