@@ -257,7 +257,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tls", action="store_true", help="https, by an authority of its own")
     parser.add_argument("--policy", type=Path, help="file with an IAM policy that the keys have")
     given = parser.parse_args(arguments)
-    folder = given.folder or Path(tempfile.mkdtemp(prefix="keyturn-aws-"))
+    folder = (given.folder or Path(tempfile.mkdtemp(prefix="keyturn-aws-"))).resolve()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with stand_in(folder, tls=given.tls, port=given.port, account=ACCOUNT) as one:
         policy: Policy | None = json.loads(given.policy.read_text()) if given.policy else None
