@@ -205,7 +205,7 @@ def test_what_lands_between_two_looks_is_never_disabled(
         destination.activate(PLACE, new_entry(2), expected="")
     twin, landed = copies(one, destination)[0], []
 
-    def land(call: Call, app: App) -> Answer:
+    def land(call: Call, app: Forward) -> Answer:
         answer = app(call)
         if call.path.startswith("/secrets") and answer.status == 200 and not landed:
             landed.append(one.vault.add(destination.place(PLACE), twin.value, twin.tags))

@@ -16,7 +16,7 @@ from keyturn.core.duration import FORM
 from keyturn.core.model import Target
 from keyturn.destinations.aws_errors import ACTIONS
 from keyturn.destinations.aws_login import AuthOptions
-from keyturn.destinations.base import ConnectionOptions, Form, _rate, duration
+from keyturn.destinations.base import ConnectionOptions, Form, duration, rate
 
 DAY = timedelta(hours=24)
 _OF_AWS = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws", ".on.aws")
@@ -132,7 +132,7 @@ class AwsOptions(ConnectionOptions):
     ] = {}  # noqa: RUF012 - pydantic copies it
     write_limit: Annotated[
         float | None,
-        BeforeValidator(_rate),
+        BeforeValidator(rate),
         Form("a number of writes a second such as 5/s"),
         Field(description="most writes a second; AWS takes 50 of a whole account and region"),
     ] = 10.0
