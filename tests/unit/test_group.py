@@ -15,7 +15,7 @@ from sqlalchemy import event, exc
 from sqlalchemy.engine import Connection, Engine
 
 from keyturn.errors import StaleRevision, StoreUnavailable
-from keyturn.storage.group import Group
+from keyturn.storage.group import MOST, Group
 
 INSERT = sa.text("INSERT INTO t (n) VALUES (:n)")
 
@@ -163,3 +163,57 @@ def test_nobody_waits_for_ever_when_the_one_that_serves_is_interrupted(engine: E
     assert set(errors) <= {Interrupted, StoreUnavailable}
     assert Interrupted in errors
     assert numbers(engine) == []
+
+
+class NewestFirst:
+    """A lock that goes to who asked last: the documentation of `threading.Lock` allows any order."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._taken = False
+        self._waiting: list[object] = []
+
+    def acquire(self, timeout: float) -> bool:
+        me = object()
+        with self._changed:
+            self._waiting.append(me)
+            got = self._changed.wait_for(
+                lambda: not self._taken and self._waiting[-1] is me, timeout
+            )
+            self._waiting.remove(me)
+            self._taken = self._taken or got
+            self._changed.notify_all()
+            return got
+
+    def release(self) -> None:
+        with self._changed:
+            self._taken = False
+            self._changed.notify_all()
+
+
+def test_whoever_has_the_turn_goes_on_until_its_own_write_is_done(engine: Engine) -> None:
+    """More writes than one commit takes, and the last one gets the turn first: none is left over."""
+    group = Group(engine, patience=5)
+    group._turn = NewestFirst()  # type: ignore[assignment]
+    inside, go = threading.Event(), threading.Event()
+
+    def slow(_connection: Connection) -> None:
+        inside.set()
+        go.wait(10)
+
+    many = MOST + 1
+    with ThreadPoolExecutor(many + 1) as pool:
+        first = pool.submit(group.write, slow)
+        inside.wait(10)
+        queued = []
+        for n in range(1, many + 1):
+            queued.append(pool.submit(group.write, insert(n)))
+            while len(group._queue) < n or len(group._turn._waiting) < n:  # type: ignore[attr-defined]
+                threading.Event().wait(0.001)
+        go.set()
+        try:
+            done = [write.result(timeout=4) for write in queued]
+        finally:
+            group.write(lambda _connection: None)  # wakes what a lost turn has left over
+        first.result()
+    assert done == list(range(1, many + 1))

@@ -60,7 +60,9 @@ class Group:
             self._queue.append(job)
         if self._turn.acquire(timeout=self._patience):
             try:
-                if not job.done.is_set():
+                # Who gets the turn is not defined: thousands may be in front of one's own job, and
+                # whoever queued those may be gone.
+                while not job.done.is_set():
                     self._serve()
             finally:
                 self._turn.release()
