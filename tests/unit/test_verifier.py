@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -166,6 +168,17 @@ def test_every_no_is_the_same_no(bench: Bench, case: str) -> None:
     assert bench.verifier.counts == {"refused": 1}
 
 
+@pytest.mark.parametrize("login", ["\ud800", "a\0", "a\n", "\u00e9", "\x7f", "billing-bot@acme\0"])
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_login_that_nobody_can_have_is_a_plain_no(bench: Bench, login: str, ours: bool) -> None:
+    """Neither an error of a codec or a database nor a look-up comes of it."""
+    bench.rows.broken = True  # would raise
+    secret: Secret | str = bench.secret if ours else "x" * 20
+
+    with pytest.raises(VerificationFailed):
+        bench.verifier.verify(login, secret)
+
+
 @pytest.mark.parametrize("state", ["pending", "current", "previous", "kept"])
 def test_every_accepted_state_is_a_yes(bench: Bench, state: str) -> None:
     """Pending as soon as it is stored, previous and kept through their grace."""
@@ -318,6 +331,41 @@ def test_a_stored_hash_that_asks_for_too_much_never_matches(digest: str) -> None
 
     assert Hashing().matches(digest, Secret("x" * 40)) is False
     assert time.process_time() - began < 0.5
+
+
+def test_a_hash_without_memory_is_no_answer() -> None:
+    """Short of memory nobody can tell: 503, never a refusal; and nothing is remembered of it."""
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_MEMORY], capture_output=True, text=True, check=False
+    )
+
+    assert done.stdout.split() == ["unavailable", "unavailable", "True"], done.stderr
+
+
+_WITHOUT_MEMORY = """
+import resource
+from keyturn.core.secret import Secret
+from keyturn.errors import StoreUnavailable
+from keyturn.verifier.hashing import Cost, Hashing
+
+hashing, secret = Hashing(cost=Cost(memory_kib=65536)), Secret("x" * 40)
+digest = hashing.digest(secret)
+
+
+def ask(what):
+    try:
+        print(what())
+    except StoreUnavailable:
+        print("unavailable")
+
+
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 16 * 2**20, -1))
+ask(lambda: hashing.matches(digest, secret))
+ask(lambda: hashing.digest(secret))
+resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+ask(lambda: hashing.matches(digest, secret))
+"""
 
 
 def test_the_authority_knows_its_own_version_only(bench: Bench) -> None:

@@ -131,7 +131,8 @@ class Verifier:
         )
 
     def _decide(self, login: str, secret: Secret | None) -> Decision | None:
-        if secret is None:
+        # No login of ours has another character; a database may choke on one, and that is no answer.
+        if secret is None or not (login.isascii() and login.isprintable()):
             return None
         parsed = parse(text_of(secret))
         if parsed is None:

@@ -15,10 +15,11 @@ import threading
 from dataclasses import dataclass, field
 
 from argon2 import PasswordHasher, extract_parameters
-from argon2.exceptions import InvalidHashError, VerificationError
+from argon2.exceptions import HashingError, InvalidHashError, VerificationError, VerifyMismatchError
 from argon2.low_level import Type
 
 from keyturn.core.secret import Secret
+from keyturn.errors import StoreUnavailable
 
 SCHEME = "argon2id"
 TAG_LABEL = b"keyturn-tag-v1"
@@ -26,6 +27,7 @@ TAG_BYTES = 8
 MAX_MEMORY_KIB = 128 * 1024  # what a stored hash may ask for, however it got there
 MAX_TIME = 10
 MAX_PARALLELISM = 4
+_NO_MEMORY = "a hash could not be computed"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +54,10 @@ class Hashing:
     gate: threading.BoundedSemaphore = field(default_factory=_permits)
 
     def digest(self, secret: Secret) -> str:
-        """Return the argon2id hash of a secret, in PHC form with its parameters."""
+        """Return the argon2id hash of a secret, in PHC form with its parameters.
+
+        Raises StoreUnavailable where there is no memory for it.
+        """
         hasher = PasswordHasher(
             time_cost=self.cost.time,
             memory_cost=self.cost.memory_kib,
@@ -60,17 +65,26 @@ class Hashing:
             type=Type.ID,
         )
         with self.gate:
-            return hasher.hash(secret.reveal())
+            try:
+                return hasher.hash(secret.reveal())
+            except (HashingError, MemoryError):
+                raise StoreUnavailable(_NO_MEMORY) from None
 
     def matches(self, digest: str, secret: Secret) -> bool:
-        """Tell whether the secret has this hash. One that asks for too much never matches."""
+        """Tell whether the secret has this hash. One that asks for too much never matches.
+
+        Raises StoreUnavailable where nobody can tell: argon2 did not get its memory.
+        """
         if not _bearable(digest):
             return False
         with self.gate:
             try:
                 return PasswordHasher().verify(digest, secret.reveal())
-            except (VerificationError, InvalidHashError):
+            except (VerifyMismatchError, InvalidHashError):
                 return False
+            except (VerificationError, MemoryError):
+                # SECURITY: a "no" here would cut good agents off whenever the host is short of memory.
+                raise StoreUnavailable(_NO_MEMORY) from None
 
 
 def tag(version_id: str, secret: Secret) -> bytes:
