@@ -568,8 +568,12 @@ def test_revocations_have_a_chain_of_their_own(store: Store) -> None:
         "UPDATE audit SET chain = 'other' WHERE seq = 6",
     ],
 )
-def test_a_harmed_chain_is_found(store: Store, harm: str) -> None:
-    """Edited, cut, dropped and swapped entries are named."""
+@pytest.mark.parametrize("piece", [2, audit.SLICE])
+def test_a_harmed_chain_is_found(
+    store: Store, harm: str, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Edited, cut, dropped and swapped entries are named, however many are read at once."""
+    monkeypatch.setattr(audit, "SLICE", piece)
     add(store)
     for number in range(5):
         store.append_audit(entry(f"action-{number}", detail=(("n", number),)))
@@ -577,6 +581,51 @@ def test_a_harmed_chain_is_found(store: Store, harm: str) -> None:
     for statement in harm.split(";"):
         raw(store, statement)
     assert store.verify_audit() != []
+
+
+def test_the_chains_are_walked_in_short_reads_while_others_append(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two slices commits go through, and what they append is no harm; all is judged later."""
+    store, other = place.open("w1"), place.open("w2")
+    for number in range(12):
+        store.append_audit(entry(f"action-{number}", agent=f"agent-{number}"))
+    monkeypatch.setattr(audit, "SLICE", 3)
+    read, slices = store.database.read, []
+
+    def read_and_append(body: Callable[[Connection], Any]) -> Any:
+        found = read(body)
+        slices.append(len(found[0]))
+        for writer in (other, store):  # the last chain grows as well as those that are done
+            writer.append_audit(entry("meanwhile", agent=f"agent-{len(slices) % 12}"))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.database, "read", read_and_append)
+        assert store.verify_audit() == []
+
+    assert len(slices) >= 4
+    assert max(slices) <= 3
+    assert store.verify_audit() == []
+    raw(store, "UPDATE audit SET actor = 'x' WHERE action = 'meanwhile'")
+    assert len(store.verify_audit()) == 2 * len(slices)
+
+
+def test_no_request_reads_more_of_the_audit_than_it_may(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A negative limit is none at all, and a large one is cut; slices join without gap or double."""
+    for number in range(9):
+        store.append_audit(entry(f"action-{number}", agent=f"agent-{number % 2}"))
+    assert store.audit_entries(limit=-1) == []
+    whole = store.audit_entries()
+    monkeypatch.setattr(audit, "SLICE", 2)
+    assert [store.audit_entries(limit=limit) for limit in range(11)] == [
+        whole[:limit] for limit in range(11)
+    ]
+    assert store.audit_entries(agent="agent-1") == [e for e in whole if e.entry.agent == "agent-1"]
+    monkeypatch.setattr(audit, "MOST", 4)
+    assert store.audit_entries(limit=10**9) == whole[:4]
 
 
 def test_a_chain_goes_on_from_where_it_stands(store: Store) -> None:

@@ -19,7 +19,7 @@ from keyturn.daemon.socket import Command, Progress
 from keyturn.errors import KeyturnError, Refused
 from keyturn.ports import AuditEntry
 from keyturn.status import describe
-from keyturn.storage.audit import Recorded
+from keyturn.storage.audit import MOST, Recorded
 from keyturn.storage.requests import Once
 from keyturn.wiring import Parts
 
@@ -115,7 +115,7 @@ class Commands:
         """Return the newest entries, and whether the chains are whole."""
         del peer, progress
         store = self._parts().store
-        limit = min(int(args.get("limit", 50)), 10000)
+        limit = max(0, min(int(args.get("limit", 50)), MOST))
         found = store.audit_entries(agent=args.get("agent"), limit=limit)
         result: dict[str, Any] = {"entries": [_recorded(one) for one in found]}
         if args.get("verify"):

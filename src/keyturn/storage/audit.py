@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any, Protocol, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -23,11 +24,22 @@ from keyturn.ports import AuditEntry
 from keyturn.storage import codec
 from keyturn.storage.tables import audit, chains
 
+T = TypeVar("T")
+
 START = "0" * 64
 LANES = 8
+SLICE = 500  # entries in one read: few milliseconds
+MOST = 10_000  # entries that can be asked for
 
 Head = tuple[int, str]  # number and hash of a chain's last entry
 Heads = dict[str, Head]
+
+
+class Read(Protocol):
+    """`Database.read`: runs a body in a read transaction of its own."""
+
+    def __call__(self, body: Callable[[Connection], T], /) -> T:
+        """Return what the body returns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,32 +141,76 @@ def _moved(connection: Connection, chain: str, before: Head, after: Head) -> boo
     return connection.execute(_MOVE_HEAD, named).rowcount == 1
 
 
-def entries(connection: Connection, *, agent: str | None, limit: int) -> list[Recorded]:
-    """Return the newest entries, newest first."""
-    query = sa.select(audit).order_by(audit.c.position.desc()).limit(limit)
+def entries(read: Read, *, agent: str | None, limit: int) -> list[Recorded]:
+    """Return the newest entries, newest first, `MOST` at most; a slice at a time, as below."""
+    found: list[Recorded] = []
+    query = sa.select(audit).order_by(audit.c.position.desc())
     if agent is not None:
         query = query.where(audit.c.agent == agent)
-    return [_recorded(row) for row in connection.execute(query)]
-
-
-def problems(connection: Connection) -> list[str]:
-    """Return what is wrong with the chains: edited, swapped, missing or cut entries."""
-    heads = {row.chain: (row.seq, row.hash) for row in connection.execute(sa.select(chains))}
-    found, last = [], dict.fromkeys(heads, (0, START))
-    query = sa.select(audit).order_by(audit.c.chain, audit.c.seq)
-    for row in connection.execution_options(yield_per=1000).execute(query):
-        seq, before = last.get(row.chain, (0, START))
-        if row.seq != seq + 1:
-            found.append(f"{row.chain}: entries {seq + 1} to {row.seq - 1} are missing")
-        elif row.hash != _hash(before, row.chain, row.seq, row.at, _recorded(row).entry):
-            found.append(f"{row.chain}: entry {row.seq} was changed")
-        last[row.chain] = (row.seq, row.hash)
-    found += [
-        f"{chain}: ends at entry {reached[0]}, not at {heads.get(chain, (0,))[0]}"
-        for chain, reached in last.items()
-        if heads.get(chain) != reached
-    ]
+    after, left = query, max(0, min(limit, MOST))
+    while left:
+        size = min(left, SLICE)
+        rows = read(_all(after.limit(size)))
+        found += [_recorded(row) for row in rows]
+        if len(rows) < size:
+            break
+        left -= size
+        after = query.where(audit.c.position < rows[-1].position)
     return found
+
+
+def problems(read: Read) -> list[str]:
+    """Return what is wrong with the chains: edited, swapped, missing or cut entries.
+
+    A slice at a time, each a read of its own: on SQLite no commit can end while somebody reads, and
+    while it waits no verifier can read either. Where a chain ends is compared with its head as the
+    same read saw it. So what is appended meanwhile is judged while its chain is not walked to the
+    end, and left for the next time afterwards, as are chains that begin in front of the walk.
+    """
+    found: list[str] = []
+    ends: Heads = {}
+    going_on: str | None = None  # the chain in which the last slice ended
+    while True:
+        ends = {} if going_on is None else {going_on: ends[going_on]}
+        rows, heads = read(_slice(going_on, ends))
+        for row in rows:
+            seq, before = ends.get(row.chain, (0, START))
+            if row.seq != seq + 1:
+                found.append(f"{row.chain}: entries {seq + 1} to {row.seq - 1} are missing")
+            elif row.hash != _hash(before, row.chain, row.seq, row.at, _recorded(row).entry):
+                found.append(f"{row.chain}: entry {row.seq} was changed")
+            ends[row.chain] = (row.seq, row.hash)
+        going_on = rows[-1].chain if len(rows) == SLICE else None
+        found += [
+            f"{chain}: ends at entry {ends.get(chain, (0,))[0]}, not at {heads.get(chain, (0,))[0]}"
+            for chain in heads | ends
+            if chain != going_on and heads.get(chain, (0, START)) != ends.get(chain, (0, START))
+        ]
+        if going_on is None:
+            return found
+
+
+def _all(query: sa.Select[Any]) -> Callable[[Connection], Sequence[Row[Any]]]:
+    return lambda connection: connection.execute(query).all()
+
+
+def _slice(
+    chain: str | None, ends: Heads
+) -> Callable[[Connection], tuple[Sequence[Row[Any]], Heads]]:
+    """Return what reads the entries that follow, and the heads of the chains that they belong to."""
+    query = sa.select(audit).order_by(audit.c.chain, audit.c.seq).limit(SLICE)
+    heads = sa.select(chains)
+    if chain is not None:
+        after = sa.tuple_(sa.literal(chain), sa.literal(ends[chain][0]))
+        query = query.where(sa.tuple_(audit.c.chain, audit.c.seq) > after)
+        heads = heads.where(chains.c.chain >= chain)
+
+    def body(connection: Connection) -> tuple[Sequence[Row[Any]], Heads]:
+        rows = connection.execute(query).all()
+        up_to = heads.where(chains.c.chain <= rows[-1].chain) if len(rows) == SLICE else heads
+        return rows, {row.chain: (row.seq, row.hash) for row in connection.execute(up_to)}
+
+    return body
 
 
 def _row(entry: AuditEntry) -> dict[str, object]:

@@ -6,6 +6,7 @@ succeed. The claim's fence is checked where the save lands, not where the claim 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -45,6 +46,7 @@ class Store:
         self._clock = clock
         self._writer = writer
         self._heads: audit.Heads = {}
+        self._verifying = threading.Lock()
         self._store_id: str = identity.store_id
         self.incarnation: int = identity.incarnation
 
@@ -335,14 +337,16 @@ class Store:
     # --- audit ----------------------------------------------------------------------------
 
     def audit_entries(self, *, agent: str | None = None, limit: int = 100) -> list[audit.Recorded]:
-        """Return the newest audit entries, newest first."""
-        return self.database.read(
-            lambda connection: audit.entries(connection, agent=agent, limit=limit)
-        )
+        """Return the newest audit entries, newest first; never more than `audit.MOST`."""
+        return audit.entries(self.database.read, agent=agent, limit=limit)
 
     def verify_audit(self) -> list[str]:
-        """Return what is wrong with the audit chains; nothing means that they are whole."""
-        return self.database.read(audit.problems)
+        """Return what is wrong with the audit chains; nothing means that they are whole.
+
+        Many short reads, one walk at a time: it keeps neither commits nor verifiers waiting.
+        """
+        with self._verifying:
+            return audit.problems(self.database.read)
 
     def append_audit(self, entry: AuditEntry) -> None:
         """Record something that changed no row: a reload, a refused command."""
