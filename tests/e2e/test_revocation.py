@@ -254,7 +254,7 @@ def test_everything_is_in_the_audit(keyturn: Keyturn) -> None:
     client = AdminClient(keyturn.folder / "run" / "admin.sock")
     client.call("revoke", {"agent": "agent-0", "reason": f"leaked {held['secret']}"})
 
-    code, result = keyturn.ask("audit", "agent-0", "--verify")
+    code, result = keyturn.ask("audit", "agent-0", "--verify", "--limit", "50")
 
     revoked = [entry for entry in result["entries"] if entry["action"] == "revoke"]
     assert (code, result["chain"]["ok"], len(revoked)) == (0, True, 1)
