@@ -50,7 +50,9 @@ class Once:
                 hint="leave --request-id out, and one is made up",
             )
         body = codec.text([command, dict(args)])
-        return cls(id=request_id, digest=hashlib.sha256(body.encode()).hexdigest())
+        # What is no text (bytes of an argument) is no cause to refuse a revoke either.
+        digest = hashlib.sha256(body.encode(errors="surrogatepass")).hexdigest()
+        return cls(id=request_id, digest=digest)
 
     def repeats(self, connection: Connection, credential_uid: str) -> bool:
         """Tell whether this was done, and then take over what it did. Raises Refused."""
