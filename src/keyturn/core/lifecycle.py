@@ -418,7 +418,8 @@ def revoke_version(case: Case, version_id: str, *, reissue: bool, now: datetime)
         # It may have waited for the limit, and it may be the successor now: nothing to wait for.
         running = replace(rotation, state=RotationState.RUNNING, waiting=None)
         case = replace(case, rotation=running)
-    owed = reissue or case.credential.successor_owed
+    lives = case.agent.state is not AgentState.REMOVED
+    owed = (reissue and lives) or case.credential.successor_owed
     # A destination that shows it owes a rotation at once (rule 14), so look at once.
     credential = replace(case.credential, successor_owed=owed, sweep_at=now)
     return _wake(replace(case, credential=credential), now)

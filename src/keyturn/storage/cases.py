@@ -154,11 +154,19 @@ def load(connection: Connection, query: sa.Select[Any], **values: str) -> Loaded
     return Loaded(case=case, holder=row.holder, fence=row.fence, epoch=row.epoch)
 
 
-def load_one(connection: Connection, credential_uid: str) -> Case:
-    """Return a case by its credential. Raises UnknownAgent."""
-    if found := load(connection, BY_UID, b_uid=credential_uid):
-        return found.case
-    raise UnknownAgent("no credential has this id")
+def load_one(connection: Connection, credential_uid: str, *, also: str = "") -> Case:
+    """Return a case by its credential, with the version `also` of it. Raises UnknownAgent."""
+    found = load(connection, BY_UID, b_uid=credential_uid)
+    if found is None:
+        raise UnknownAgent("no credential has this id")
+    case = found.case
+    if not also or case.version(also) is not None:
+        return case
+    old = sa.select(*columns(Version, versions)).where(
+        versions.c.id == also, versions.c.credential_uid == credential_uid
+    )
+    more = (from_row(Version, row) for row in connection.execute(old))
+    return replace(case, versions=tuple(sorted((*more, *case.versions), key=lambda v: v.seq)))
 
 
 def with_revision(case: Case, revision: int) -> Case:

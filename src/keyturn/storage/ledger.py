@@ -100,6 +100,14 @@ class Ledger:
                 accepted.pop(version_id, None)
         return list(accepted)
 
+    def knows(self, version_id: str) -> bool:
+        """Tell whether any agent's file names a version. Raises StoreUnavailable."""
+        try:
+            files = sorted(self.folder.glob("*.jsonl"))
+            return any(version_id.encode() in path.read_bytes() for path in files)
+        except OSError as error:
+            raise StoreUnavailable(f"the ledger cannot be read ({error.errno})") from None
+
     def minted(self, agent_name: str) -> dict[str, datetime]:
         """Return when every version of an agent was minted, without the store."""
         return {

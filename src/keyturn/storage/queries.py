@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -68,14 +68,21 @@ def history(connection: Connection, uid: str, limit: int) -> History:
 
 def find_version(connection: Connection, version_id: str) -> tuple[Agent, Version] | None:
     """Return a version and its agent, removed or not."""
+    return find_versions(connection, [version_id]).get(version_id)
+
+
+def find_versions(
+    connection: Connection, version_ids: Sequence[str]
+) -> dict[str, tuple[Agent, Version]]:
+    """Return versions with their agents, removed or not."""
     query = (
         sa.select(*columns(Version, versions), *columns(Agent, agents_table, "a_"))
         .join_from(versions, credentials, versions.c.credential_uid == credentials.c.uid)
         .join(agents_table, credentials.c.agent_uid == agents_table.c.uid)
-        .where(versions.c.id == version_id)
+        .where(versions.c.id.in_(version_ids))
     )
-    row = connection.execute(query).first()
-    return (from_row(Agent, row, "a_"), from_row(Version, row)) if row else None
+    rows = connection.execute(query)
+    return {row.id: (from_row(Agent, row, "a_"), from_row(Version, row)) for row in rows}
 
 
 def due(connection: Connection, now: datetime, limit: int) -> list[Due]:

@@ -174,8 +174,12 @@ class Store:
 
         return self._confirmed(*self.database.write(body))
 
-    def amend(self, credential_uid: str, change: Change, *, once: Once | None = None) -> Saved:
+    def amend(
+        self, credential_uid: str, change: Change, *, once: Once | None = None, also: str = ""
+    ) -> Saved:
         """Load, apply a pure change and save it in one transaction; needs no claim.
+
+        `also` names a version that the case shall have, however long ago it was refused.
 
         A running saga meets StaleRevision and loads again. `change` may be called more than once;
         what it raises goes through and nothing is changed. With `once` a change that was made
@@ -184,7 +188,7 @@ class Store:
 
         def body(connection: Connection) -> tuple[Saved, bool]:
             claims.lock(connection, credential_uid)
-            before = cases.load_one(connection, credential_uid)
+            before = cases.load_one(connection, credential_uid, also=also)
             if once is not None and once.repeats(connection, credential_uid):
                 return Saved(case=before, epoch=_epoch(connection)), False
             after, entries = change(before)
@@ -304,6 +308,10 @@ class Store:
     def find_version(self, version_id: str) -> tuple[Agent, Version] | None:
         """Return the version of this id and whose it is."""
         return self.database.read(lambda connection: queries.find_version(connection, version_id))
+
+    def find_versions(self, version_ids: Sequence[str]) -> dict[str, tuple[Agent, Version]]:
+        """Return the versions of some hundred ids and whose they are; unknown ids are left out."""
+        return self.database.read(lambda connection: queries.find_versions(connection, version_ids))
 
     # --- due work -------------------------------------------------------------------------
 
