@@ -7,16 +7,20 @@ spool first, which every verifier of this host looks at before each yes.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
+
+import structlog
 
 from keyturn.config import is_id
 from keyturn.core import lifecycle
 from keyturn.core.duration import format_duration
 from keyturn.core.model import (
+    Agent,
     AgentState,
     Case,
     ManagedBy,
@@ -26,7 +30,14 @@ from keyturn.core.model import (
     VersionState,
 )
 from keyturn.core.secret import is_version_id, mask
-from keyturn.errors import Refused, StoreFull, StoreUnavailable, UnknownAgent, UnknownVersion
+from keyturn.errors import (
+    KeyturnError,
+    Refused,
+    StoreFull,
+    StoreUnavailable,
+    UnknownAgent,
+    UnknownVersion,
+)
 from keyturn.ports import AuditEntry, Authority, Clock, Saved
 from keyturn.storage.ledger import Ledger
 from keyturn.storage.requests import KEPT, Begun, Once
@@ -35,6 +46,8 @@ from keyturn.verifier.spool import Spool
 
 STORE_PATIENCE = timedelta(seconds=5)  # how long a revoke waits for a locked store
 VERIFIER_POLL = 0.02
+AGAIN_AT_MOST = 600.0  # seconds until a tombstone of no known version is looked at again
+BATCH = 500  # tombstones that one query looks up
 STORE_AWAY = (
     "the store could not be written: every verifier of this host refuses already, the daemon writes"
     " the rest as soon as it can"
@@ -45,6 +58,7 @@ NO_TOMBSTONE = (
 )
 
 T = TypeVar("T")
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +67,10 @@ class Caller:
 
     name: str
     trigger: str = "command"
+
+    def __post_init__(self) -> None:
+        """Replace what is no text: the name goes into the audit."""
+        object.__setattr__(self, "name", _text(self.name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,13 +85,35 @@ class Leak:
     withhold: tuple[str, ...] = ()  # connections where the successor is not published
 
     def __post_init__(self) -> None:
-        """Mask a secret that was pasted into the reason: never a cause to refuse a revoke."""
-        object.__setattr__(self, "reason", mask(self.reason))
+        """Mask a secret that was pasted into the reason, and what is no text: no cause to refuse."""
+        object.__setattr__(self, "reason", mask(_text(self.reason)))
+        object.__setattr__(self, "withhold", tuple(_text(name) for name in self.withhold))
 
     @property
     def target(self) -> str:
         """The typed target, as the revocations file writes it."""
         return f"agent:{self.agent}" if self.agent else f"version:{self.version}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Order:
+    """One leak to be acted on for a caller."""
+
+    leak: Leak
+    caller: Caller
+    once: Once | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Committed:
+    """What a commit of orders did. `until` is the store's time up to which it refused everything."""
+
+    case: Case
+    epoch: int
+    revoked: list[str]
+    until: datetime
+    already: bool
+    cancelled: bool  # a successor that was owed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +134,10 @@ class Administration:
     on_rotation_end: Callable[[str], None] = lambda _outcome: None
     make_room: Callable[[], bool] = lambda: False  # on a full disk; tells whether it did
     patience: timedelta = STORE_PATIENCE
-    applied: set[str] = field(default_factory=set)  # spool files that the store knows of
+    applied: set[str] = field(default_factory=set)  # tombstones that the store knows of
+    made: set[str] = field(default_factory=set)  # tombstones of this process
+    unknown: set[str] = field(default_factory=set)  # tombstones of versions that it does not know
+    later: dict[str, tuple[float, float]] = field(default_factory=dict)  # when to look again, wait
 
     @property
     def store(self) -> Store:
@@ -109,9 +152,10 @@ class Administration:
         """Refuse now and for ever; returns once every verifier refuses (I3).
 
         The order is the promise: spool (nobody can block it), store, verifiers. Where the store
-        cannot be written the result says so (`complete` false): this host refuses already, the
-        daemon writes the rest as soon as it can. With `once` a repeat refuses what the first try
-        refused, and no successor.
+        cannot be written the result says so (`incomplete`): this host refuses already, the daemon
+        writes the rest as soon as it can. With `once` a repeat refuses what the first try refused,
+        and no successor. A line (a leak with a time) that was applied before does nothing: no second
+        suspension, no second successor, however often the daemon starts.
         """
         began = time.monotonic()
         self._check_withheld(leak)
@@ -120,56 +164,131 @@ class Administration:
             ids = self._resolve(leak)
         if dry_run:
             return self._result(leak, ids, began, complete=False, dry_run=True)
-        if leak.at is not None and not ids:
-            # A line that stays in a list and was applied before: no second suspension, no second
-            # successor, however often the daemon starts.
-            return self._result(leak, ids, began, complete=True)
         if once is not None:
             self.begun.note(once, ids)
-        note = self._note(leak, caller, once)
+        note = _note(leak, caller, once)
         trouble = self._entomb(ids, note)
         refused_after = time.monotonic() - began
         try:
-            case, epoch, revoked = self._commit(leak, caller, once)
+            done = self._commit([_Order(leak=leak, caller=caller, once=once)])
+        except UnknownVersion:
+            # The store has none of that id, and the ledger none that it is about to have.
+            for version_id in ids:
+                self._disown(version_id, note)
+            raise
         except StoreUnavailable:
             if trouble is not None:
                 raise trouble from None
             if not ids:
                 raise  # nothing remembers it: nobody would write the rest
             return self._result(leak, ids, began, complete=False, refused_after=refused_after)
-        trouble = self._entomb(revoked, note) or trouble  # accepted between our look and the commit
-        self.applied.update(revoked)
-        self._await_verifiers(epoch)
-        done = sorted({*ids, *revoked})
+        if done is None:
+            return self._result(leak, [], began, complete=True)
+        # Also what was accepted between our look and the commit; and that this much is done: what was
+        # minted since is not meant, should the store be restored to a time before this.
+        if leak.version is None:
+            note |= {"at": done.until.isoformat(), "done": True, "request": None}
+        found = sorted({*ids, *done.revoked})
+        trouble = self._entomb(found, note)
+        self.applied.update(done.revoked)
+        self._await_verifiers(done.epoch)
         result = self._result(
-            leak, done, began, complete=True, refused_after=refused_after, case=case
+            leak, found, began, complete=True, refused_after=refused_after, done=done
         )
-        return result if trouble is None else result | {"warnings": [NO_TOMBSTONE]}
+        if trouble is not None:
+            result["warnings"] = [*result["warnings"], NO_TOMBSTONE]
+        return result
+
+    def refuse_first(self, leaks: Iterable[tuple[Leak, Caller]]) -> None:
+        """Refuse on this host what many lines name, before any of them waits for the store."""
+        for leak, caller in leaks:
+            with contextlib.suppress(KeyturnError):  # `revoke` says what is wrong with it
+                self._entomb(self._resolve(leak), _note(leak, caller, None))
+
+    def refused_here(self, case: Case) -> Case:
+        """Return a case as the verifiers of this host see it: what has a tombstone is revoked."""
+        with contextlib.suppress(StoreUnavailable):
+            held = {v.id for v in case.accepted if self.spool.holds(v.id)}
+            return replace(
+                case,
+                versions=tuple(
+                    replace(v, state=VersionState.REVOKED) if v.id in held else v
+                    for v in case.versions
+                ),
+            )
+        return case
 
     def _entomb(self, ids: Iterable[str], note: dict[str, Any]) -> StoreUnavailable | None:
         """Write the tombstones. What went wrong is returned: the store may still take the revoke."""
         trouble = None
         for version_id in ids:
             try:
-                self.spool.revoke(version_id, note)
+                if self.spool.revoke(version_id, note):
+                    self.made.add(version_id)
             except StoreUnavailable as error:
                 trouble = error
         return trouble
 
+    def _disown(self, version_id: str, note: dict[str, Any]) -> None:
+        with contextlib.suppress(StoreUnavailable):
+            if version_id in self.made and not self.ledger.knows(version_id):
+                self.spool.withdraw(version_id, note)
+
     def apply_spool(self, caller: Caller) -> int:
-        """Write to the store what only the spool knows yet; returns how many that were."""
-        found = 0
-        for version_id, note in self.spool.pending():
-            if version_id in self.applied:
-                continue
-            known = self.store.find_version(version_id)
-            if known is not None and known[1].state is not VersionState.REVOKED:
-                leak = _leak_of(version_id, note, agent=known[0].name)
-                self._commit(leak, caller, _once_of(note))
-                found += 1
-            if known is not None:
-                self.applied.add(version_id)
+        """Write to the store what only the spool knows yet; returns how many that were.
+
+        Each tombstone for itself: one that cannot be applied is logged, tried again later, and keeps
+        no other from the store.
+        """
+        found, now = 0, time.monotonic()
+        for some in _batches([i for i in self._unfinished() if self._look_at(i) <= now]):
+            known = self.store.find_versions(some)
+            for version_id in some:
+                found += self._apply_tombstone(version_id, known.get(version_id), caller)
         return found
+
+    def _apply_tombstone(
+        self, version_id: str, known: tuple[Agent, Version] | None, caller: Caller
+    ) -> int:
+        if known is None:
+            self.unknown.add(version_id)
+            self._try_later(version_id)
+            return 0
+        self.unknown.discard(version_id)
+        agent, version = known
+        try:
+            orders = _orders(version, self.spool.notes(version_id), agent.name, caller)
+            if orders:
+                self._apply_orders(orders, version)
+        except StoreUnavailable:
+            raise
+        except Exception as error:  # noqa: BLE001  # or one tombstone would veto all after it
+            _log.error(
+                "spool.not-applied",
+                version=version_id,
+                agent=agent.name,
+                code=getattr(error, "code", type(error).__name__),
+            )
+            self._try_later(version_id)
+            return 0
+        self.applied.add(version_id)
+        self.later.pop(version_id, None)
+        return 1 if orders else 0
+
+    def _apply_orders(self, orders: Sequence[_Order], version: Version) -> None:
+        uid = version.credential_uid
+        self._commit(orders, uid=uid, also=version.id)
+        found = self.store.find_versions([version.id])[version.id][1]
+        if found.accepted:  # the command was done, and a restore undid it
+            self._commit([replace(order, once=None) for order in orders], uid=uid, also=version.id)
+
+    def _look_at(self, version_id: str) -> float:
+        return self.later.get(version_id, (0.0, 0.0))[0]
+
+    def _try_later(self, version_id: str) -> None:
+        """Look again after twice the time: what a command is about to accept is known in a moment."""
+        wait = min(self.later.get(version_id, (0.0, 1.0))[1] * 2, AGAIN_AT_MOST)
+        self.later[version_id] = (time.monotonic() + wait, wait)
 
     def forget_requests(self) -> None:
         """Forget which commands were done more than a day ago."""
@@ -190,109 +309,116 @@ class Administration:
                 hint="without --reissue nothing is published anyhow",
             )
         try:
-            names = {target.to for target in self._case(leak.agent or "").agent.targets}
+            case = self._case(leak.agent or "")
         except StoreUnavailable:
             return  # never a cause to refuse a revoke
+        names = {target.to for target in case.agent.targets}
         if unknown := set(leak.withhold) - names:
             raise Refused(
                 f"NOTHING WAS CUT: {leak.agent} has no destination at {', '.join(sorted(unknown))}",
                 hint=f"it reads at: {', '.join(sorted(names))}",
             )
-        if names <= set(leak.withhold):
+        before = names & set(case.credential.withheld)
+        if names <= before | set(leak.withhold):
+            also = f", with what was left out before ({', '.join(sorted(before))})"
             raise Refused(
-                "NOTHING WAS CUT: --except leaves nowhere to publish a successor",
+                f"NOTHING WAS CUT: --except{also if before else ''} leaves nowhere to publish a"
+                " successor",
                 hint=f"cut it without one: `keyturn revoke {leak.agent}`",
             )
 
     def queued(self) -> int:
         """Count the revocations in the spool that the store and its audit do not have yet."""
-        return sum(1 for version_id, _ in self.spool.pending() if self._waits(version_id))
-
-    def _waits(self, version_id: str) -> bool:
-        if version_id in self.applied:
-            return False
+        ids = [i for i in self._unfinished() if i not in self.unknown]
         try:
-            known = self.store.find_version(version_id)
+            known = [
+                one for some in _batches(ids) for one in self.store.find_versions(some).values()
+            ]
         except StoreUnavailable:
-            return True
-        return known is not None and known[1].state is not VersionState.REVOKED
+            return len(ids)
+        return sum(1 for _, version in known if version.state is not VersionState.REVOKED)
+
+    def _unfinished(self) -> list[str]:
+        return [i for i in self.spool.ids() if i not in self.applied]
 
     def _resolve(self, leak: Leak) -> list[str]:
-        """Find the version ids without the store: it may be locked, and that is no excuse.
-
-        A line with an `at` asks the store what was done already, if it can be asked.
-        """
+        """Find the version ids without the store: it may be locked, and that is no excuse."""
         if leak.version is not None:
             if not is_version_id(leak.version):
                 raise UnknownVersion("that is no version id", hint="`keyturn identify` finds it")
-            return [] if leak.at is not None and self._is_revoked(leak.version) else [leak.version]
+            return [leak.version]
         if not is_id(leak.agent or ""):
             raise UnknownAgent("that is no agent's id")
         ids = self.ledger.accepted(leak.agent or "")
         if leak.at is None:
             return ids
-        minted = self._minted(leak.agent or "")
+        minted = self.ledger.minted(leak.agent or "")
         return [i for i in ids if i in minted and minted[i] <= leak.at]
 
-    def _is_revoked(self, version_id: str) -> bool:
-        try:
-            known = self.store.find_version(version_id)
-        except StoreUnavailable:
-            return self.spool.holds(version_id)
-        return known is not None and known[1].state is VersionState.REVOKED
-
-    def _minted(self, agent: str) -> dict[str, datetime]:
-        """Tell when what may still be accepted was minted."""
-        try:
-            return {v.id: v.minted_at for v in self._case(agent).versions}
-        except StoreUnavailable:
-            minted = self.ledger.minted(agent)
-            return {i: at for i, at in minted.items() if not self.spool.holds(i)}
-
     def _commit(
-        self, leak: Leak, caller: Caller, once: Once | None = None
-    ) -> tuple[Case, int, list[str]]:
-        revoked: list[str] = []
+        self, orders: Sequence[_Order], *, uid: str = "", also: str = ""
+    ) -> _Committed | None:
+        """Carry out orders about one credential in one transaction, as if one after the other.
+
+        None where they are lines that were applied before. Its time is the store's: `minted_at` is.
+        """
+        first = orders[0]
+        also = also or first.leak.version or ""
+        found = self._with_patience(lambda: self._look(first.leak, uid, also))
+        if found is None:
+            return None
+        uid, now = found
+        cases, revoked = list[Case](), list[str]()
+        onces = [order.once for order in orders if order.once is not None]
+        once = onces[0] if onces else None
 
         def change(case: Case) -> tuple[Case, Sequence[AuditEntry]]:
-            after = self._revoked(case, leak)
-            revoked[:] = [
-                v.id
-                for v in after.versions
-                if v.state is VersionState.REVOKED and _state(case, v) is not VersionState.REVOKED
-            ]
-            if once is not None:
-                once.outcome = {"revoked": list(revoked)}
-            return after, [_revoke_entry(case, leak, caller, revoked)]
+            entries = []
+            cases[:], revoked[:] = [case], []
+            for order in orders:
+                after = _revoked(case, order.leak, now)
+                cut = [v.id for v in after.versions if _is_cut(case, v)]
+                entries.append(_revoke_entry(case, order, cut))
+                revoked.extend(cut)
+                case = after
+            for one in onces:
+                one.outcome = {"revoked": list(revoked)}
+            return case, entries
 
-        case = self._with_patience(lambda: self._target_case(leak))
-        uid = case.credential.uid
-        saved = self._with_room(lambda: self._amend(uid, change, once))
-        if once is not None and once.repeated:
+        saved = self._with_room(lambda: self._amend(uid, change, once, also=also))
+        for one in onces[1:]:  # a repeat of any of these commands must find it done
+            self._keep(uid, one)
+        repeated = once is not None and once.repeated
+        if once is not None and repeated:
             revoked[:] = once.outcome["revoked"]
-        return saved.case, saved.epoch, revoked
+        before = cases[0] if cases and not repeated else saved.case
+        minted = [v.minted_at for v in before.versions if v.id in revoked]
+        return _Committed(
+            case=saved.case,
+            epoch=saved.epoch,
+            revoked=revoked,
+            until=max([now, *minted]),
+            already=not revoked,
+            cancelled=before.credential.successor_owed and not saved.case.credential.successor_owed,
+        )
 
-    def _revoked(self, case: Case, leak: Leak) -> Case:
-        now = self.clock.now()
-        if leak.version is not None:
-            return lifecycle.revoke_version(case, leak.version, reissue=leak.reissue, now=now)
-        until = leak.at or now
-        older = [v for v in case.accepted if v.minted_at <= until]
-        if len(older) == len(case.accepted):
-            return lifecycle.revoke_agent(
-                case, reissue=leak.reissue, now=now, withhold=leak.withhold
-            )
-        for version in older:  # a list that stays in place never kills a successor
-            case = lifecycle.revoke_version(case, version.id, reissue=leak.reissue, now=now)
-        return case
+    def _keep(self, uid: str, once: Once) -> None:
+        """Note that a command was done by the change before."""
+        self._with_room(lambda: self._amend(uid, lambda case: (case, []), once))
 
-    def _target_case(self, leak: Leak) -> Case:
-        if leak.version is None:
-            return self._case(leak.agent or "")
-        known = self.store.find_version(leak.version)
-        if known is None:
-            raise UnknownVersion(f"no version {leak.version} was ever minted here")
-        return self._case(known[0].name)
+    def _look(self, leak: Leak, uid: str, also: str) -> tuple[str, datetime] | None:
+        """Find the credential and the store's time; None for a line with nothing left to refuse."""
+        known = self.store.find_version(also) if also else None
+        if also and known is None:
+            raise UnknownVersion(f"no version {also} was ever minted here")
+        if not uid:
+            uid = known[1].credential_uid if known else self._case(leak.agent or "").credential.uid
+            line = leak.at is not None
+            if line and known and known[1].state is VersionState.REVOKED:
+                return None
+            if line and not known and not _older(self._case(leak.agent or ""), leak):
+                return None
+        return uid, self.store.now()
 
     def _with_patience(self, attempt: Callable[[], T]) -> T:
         until = time.monotonic() + self.patience.total_seconds()
@@ -319,18 +445,6 @@ class Administration:
         while not self.authority.settled(epoch):
             time.sleep(VERIFIER_POLL)
 
-    def _note(self, leak: Leak, caller: Caller, once: Once | None = None) -> dict[str, Any]:
-        return {
-            "scope": "version" if leak.version else "agent",
-            "agent": leak.agent or "",
-            "actor": caller.name,
-            "reason": leak.reason,
-            "reissue": leak.reissue,
-            "at": (leak.at or self.clock.now()).isoformat(),
-            "withhold": list(leak.withhold),
-            "request": [once.id, once.digest] if once else None,
-        }
-
     def _result(
         self,
         leak: Leak,
@@ -340,9 +454,9 @@ class Administration:
         complete: bool,
         dry_run: bool = False,
         refused_after: float = 0.0,
-        case: Case | None = None,
+        done: _Committed | None = None,
     ) -> dict[str, Any]:
-        known = 1 if complete else 0
+        known, case = 1 if complete else 0, done.case if done else None
         return {
             "target": leak.target,
             "agent": case.agent.name if case else leak.agent,
@@ -355,14 +469,16 @@ class Administration:
             "verifiers": {"acknowledged": known, "live": 1},
             "destinations": [t.key for t in case.next_targets] if case else [],
             "withheld": list(case.credential.withheld if case else leak.withhold),
+            "state": str(case.agent.state) if case else None,
+            "already": done is not None and done.already,
             "warnings": [] if complete or dry_run else [STORE_AWAY],
-        }
+        } | ({"warnings": _warnings(leak, done)} if done else {})
 
     # --- the other verbs --------------------------------------------------------------------
 
     def suspend(self, agent: str, caller: Caller, *, reason: str = "") -> dict[str, Any]:
         """Refuse everything of an agent until it is resumed; returns once verifiers know (I3)."""
-        return self._change(agent, caller, "suspend", lifecycle.suspend, reason=mask(reason))
+        return self._change(agent, caller, "suspend", lifecycle.suspend, reason=mask(_text(reason)))
 
     def resume(self, agent: str, caller: Caller) -> dict[str, Any]:
         """Accept again what is still accepted."""
@@ -413,7 +529,7 @@ class Administration:
                 f" now: `keyturn revoke {agent}`",
             )
         for version in case.accepted:
-            self.spool.revoke(version.id, self._note(Leak(agent=agent, reason="removed"), caller))
+            self.spool.revoke(version.id, _note(Leak(agent=agent, reason="removed"), caller, None))
         return self._with_room(
             lambda: self._change(agent, caller, "revoke.removed", lifecycle.remove)
         )
@@ -469,7 +585,7 @@ class Administration:
         self._await_verifiers(saved.epoch)
         return {"agent": agent, "state": str(saved.case.agent.state)}
 
-    def _amend(self, uid: str, change: Change, once: Once | None) -> Saved:
+    def _amend(self, uid: str, change: Change, once: Once | None, *, also: str = "") -> Saved:
         """Change a case in one transaction, and tell where that ended its rotation."""
         ends: list[str] = []
 
@@ -478,7 +594,7 @@ class Administration:
             ends[:] = [_END[state] for state in _ended(case, after)]
             return after, entries
 
-        saved = self.store.amend(uid, noting, once=once)
+        saved = self.store.amend(uid, noting, once=once, also=also)
         for outcome in ends:
             self.on_rotation_end(outcome)
         return saved
@@ -511,24 +627,104 @@ def _state(case: Case, version: Version) -> VersionState | None:
     return known.state if known else None
 
 
-def _revoke_entry(case: Case, leak: Leak, caller: Caller, revoked: Sequence[str]) -> AuditEntry:
+def _is_cut(before: Case, version: Version) -> bool:
+    """Whether a change revoked a version of the case."""
+    revoked = VersionState.REVOKED
+    return version.state is revoked and _state(before, version) is not revoked
+
+
+def _older(case: Case, leak: Leak) -> list[Version]:
+    """Return what is accepted and was minted up to the leak's time."""
+    return [v for v in case.accepted if leak.at is None or v.minted_at <= leak.at]
+
+
+def _revoked(case: Case, leak: Leak, now: datetime) -> Case:
+    if leak.version is not None:
+        return lifecycle.revoke_version(case, leak.version, reissue=leak.reissue, now=now)
+    older = _older(case, leak)
+    if leak.at is None or (older and len(older) == len(case.accepted)):
+        return lifecycle.revoke_agent(case, reissue=leak.reissue, now=now, withhold=leak.withhold)
+    for version in older:  # a list that stays in place never kills a successor
+        case = lifecycle.revoke_version(case, version.id, reissue=leak.reissue, now=now)
+    if older and leak.withhold:
+        withheld = tuple(sorted({*case.credential.withheld, *leak.withhold}))
+        case = replace(case, credential=replace(case.credential, withheld=withheld))
+    return case
+
+
+def _revoke_entry(case: Case, order: _Order, revoked: Sequence[str]) -> AuditEntry:
+    leak = order.leak
     return AuditEntry(
         action="revoke",
-        actor=caller.name,
+        actor=order.caller.name,
         agent=case.agent.name,
         version_id=leak.version or "",
         detail=(
             ("reason", leak.reason),
             ("reissue", leak.reissue),
             ("revoked", tuple(revoked)),
-            ("trigger", caller.trigger),
+            ("trigger", order.caller.trigger),
             ("withheld", leak.withhold),
         ),
     )
 
 
+def _warnings(leak: Leak, done: _Committed) -> list[str]:
+    """Say what a person would not expect of a revoke that was done."""
+    name, found = done.case.agent.name, []
+    if done.cancelled:
+        found.append(
+            f"an earlier revoke of {name} owed it a successor: it gets none now, unless you"
+            f" `keyturn resume {name}`"
+        )
+    if leak.reissue and done.case.agent.state is AgentState.SUSPENDED:
+        found.append(f"{name} is suspended: it gets its successor after `keyturn resume {name}`")
+    if leak.reissue and not done.case.next_targets and done.case.agent.targets:
+        found.append(
+            f"every destination of {name} is left out: a successor is published nowhere before"
+            f" `keyturn resume {name} --destination CONNECTION`"
+        )
+    return found
+
+
+def _note(leak: Leak, caller: Caller, once: Once | None) -> dict[str, Any]:
+    """Write down for the spool what is asked for. Only a line has a time, and that is a person's."""
+    return {
+        "scope": "version" if leak.version else "agent",
+        "agent": leak.agent or "",
+        "actor": caller.name,
+        "reason": leak.reason,
+        "reissue": leak.reissue,
+        "at": leak.at.isoformat() if leak.at else None,
+        "withhold": list(leak.withhold),
+        "request": [once.id, once.digest] if once else None,
+    }
+
+
+def _orders(
+    version: Version, notes: Sequence[dict[str, Any]], agent: str, caller: Caller
+) -> list[_Order]:
+    """Read the notes of a tombstone back; one that was made by hand means that version.
+
+    Nothing where it is over with already. What notes before the last `done` one asked for was done:
+    if that is to do again the store was restored, and what was minted since then is not meant.
+    """
+    if version.state is VersionState.REVOKED:
+        return []
+    for number, note in enumerate(notes):
+        if note.get("done"):
+            notes = notes[number:]
+            break
+    leaks = [(_leak_of(version.id, note, agent=agent), _once_of(note)) for note in notes]
+    orders = [
+        _Order(leak=leak, caller=caller, once=once)
+        for leak, once in leaks or [(Leak(version=version.id), None)]
+    ]
+    # SECURITY: an agent's note on what was replaced since must not replay onto its successor.
+    return orders if version.accepted else [order for order in orders if order.leak.version]
+
+
 def _leak_of(version_id: str, note: dict[str, Any], *, agent: str) -> Leak:
-    """Read a spool note back; a file that was made by hand has none and means that version."""
     reissue, reason = bool(note.get("reissue")), str(note.get("reason", ""))
     if note.get("scope") != "agent":
         return Leak(version=version_id, reissue=reissue, reason=reason)
@@ -538,6 +734,15 @@ def _leak_of(version_id: str, note: dict[str, Any], *, agent: str) -> Leak:
 
 
 def _once_of(note: dict[str, Any]) -> Once | None:
-    """Read the request of a spool note back: a repeat must find that the daemon completed it."""
+    """Read the request of a note back: a repeat must find that the daemon completed it."""
     request = note.get("request")
     return Once(id=str(request[0]), digest=str(request[1])) if request else None
+
+
+def _text(text: str) -> str:
+    """Return a text that can be stored: an argument may hold bytes that are none."""
+    return text.encode(errors="replace").decode()
+
+
+def _batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (ids[start : start + BATCH] for start in range(0, len(ids), BATCH))

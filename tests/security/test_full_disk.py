@@ -194,7 +194,7 @@ def test_a_tombstone_with_its_note_gets_its_room_from_the_ballast(
         patch.setattr(os, call, disk.around(getattr(os, call)))
         spool.revoke(VERSION, {"reason": "why"})
 
-    assert list(spool.pending()) == [(VERSION, {"reason": "why"})]
+    assert spool.notes(VERSION) == [{"reason": "why"}]
     assert disk.given == 3
 
 
@@ -208,10 +208,10 @@ def test_a_tombstone_without_its_note_refuses_all_the_same(
         patch.setattr(os, "write", disk.around(os.write))
         spool.revoke(VERSION, {"reason": "why"})
     assert spool.holds(VERSION)
-    assert list(spool.pending()) == [(VERSION, {})]
+    assert (spool.ids(), spool.notes(VERSION)) == ([VERSION], [])
 
     spool.revoke(VERSION, {"reason": "why"})
-    assert list(spool.pending()) == [(VERSION, {"reason": "why"})]
+    assert spool.notes(VERSION) == [{"reason": "why"}]
 
 
 def test_a_note_that_was_cut_off_is_written_again(
@@ -228,7 +228,7 @@ def test_a_note_that_was_cut_off_is_written_again(
         patch.setattr(os, "write", short)
         spool.revoke(VERSION, {"scope": "agent"})
 
-    assert list(spool.pending()) == [(VERSION, {"scope": "agent"})]
+    assert spool.notes(VERSION) == [{"scope": "agent"}]
 
 
 def test_what_is_no_file_under_a_versions_name_refuses(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_a_long_reason_does_not_cost_the_note(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     spool.revoke(VERSION, note)
 
-    assert list(spool.pending()) == [(VERSION, note)]
+    assert spool.notes(VERSION) == [note]
 
 
 @pytest.fixture

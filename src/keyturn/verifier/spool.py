@@ -3,15 +3,18 @@
 A revoke comes here first. Any reader of an SQLite file, or a daemon stopped inside a write, can lock
 commits out, and so could veto a revocation; nobody can keep a file from being created. A person can
 `touch` one by hand. The files are tombstones: they survive a restore of the store.
+
+A file holds the notes of every revoke that named its version, a line each: while the store is locked a
+second one may ask for more than the first did.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,9 @@ from keyturn.core.secret import is_version_id
 from keyturn.errors import StoreFull, StoreUnavailable, UnknownVersion
 from keyturn.storage.ballast import is_full
 
-NOTE_LIMIT = 1024 * 1024  # more than any reason that a command can bring, escaped
+NOTES_LIMIT = 4 * 1024 * 1024  # of one tombstone; a note is far below 1 MiB, whatever its reason
+_ENOUGH = NOTES_LIMIT // 2  # from here on no note is added: thousands are there
+_WHO_AND_WHY = frozenset({"actor", "reason"})  # notes that differ in nothing else are one
 
 
 class Spool:
@@ -34,26 +39,36 @@ class Spool:
         self._make_room = make_room
         self._path = os.fspath(folder)
 
-    def revoke(self, version_id: str, note: Mapping[str, Any]) -> None:
-        """Refuse a version from now on; durable when this returns. Idempotent.
+    def revoke(self, version_id: str, note: Mapping[str, Any]) -> bool:
+        """Refuse a version from now on; durable when this returns. Tells whether that is new.
 
-        `note` says who and why, for the store's audit; it holds no secret. The first note stays.
-        Raises UnknownVersion for a text that is no version id, StoreUnavailable where the file
-        cannot be made.
+        `note` says who, why and how much, for the store; it holds no secret. Of notes that ask for the
+        same the first one stays. Raises UnknownVersion for a text that is no version id,
+        StoreUnavailable where the file cannot be made.
         """
         if not is_version_id(version_id):
             raise UnknownVersion("that is no version id")
-        body = json.dumps(dict(note), sort_keys=True).encode()
-        while (error := self._attempt(version_id, body)) is not None:
+        new = not self._is_there(version_id)
+        while (error := self._attempt(version_id, note)) is not None:
             full = is_full(error)
             if full and self._make_room():
                 continue
             if full and self.holds(version_id):
-                return  # a tombstone that lost its note refuses all the same
+                return new  # a tombstone that lost its note refuses all the same
             raise (StoreFull if full else StoreUnavailable)(
                 f"no tombstone could be made in {self._folder} (errno {error.errno})",
                 hint="look at disk space and rights; the version is NOT refused yet",
             ) from error
+        return new
+
+    def withdraw(self, version_id: str, note: Mapping[str, Any]) -> None:
+        """Take back a tombstone that `revoke` has just made with this note, of a version of nobody.
+
+        One that says anything else stays: somebody meant it.
+        """
+        if self.notes(version_id) == [json.loads(_line(note))]:
+            with contextlib.suppress(OSError):
+                (self._folder / version_id).unlink()
 
     def holds(self, version_id: str) -> bool:
         """Tell whether a version is revoked here: one stat, a few microseconds.
@@ -68,50 +83,77 @@ class Spool:
             raise StoreUnavailable(f"the spool cannot be read (errno {error.errno})") from error
         return True
 
-    def pending(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield every tombstone with its note; one made by hand has an empty note."""
+    def ids(self) -> list[str]:
+        """Return the version of every tombstone, in order. Raises StoreUnavailable."""
         try:
-            names = sorted(entry.name for entry in self._folder.iterdir())
+            names = os.listdir(self._path)  # noqa: PTH208 - thousands, every two seconds
         except FileNotFoundError:
-            return
-        for name in names:
-            if is_version_id(name):
-                yield name, self._note(name)
+            return []
+        except OSError as error:
+            raise StoreUnavailable(f"the spool cannot be read (errno {error.errno})") from error
+        return sorted(name for name in names if is_version_id(name))
 
-    def _attempt(self, version_id: str, note: bytes) -> OSError | None:
+    def notes(self, version_id: str) -> list[dict[str, Any]]:
+        """Return the notes of a tombstone, oldest first; one that was made by hand has none.
+
+        What a crash has torn is left out: the file itself is what counts.
+        """
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            number = os.open(f"{self._path}/{version_id}", flags)
+            with open(number, "rb") as file:  # noqa: PTH123 - a descriptor
+                return list(_notes(file.read(NOTES_LIMIT) or b""))
+        except OSError:
+            return []
+
+    def _is_there(self, version_id: str) -> bool:
+        try:
+            return self.holds(version_id)
+        except StoreUnavailable:
+            return False  # the attempt says what is wrong
+
+    def _attempt(self, version_id: str, note: Mapping[str, Any]) -> OSError | None:
         try:
             self._create(version_id, note)
         except OSError as error:
             return error
         return None
 
-    def _create(self, version_id: str, note: bytes) -> None:
+    def _create(self, version_id: str, note: Mapping[str, Any]) -> None:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _opened(os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
             try:
                 number = self._open(folder, version_id)
                 if number is not None:
                     with _opened(number):
-                        _write(number, note)
+                        self._add(version_id, number, note)
             finally:
                 os.fsync(folder)  # also where somebody else made it, and did not get this far
 
     def _open(self, folder: int, version_id: str) -> int | None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            return os.open(version_id, flags, 0o600, dir_fd=folder)
+            return os.open(version_id, flags | os.O_CREAT, 0o600, dir_fd=folder)
         except OSError:
             if self.holds(version_id):
                 return None  # made by hand as another user, or no file at all: it refuses
             raise
 
-    def _note(self, version_id: str) -> dict[str, Any]:
-        try:
-            with (self._folder / version_id).open("rb") as file:
-                found = json.loads(file.read(NOTE_LIMIT) or b"{}")
-        except (OSError, ValueError):
-            return {}  # a crash may have cut the note off: the file itself is what counts
-        return found if isinstance(found, dict) else {}
+    def _add(self, version_id: str, number: int, note: Mapping[str, Any]) -> None:
+        """Append a note, unless one that asks for the same is there."""
+        status = os.fstat(number)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _ENOUGH:
+            return
+        line = _line(note)
+        if _asked(json.loads(line)) in [_asked(one) for one in self.notes(version_id)]:
+            return
+        # The leading newline ends a line that a crash or a full disk tore: no lock is needed, and
+        # none could be waited for.
+        data = b"\n" + line
+        written = os.write(number, data)
+        os.fsync(number)
+        if written != len(data):
+            raise OSError(errno.ENOSPC, "the note was cut off")
 
 
 @contextlib.contextmanager
@@ -122,20 +164,19 @@ def _opened(number: int) -> Iterator[int]:
         os.close(number)
 
 
-def _write(number: int, note: bytes) -> None:
-    """Write the note of a tombstone that has none yet."""
-    try:
-        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return  # never waits: a lock must not veto a revoke, and its holder writes a note as well
-    if os.fstat(number).st_size:
-        return
-    try:
-        written = os.write(number, note)
-        os.fsync(number)
-    except OSError:
-        os.ftruncate(number, 0)  # or half a note would stay for ever
-        raise
-    if written != len(note):
-        os.ftruncate(number, 0)
-        raise OSError(errno.ENOSPC, "the note was cut off")
+def _line(note: Mapping[str, Any]) -> bytes:
+    return json.dumps(dict(note), sort_keys=True).encode()
+
+
+def _notes(data: bytes) -> Iterator[dict[str, Any]]:
+    for line in data.split(b"\n"):
+        try:
+            found = json.loads(line) if line else None
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            yield found
+
+
+def _asked(note: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in note.items() if key not in _WHO_AND_WHY}
