@@ -521,8 +521,7 @@ class Administration:
     def remove(self, agent: str, caller: Caller) -> dict[str, Any]:
         """End an agent: everything is revoked, its name is free again."""
         case = self._case(agent)
-        managed = case.agent.managed_by is ManagedBy.FILE
-        if managed and case.agent.state is not AgentState.UNMANAGED:
+        if case.agent.managed_by is ManagedBy.FILE and case.agent.listed:
             raise Refused(
                 f"NOTHING WAS CUT: {agent} stands in the configuration, which would bring it back",
                 hint="take it out of the file and `keyturn reload`, then repeat this; to cut it"

@@ -38,7 +38,7 @@ def describe(case: Case, *, policy: Policy, now: datetime) -> dict[str, Any]:
         "owner": agent.owner,
         "policy": agent.policy,
         "managed_by": str(agent.managed_by),
-        "state": str(agent.state),
+        "state": agent.shown_state,
         "next_rotation_at": _at(credential.next_rotation_at),
         "overdue": is_overdue(case, now),
         "max_age_at": _at(_max_age_at(current, policy)),
@@ -57,7 +57,7 @@ def describe(case: Case, *, policy: Policy, now: datetime) -> dict[str, Any]:
 def is_overdue(case: Case, now: datetime) -> bool:
     """Whether a due rotation has not even begun, or is still not done, five minutes later."""
     due = case.credential.next_rotation_at
-    return case.agent.state is AgentState.ENABLED and due is not None and due + OVERDUE_AFTER < now
+    return case.agent.rotates and due is not None and due + OVERDUE_AFTER < now
 
 
 def _at(moment: datetime | None) -> str | None:
@@ -194,10 +194,10 @@ def _keeps(case: Case, version: Version, now: datetime) -> str:
 def _hint(case: Case, now: datetime) -> str:
     """Return the next command to type, "" where there is nothing to do."""
     name, rotation = case.agent.name, case.rotation
+    if not case.agent.listed:
+        return f"keyturn agents remove {name}   # or put it back into the files"
     if case.agent.state is AgentState.SUSPENDED:
         return f"keyturn resume {name}"
-    if case.agent.state is AgentState.UNMANAGED:
-        return f"keyturn agents remove {name}   # or put it back into the files"
     if rotation is not None and rotation.state is RotationState.STALLED:
         return advice.hint(rotation.error_code, name)
     if rotation is not None and rotation.waiting is not None:

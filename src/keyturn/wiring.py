@@ -23,7 +23,6 @@ from keyturn.config.models import ID_FORM, is_id
 from keyturn.core import policy as due
 from keyturn.core.model import (
     Agent,
-    AgentState,
     Case,
     Credential,
     ManagedBy,
@@ -273,14 +272,15 @@ class Parts:
     def reconcile(self, *, actor: str, allow_mass_change: bool = False) -> dict[str, int]:
         """Bring the store's agents in line with the files; nothing is ever revoked by a file.
 
-        An agent that disappeared becomes `unmanaged`: it stays accepted and is rotated no more.
+        An agent that disappeared becomes `unmanaged`: it stays accepted and is rotated no more. Nor
+        is a suspension ever lifted by one: whether a file names an agent is a mark beside its state.
         """
         known = {agent.name: agent for agent in self.store.agents()}
         wanted = self.settings.agents
         gone = [
             a for a in known.values() if a.managed_by is ManagedBy.FILE and a.name not in wanted
         ]
-        gone = [agent for agent in gone if agent.state is not AgentState.UNMANAGED]
+        gone = [agent for agent in gone if agent.listed]
         if len(gone) > max(1, len(known) * MASS_CHANGE) and not allow_mass_change:
             raise Refused(
                 f"{len(gone)} of {len(known)} agents would disappear",
@@ -290,7 +290,7 @@ class Parts:
         for definition in wanted.values():
             done[self._adopt_definition(definition, known.get(definition.name), actor)] += 1
         for agent in gone:
-            self._amend(agent, replace(agent, state=AgentState.UNMANAGED), "unmanaged", actor)
+            self._amend(agent, replace(agent, listed=False), "unmanaged", actor)
             done["unmanaged"] += 1
         return done
 
@@ -313,14 +313,13 @@ class Parts:
                 f"{definition.where}: {known.name} belongs to the command line",
                 hint=f"`keyturn agents remove {known.name}`, or take it out of the file",
             )
-        back = AgentState.ENABLED if known.state is AgentState.UNMANAGED else known.state
         wanted = replace(
             known,
             login=definition.login,
             owner=definition.owner,
             policy=definition.policy,
             targets=definition.targets,
-            state=back,
+            listed=True,
         )
         if wanted == known:
             return "unchanged"

@@ -52,6 +52,7 @@ def case(*states: VersionState, rotating: Any = None, placed: bool = True, **mor
             login="bot",
             targets=(A, B),
             state=more.pop("agent", AgentState.ENABLED),
+            listed=more.pop("listed", True),
         ),
         credential=replace(credential, **more),
         versions=versions,
@@ -536,6 +537,7 @@ def cases(draw: st.DrawFn) -> Case:
         sweep_at=draw(MOMENTS),
         next_rotation_at=draw(MOMENTS),
         successor_owed=draw(st.booleans()),
+        listed=draw(st.booleans()),
         leaving=draw(st.sampled_from([(), (B,)])),
     )
     for v in found.versions:

@@ -133,7 +133,7 @@ PATCHES: dict[str, Patch] = {
     ),
     "11 what a rotation replaces is not withdrawn": Patch(
         file="core/decision.py",
-        text="    return case.agent.state is AgentState.ENABLED and target.key in served\n",
+        text="    return case.agent.rotates and target.key in served\n",
         instead="    return False\n",
         tests="unit/test_saga_withdraw.py -k 'rotation_that_stalls'",
     ),

@@ -191,10 +191,19 @@ def waits(reason: WaitReason, code: str = "") -> dict[str, Any]:
     return {"state": RotationState.WAITING, "waiting": waiting}
 
 
+def unlisted(of: Case) -> Case:
+    """Return the case of an agent that disappeared from the files."""
+    return replace(of, agent=replace(of.agent, listed=False))
+
+
 HINTS: dict[str, tuple[Case, str]] = {
     "all is well": (case(S.CURRENT, looks=BOTH), ""),
     "suspended": (case(S.CURRENT, agent=AgentState.SUSPENDED), "keyturn resume bot"),
-    "unmanaged": (case(S.CURRENT, agent=AgentState.UNMANAGED), "keyturn agents remove bot"),
+    "unmanaged": (unlisted(case(S.CURRENT)), "keyturn agents remove bot"),
+    "unmanaged and suspended": (
+        unlisted(case(S.CURRENT, agent=AgentState.SUSPENDED)),
+        "keyturn agents remove bot",
+    ),
     "stalled": (
         case(S.CURRENT, rotating={"state": RotationState.STALLED, "error_code": "denied"}),
         "keyturn rotation retry bot",

@@ -193,13 +193,6 @@ def test_every_accepted_state_is_a_yes(bench: Bench, state: str) -> None:
     )
 
 
-def test_an_unmanaged_agent_stays_accepted(bench: Bench) -> None:
-    """A line that was dropped from a file cuts nobody off."""
-    bench.change(bench.secret, agent_state=AgentState.UNMANAGED)
-
-    assert bench.says(bench.secret)
-
-
 def test_a_store_that_cannot_be_read_is_neither_yes_nor_no(bench: Bench) -> None:
     """Nobody can tell: 503, also for what was good a moment ago."""
     assert bench.says(bench.secret)

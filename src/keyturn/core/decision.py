@@ -90,7 +90,7 @@ def _rotation(case: Case, run: Run, plan: Plan, now: datetime) -> Action | None:
     rotation = case.rotation
     if rotation is None or rotation.state is RotationState.STALLED:
         return None
-    if case.agent.state is not AgentState.ENABLED:
+    if not case.agent.rotates:
         return None
     if rotation.waiting is not None and rotation.waiting.next_try_at > now:
         return Rest(until=rotation.waiting.next_try_at)
@@ -215,7 +215,7 @@ def _unseen(target: Target) -> Action:
 
 
 def _opening(case: Case, run: Run, plan: Plan, now: datetime) -> Action | None:
-    if case.agent.state is not AgentState.ENABLED or not case.next_targets:
+    if not case.agent.rotates or not case.next_targets:
         return None
     cause = _cause(case, run, now)
     if cause is Cause.SCHEDULE and plan.paused:
@@ -402,7 +402,7 @@ def _is_served(case: Case, target: Target) -> bool:
     """Whether the open rotation or the next one publishes there."""
     of_rotation = case.rotation.targets if case.rotation is not None and _goes_on(case) else ()
     served = {one.key for one in (*of_rotation, *case.next_targets)}
-    return case.agent.state is AgentState.ENABLED and target.key in served
+    return case.agent.rotates and target.key in served
 
 
 def _is_withdrawing(case: Case, target: Target) -> bool:
@@ -489,7 +489,7 @@ def _next_look(case: Case, run: Run, plan: Plan, now: datetime) -> datetime | No
     # Whoever ends such a call wakes the credential; this is only for a writer that died meanwhile.
     soon = now + plan.policy.retry.settle_after
     moments = [case.credential.sweep_at]
-    if case.agent.state is AgentState.ENABLED:
+    if case.agent.rotates:
         moments.append(_rotation_moment(case))
     if run.troubles and _needs_look(case, now):
         moments.append(now + plan.policy.retry.max)

@@ -304,10 +304,11 @@ def request(case: Case, asked: Request, *, now: datetime) -> Case:
             f"a rotation of {case.agent.name} is {case.rotation.state} already",
             hint=f"see `keyturn status {case.agent.name}`",
         )
-    if case.agent.state is not AgentState.ENABLED:
+    if not case.agent.rotates:
+        back = f"`keyturn resume {case.agent.name}` first"
         raise Refused(
-            f"{case.agent.name} is {case.agent.state} and is not rotated",
-            hint=f"`keyturn resume {case.agent.name}` first",
+            f"{case.agent.name} is {case.agent.shown_state} and is not rotated",
+            hint=back if case.agent.listed else "put it back into the files and reload first",
         )
     return _wake(replace(case, credential=replace(case.credential, request=asked)), now)
 

@@ -29,12 +29,14 @@ ACCEPTED = frozenset(
 
 
 class AgentState(StrEnum):
-    """`unmanaged` disappeared from the files: accepted, never rotated. `removed` is for ever."""
+    """What people decided about an agent; a file decides none of it. `removed` is for ever."""
 
     ENABLED = "enabled"
     SUSPENDED = "suspended"
-    UNMANAGED = "unmanaged"
     REMOVED = "removed"
+
+
+UNMANAGED = "unmanaged"  # what is shown of an enabled agent that disappeared from the files
 
 
 class ManagedBy(StrEnum):
@@ -126,7 +128,11 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agent:
-    """A workload that holds a credential. `uid` is the surrogate key, `name` what people type."""
+    """A workload that holds a credential. `uid` is the surrogate key, `name` what people type.
+
+    `listed` is False for one that disappeared from the files: accepted still, rotated no more. It is
+    a mark beside the state, so that no reload can lift a suspension (I3).
+    """
 
     uid: str
     name: str
@@ -136,6 +142,18 @@ class Agent:
     managed_by: ManagedBy = ManagedBy.FILE
     state: AgentState = AgentState.ENABLED
     targets: tuple[Target, ...] = ()
+    listed: bool = True
+
+    @property
+    def rotates(self) -> bool:
+        """Whether anything new is published for it."""
+        return self.state is AgentState.ENABLED and self.listed
+
+    @property
+    def shown_state(self) -> str:
+        """The word for its state: an enabled agent that no file names is `unmanaged`."""
+        left = self.state is AgentState.ENABLED and not self.listed
+        return UNMANAGED if left else str(self.state)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -378,7 +378,7 @@ def _definition(case: Case) -> dict[str, Any]:
         "owner": agent.owner,
         "policy": agent.policy,
         "managed_by": str(agent.managed_by),
-        "state": str(agent.state),
+        "state": agent.shown_state,
         "targets": [
             {"to": t.to, "path": t.path, "merge": t.merge, "adopt": t.adopt} for t in agent.targets
         ],

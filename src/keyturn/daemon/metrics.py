@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from keyturn import __version__
-from keyturn.core.model import OPEN, AgentState, VersionState
+from keyturn.core.model import OPEN, UNMANAGED, AgentState, VersionState
 
 _STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _REVOKE_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 15, 30, 60)
 OPEN_STATES = tuple(state.value for state in OPEN)
-AGENT_STATES = tuple(state.value for state in AgentState)
+AGENT_STATES = (*(state.value for state in AgentState), UNMANAGED)
 VERSION_STATES = tuple(state.value for state in VersionState)
 OUTCOMES = ("promoted", "stalled", "abandoned", "revoked", "kept", "retired")
 DRIFT_KINDS = ("older", "revoked", "unknown", "missing", "unreadable")

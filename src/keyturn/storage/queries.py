@@ -10,7 +10,16 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 from sqlalchemy.sql.elements import ColumnElement
 
-from keyturn.core.model import Agent, AgentState, Case, Drift, Rotation, Version, VersionState
+from keyturn.core.model import (
+    UNMANAGED,
+    Agent,
+    AgentState,
+    Case,
+    Drift,
+    Rotation,
+    Version,
+    VersionState,
+)
 from keyturn.errors import UnknownAgent
 from keyturn.storage.cases import BY_NAME, columns, from_row, is_open, load
 from keyturn.storage.codec import micros
@@ -132,10 +141,11 @@ def counts(connection: Connection, now: datetime, max_ages: Mapping[str, timedel
         .where(
             credentials.c.next_rotation_at < sa.literal(now, credentials.c.wake_at.type),
             agents_table.c.state == AgentState.ENABLED,
+            agents_table.c.listed,
         )
     )
     return Counts(
-        agents=_by_state(connection, agents_table),
+        agents=_agents(connection),
         versions=_by_state(connection, versions),
         rotations=_by_state(connection, rotations, is_open(rotations.c.state)),
         overdue=connection.execute(overdue).scalar_one(),
@@ -188,6 +198,16 @@ def drifts(connection: Connection) -> list[tuple[str, Drift]]:
         )
     )
     return [(row.name, drift) for row in connection.execute(query) for drift in row.drift]
+
+
+def _agents(connection: Connection) -> dict[str, int]:
+    """Count agents by the word that is shown of their state."""
+    left = sa.and_(agents_table.c.state == AgentState.ENABLED, ~agents_table.c.listed)
+    found = _by_state(connection, agents_table)
+    counted = sa.select(sa.func.count()).select_from(agents_table).where(left)
+    if number := connection.execute(counted).scalar_one():
+        found = {**found, "enabled": found["enabled"] - number, UNMANAGED: number}
+    return found
 
 
 def _by_state(

@@ -179,6 +179,7 @@ agents = sa.Table(
     sa.Column("managed_by", Word(model.ManagedBy), nullable=False),
     sa.Column("state", Word(model.AgentState), nullable=False),
     sa.Column("targets", TARGETS, nullable=False),
+    sa.Column("listed", sa.Boolean, nullable=False),
     sa.CheckConstraint(_one_of("state", model.AgentState), name="agents_state"),
     sa.CheckConstraint(_one_of("managed_by", model.ManagedBy), name="agents_managed_by"),
 )

@@ -35,7 +35,7 @@ from keyturn.verifier.hashing import Hashing, fingerprint, same_tag, text_of
 from keyturn.verifier.spool import Spool
 
 REMEMBERED = 100_000
-_ANSWERED_STATES = frozenset({"enabled", "unmanaged"})
+_ANSWERED_STATES = frozenset({"enabled"})
 _ACCEPTED_STATES = frozenset({"pending", "current", "previous", "kept"})
 _DUMMY_ID = "0" * 14
 _DUMMY_TAG = bytes(8)

@@ -22,8 +22,9 @@ CREATE TABLE agents (
     managed_by TEXT NOT NULL,
     state TEXT NOT NULL,
     targets TEXT NOT NULL,
+    listed BOOLEAN NOT NULL,
     PRIMARY KEY (uid),
-    CONSTRAINT agents_state CHECK (state IN ('enabled', 'suspended', 'unmanaged', 'removed')),
+    CONSTRAINT agents_state CHECK (state IN ('enabled', 'suspended', 'removed')),
     CONSTRAINT agents_managed_by CHECK (managed_by IN ('file', 'command'))
 );
 CREATE UNIQUE INDEX agents_one_login ON agents (login) WHERE state <> 'removed';
