@@ -485,6 +485,15 @@ SENTENCES: dict[str, Row] = {
         plan(),
         steps.Leave(target=B.key),
     ),
+    "not while a write of ours may still land there": (
+        naming(
+            replace(case(S.CURRENT, sweep_at=NOW, leaving=(B,)), agent=replace(GOING.agent, targets=(A,))),
+            1, target=B.key, effect=Effect.STAGE, writer="alive",
+        ),
+        run(sees(OLD), sees(None)),
+        plan(),
+        steps.RecordSweep(drift=()),
+    ),
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from keyturn.core import lifecycle
 from keyturn.core.model import RotationState, Target, VersionState
 from keyturn.errors import DestinationUnavailable, Rejected
 from keyturn.verifier.authority import BuiltinAuthority
@@ -251,3 +252,64 @@ def test_a_clean_up_that_is_refused_keeps_no_agent_waiting(benches: list[Bench])
     bench.assert_home()
     assert len(refused) > before
     assert bench.case.credential.drift == ()
+
+
+# --- what a dropped destination may still show ------------------------------------------------
+
+
+def test_a_write_that_still_hangs_keeps_a_dropped_destination(benches: list[Bench]) -> None:
+    """It is looked at until the write has landed, and what it then shows stays accepted (I1)."""
+    bench = Bench("vault", "vault")
+    benches.append(bench)
+    bench.played["d1"].faults = ["late"]
+    bench.run()
+    bench.amend(lifecycle.abandon)
+    bench.retarget("d0")
+    for _ in range(4):
+        bench.pass_time(timedelta(minutes=20))
+        bench.run()
+    assert [target.key for target in bench.case.credential.leaving] == ["d1:bot"]
+
+    bench.played["d1"].land()
+    for _ in range(8):
+        bench.run()
+        bench.pass_time(SWEEP)
+
+    landed = bench.shown("d1")
+    assert landed is not None
+    assert bench.version(landed).accepted
+
+
+def test_a_write_that_was_settled_keeps_a_dropped_destination(benches: list[Bench]) -> None:
+    """It may have landed, whatever became of the copies that were there before it (I1)."""
+    bench = at_home(benches, "vault", "vault")
+    bench.amend(lifecycle.revoke_agent, reissue=False)
+    for _ in range(6):
+        bench.run()
+        bench.pass_time(timedelta(minutes=10))
+    bench.amend(lifecycle.resume)
+    played = bench.played["d1"]
+    played.faults = ["after"]
+    seen = bench.on_point
+
+    def cut(name: str) -> None:
+        seen(name)
+        if name == "after activate d1":
+            played.read_faults = [DestinationUnavailable("away")] * 30
+
+    bench.on_point = cut
+    for _ in range(8):
+        bench.run()
+        bench.pass_time(timedelta(minutes=2))
+    own = bench.case.rotation.version_id if bench.case.rotation else None
+    assert (own, bench.case.intents) == (bench.shown("d1"), ())  # settled, and nobody could read it
+
+    bench.retarget("d0")
+    bench.amend(lifecycle.abandon)
+    assert [target.key for target in bench.case.credential.leaving] == ["d1:bot"]
+    bench.ask()
+    for _ in range(8):
+        bench.run()
+        bench.pass_time(timedelta(minutes=31))
+    assert own is not None
+    assert bench.version(own).accepted

@@ -59,6 +59,7 @@ from keyturn.core.steps import (
 
 DONE_FOR = frozenset({VersionState.RETIRED, VersionState.REVOKED})
 ENDING = frozenset({VersionState.PREVIOUS, VersionState.KEPT})
+_SHOWING = frozenset({Effect.STAGE, Effect.ACTIVATE})
 
 # --- the decision -------------------------------------------------------------------------
 
@@ -438,10 +439,13 @@ def _may_clean(target: Target, plan: Plan) -> bool:
 
 
 def _leaving(case: Case, run: Run) -> Action | None:
+    """Leave a dropped destination that shows nothing of ours, once no write of ours can land there."""
     mine = {target.key for target in case.agent.targets}
+    coming = {i.target for i in case.intents if i.unresolved and i.effect in _SHOWING}
     for target in case.credential.leaving:
         sight = run.sights.get(target.key)
-        if target.key in mine or (sight is not None and sight.fresh and sight.shown is None):
+        empty = sight is not None and sight.fresh and sight.shown is None
+        if target.key in mine or (empty and target.key not in coming):
             return Leave(target=target.key)
     return None
 

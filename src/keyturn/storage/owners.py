@@ -119,7 +119,8 @@ def changed(connection: Connection, case: Case, agent: Agent, *, wake_at: dateti
 def _empty(connection: Connection, uid: str, target: Target) -> bool:
     """Tell whether surely nothing of ours is at a destination.
 
-    Where no copies are recorded, anything that was ever written there, or may yet land, counts.
+    Where no copies are recorded, anything that was ever written there counts, and always what may yet
+    land or may have landed: an intent that was settled was never reported.
     """
     here = placements.c.credential_uid == uid, placements.c.target == target.key
     copies = connection.execute(sa.select(placements.c.gone).where(*here)).scalars().all()
@@ -129,7 +130,7 @@ def _empty(connection: Connection, uid: str, target: Target) -> bool:
         intents.c.effect != Effect.RETIRE,
     )
     outcomes = set(connection.execute(written).scalars())
-    if None in outcomes or not all(copies):
+    if outcomes & {None, Outcome.SETTLED} or not all(copies):
         return False
     return bool(copies) or outcomes <= {Outcome.FAILED}
 
