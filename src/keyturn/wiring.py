@@ -19,7 +19,14 @@ from typing import Any
 from keyturn import config
 from keyturn.administration import Administration
 from keyturn.config import AgentDefinition, Settings
-from keyturn.config.models import ID_FORM, is_id
+from keyturn.config.models import (
+    ID_FORM,
+    LOGIN_FORM,
+    WORDS_FORM,
+    is_id,
+    is_login,
+    is_words,
+)
 from keyturn.core import policy as due
 from keyturn.core.model import (
     Agent,
@@ -244,6 +251,10 @@ class Parts:
         """Add an agent; its first version is minted at once."""
         if not is_id(name):
             raise Refused(f"an agent's id is {ID_FORM}", hint="choose another id")
+        if not is_login(login):
+            raise Refused(f"an agent's login is {LOGIN_FORM}", hint="choose another login")
+        if owner is not None and not is_words(owner):
+            raise Refused(f"an agent's owner is {WORDS_FORM}", hint="choose another owner")
         if policy not in self.settings.policies:
             raise Refused(
                 f"no policy is called {policy}",

@@ -278,6 +278,18 @@ def test_includes_bring_agents(write: Write) -> None:
     assert settings.agents["two"].where.endswith("b.yaml:3")
 
 
+def test_a_login_is_taken_also_by_an_agent_of_the_same_line(write: Write) -> None:
+    """The one who has it is another agent, wherever both stand."""
+    rest = "destinations: [{to: other, path: %s}]"
+    line = f"agents: {{a: {{login: z, {rest % 'a'}}}, b: {{login: z, {rest % 'b'}}}}}\n"
+    write(f"version: 1\n{line}", "agents.d/a.yaml")
+
+    problems = refused(write(f"{GOOD}include: agents.d/*.yaml\n"))
+
+    text = "expected a login of its own; the agent at agents.d/a.yaml:2 has it"
+    assert problems == [f"agents.d/a.yaml:2: agents.b.login: {text}"]
+
+
 def test_includes_cannot_bring_addresses_or_take_agents(write: Write) -> None:
     """Connections, policies, a second agent of one name and a taken login are refused there."""
     text = (

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from keyturn.administration import Leak
 from keyturn.core.model import AgentState
+from keyturn.daemon.commands import Commands
+from keyturn.daemon.peer import local_peer
 from keyturn.errors import Refused, UnknownAgent
 from keyturn.status import describe
 from support.installed import ME, Installed
@@ -99,3 +102,23 @@ def test_an_unmanaged_agent_is_not_rotated(keyturn: Installed) -> None:
 
     keyturn.run("a")
     assert keyturn.held("a") == held
+
+
+# --- agents of the command line ---------------------------------------------------------------
+
+
+def command(keyturn: Installed, verb: str, **args: Any) -> Any:
+    """Ask as somebody at the socket does."""
+    function = Commands(lambda: keyturn.parts).table()[verb].function
+    return function(args, local_peer(), lambda _event: None)
+
+
+@pytest.mark.parametrize("login", ["x" * 129, "a:b\n\x1b[31m", " ", "a b", "\u00e4", "a:b"])
+def test_a_login_that_no_file_may_have_is_refused(keyturn: Installed, login: str) -> None:
+    """What agents present goes into headers, logs and tables."""
+    place = [{"to": "files", "path": "c"}]
+    with pytest.raises(Refused, match="printable ASCII"):
+        command(keyturn, "agents.add", name="c", login=login, targets=place)
+    with pytest.raises(Refused, match="owner"):
+        command(keyturn, "agents.add", name="c", owner=f"{login}\x1b", targets=place)
+    assert command(keyturn, "agents.add", name="c", login="c@acme", targets=place)["agent"] == "c"

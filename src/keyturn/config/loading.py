@@ -240,7 +240,7 @@ class Loading:
 
     def _agents(self, documents: list[Document]) -> dict[str, AgentDefinition]:
         agents: dict[str, AgentDefinition] = {}
-        logins: dict[str, str] = {}
+        logins: dict[str, str] = {}  # by login, the agent that has it first
         for document in documents:
             for name, data in self._named(document, "agents"):
                 at = ("agents", name)
@@ -253,9 +253,9 @@ class Loading:
                     self.problems.append(document.problem(at, text))
                     continue
                 agents[name] = agent
-                first = logins.setdefault(agent.login, agent.where)
-                if first != agent.where:
-                    text = f"expected a login of its own; the agent at {first} has it"
+                first = agents[logins.setdefault(agent.login, name)]
+                if first is not agent:
+                    text = f"expected a login of its own; the agent at {first.where} has it"
                     self.problems.append(document.problem((*at, "login"), text))
         return agents
 

@@ -25,6 +25,8 @@ ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
 
 _SEGMENT = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"
 _PATH = re.compile(rf"{_SEGMENT}(/{_SEGMENT})*", re.ASCII)
+WORDS_FORM = "a text of 1 to 128 characters"
+LOGIN_FORM = "1 to 128 printable ASCII characters without colon and space"
 _LOGIN = re.compile(r"[!-9;-~]{1,128}", re.ASCII)  # printable ASCII but colon and space
 _WORDS = re.compile(r"[^\x00-\x1f\x7f]{1,128}")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
@@ -36,6 +38,16 @@ _LOCAL_HOSTS = {None, "", "localhost", "127.0.0.1", "::1"}
 def is_id(text: str) -> bool:
     """Tell whether a text can name an agent, a connection or a policy."""
     return ID.fullmatch(text) is not None and ".." not in text
+
+
+def is_login(text: str) -> bool:
+    """Tell whether a text can be what an agent presents as its name."""
+    return _LOGIN.fullmatch(text) is not None
+
+
+def is_words(text: str) -> bool:
+    """Tell whether a text can be shown to people."""
+    return _WORDS.fullmatch(text) is not None
 
 
 def _matching(pattern: re.Pattern[str]) -> BeforeValidator:
@@ -342,13 +354,13 @@ class AgentSection(Section):
     login: Annotated[
         str | None,
         _matching(_LOGIN),
-        Form("1 to 128 printable ASCII characters without colon and space"),
+        Form(LOGIN_FORM),
         Field(description="what it presents; default: the id"),
     ] = None
     owner: Annotated[
         str | None,
         _matching(_WORDS),
-        Form("a text of 1 to 128 characters"),
+        Form(WORDS_FORM),
         Field(description="team"),
     ] = None
     policy: Annotated[str, Form("the name of a policy")] = "default"
