@@ -9,6 +9,7 @@ Sources: the KV v2 API pages of both projects.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -18,12 +19,14 @@ from typing import Annotated, Any
 
 import hvac.exceptions as vendor
 import requests
+import urllib3
 from pydantic import BeforeValidator, Field
 
 from keyturn.core.duration import FORM
 from keyturn.core.model import Target, Traits
 from keyturn.destinations.base import ConnectionOptions, DestinationBase, Form, duration
 from keyturn.destinations.entry import merged, observed, refuse_foreign, without_ours
+from keyturn.destinations.network import trouble
 from keyturn.destinations.vault_auth import AUTH_FORM, AuthOptions, plain_place
 from keyturn.destinations.vault_login import Login, is_safe_address
 from keyturn.destinations.vault_reads import Reads
@@ -423,7 +426,17 @@ class VaultDestination(DestinationBase):
         return f"/v1/{self.options.mount}/{path}"
 
     def _translate(self, error: Exception) -> DestinationError:
-        return translate(self.name, error)
+        if type(error) is OSError and self._lacks_ca():
+            return DestinationUnavailable(
+                f"{self.name}: ca_file {self.options.ca_file} is not there or cannot be read",
+                hint="put the authority's certificates there, readable by the daemon's user",
+                sent=False,
+            )
+        return translate(f"{self.name}: {self.options.address}", error)
+
+    def _lacks_ca(self) -> bool:
+        path = self.options.ca_file
+        return path is not None and not os.access(path, os.R_OK)
 
 
 def translate(name: str, error: Exception) -> DestinationError:
@@ -443,12 +456,10 @@ def translate(name: str, error: Exception) -> DestinationError:
         error, vendor.InvalidRequest | vendor.UnsupportedOperation | vendor.ParamValidationError
     ):
         return Rejected(f"{name}: the request was refused")
-    if isinstance(error, requests.exceptions.SSLError):
-        return DestinationUnavailable(
-            f"{name}: TLS failed", hint="check ca_file and the server's certificate", sent=False
-        )
-    if isinstance(error, requests.exceptions.ConnectTimeout):
-        return DestinationUnavailable(f"{name}: cannot be reached", sent=False)
+    if isinstance(error, requests.RequestException | urllib3.exceptions.HTTPError):
+        found = trouble(error)
+        if found is not None:
+            return DestinationUnavailable(f"{name}: {found.what}", hint=found.hint, sent=found.sent)
     if isinstance(error, vendor.VaultDown):
         return DestinationUnavailable(f"{name}: sealed, or without a leader (503)")
     # A standby without a leader, 5xx, broken answers, cut connections: perhaps it landed.

@@ -10,7 +10,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,7 +19,9 @@ import hvac
 import hvac.adapters
 import hvac.exceptions as vendor
 import requests
+import urllib3
 
+from keyturn.destinations.network import BoundedAdapter
 from keyturn.destinations.vault_auth import AuthOptions, method_of, text_of
 from keyturn.errors import (
     Denied,
@@ -33,6 +35,7 @@ RENEW_AT = 2 / 3  # of the token's life
 TRY_AGAIN = 5.0  # seconds, to replace a token that still lives
 ANSWER_LIMIT = 1024 * 1024
 LONGEST_RETRY_AFTER = 300
+LONGEST_GOODBYE = 2.0  # seconds that a reload or SIGTERM waits for a token's revocation
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -64,6 +67,8 @@ class Login:
         self._method = method_of(auth, name)
         self._name = name
         session = _Unredirected()
+        session.mount("https://", BoundedAdapter())
+        session.mount("http://", BoundedAdapter())
         session.trust_env = False  # SECURITY: no proxy, netrc or CA bundle of the surroundings
         session.verify = ca_file or True  # hvac takes this from the session, not from its argument
         self._client = hvac.Client(
@@ -77,6 +82,8 @@ class Login:
         )
         self._client.token = None
         self._guard = threading.Lock()
+        self._patience = timeout.total_seconds()
+        self._closed = False
         self._renew_at = 0.0
         self._ends_at: float | None = None
         self._ours = False
@@ -121,14 +128,25 @@ class Login:
         return f"logged in by {self._auth.method}, token {life}"
 
     def close(self) -> None:
-        """Revoke the token, if we got it by a login; the server may be away already."""
-        with self._guard:
-            if not self._ours or self._client.token is None:
-                return
-            # Where the server is away the token runs out by itself.
-            with contextlib.suppress(vendor.VaultError, requests.RequestException, KeyturnError):
-                self.send("post", "/v1/auth/token/revoke-self", None)
-            self._client.token = None
+        """Revoke the token, if we got it by a login; the server may be away already.
+
+        Neither a login that hangs nor the server's answer is waited for: a reload and SIGTERM come
+        through here.
+        """
+        self._closed = True  # a login that is still under way gives its token back by itself
+        if self._ours and self._client.token is not None:
+            leaving = threading.Thread(target=self._give_back, name="goodbye", daemon=True)
+            leaving.start()
+            leaving.join(LONGEST_GOODBYE)
+        self._client.adapter.close()  # idle connections; those of calls under way go on
+
+    def _give_back(self) -> None:
+        # Where the server is away the token runs out by itself.
+        with contextlib.suppress(
+            vendor.VaultError, requests.RequestException, urllib3.exceptions.HTTPError, KeyturnError
+        ):
+            self.send("post", "/v1/auth/token/revoke-self", None)
+        self._client.token = None
 
     def send(
         self,
@@ -144,8 +162,18 @@ class Login:
 
     # --- the token --------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let one thread log in at a time. Raises DestinationUnavailable where that one takes long."""
+        if not self._guard.acquire(timeout=self._patience):
+            raise DestinationUnavailable(f"{self._name}: a login is under way", sent=False)
+        try:
+            yield
+        finally:
+            self._guard.release()
+
     def _ready(self) -> str | None:
-        with self._guard:
+        with self._alone():
             if self._client.token is None:
                 self._log_in()
             elif time.monotonic() >= self._renew_at:
@@ -154,7 +182,7 @@ class Login:
 
     def _again(self, refused: str | None) -> bool:
         """Log in anew unless another thread has; False where that cannot help."""
-        with self._guard:
+        with self._alone():
             if self._client.token != refused:
                 return True
             if self._method is None:
@@ -194,6 +222,9 @@ class Login:
         self._began(answer.get("num_uses"))
         self._lives(answer.get("lease_duration"), renewable=bool(answer.get("renewable")))
         self._life = float(answer.get("lease_duration") or 0)
+        if self._closed:
+            self._give_back()
+            raise DestinationUnavailable(f"{self._name}: closed", sent=False)
 
     def _renew(self) -> None:
         try:

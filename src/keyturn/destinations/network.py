@@ -1,0 +1,175 @@
+"""What the network does to a request: one deadline for the whole answer, and words for what went wrong.
+
+`timeout` of requests and urllib3 counts from one piece of an answer to the next, so a server that
+drips a byte at a time keeps a call for ever, and with it a thread and whatever lock it holds. Here
+time is counted from the request to the answer's last byte. (Connecting, the TLS handshake and sending
+have each a deadline as a whole already: Python counts those from their beginning.)
+
+Nothing of an error's text is ever looked at: its class, its number and where it stands in the chain.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import http.client
+import io
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import NameResolutionError, NewConnectionError, ReadTimeoutError
+
+_LONGEST_CHAIN = 10
+
+
+class _Pieces(io.RawIOBase):
+    """A socket's bytes, as long as there is time."""
+
+    def __init__(self, raw: Any, line: Any, until: float) -> None:
+        self._raw, self._line, self._until = raw, line, until
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self._line.settimeout(left)
+        found: int | None = self._raw.readinto(buffer)
+        return found
+
+    def close(self) -> None:
+        super().close()
+        self._raw.close()
+
+
+class _Answer(http.client.HTTPResponse):
+    """An answer that is read in pieces, each of which gets what is left of the time."""
+
+    def __init__(self, line: Any, *more: Any, until: float, **named: Any) -> None:
+        super().__init__(line, *more, **named)
+        raw = line.makefile("rb", buffering=0)
+        self.fp.close()
+        self.fp = io.BufferedReader(_Pieces(raw, line, until))
+
+
+class _Timed:
+    """What both connections get: the time for an answer counts from its request."""
+
+    timeout: float | None
+    response_class: Any
+
+    def request(self, *more: Any, **named: Any) -> None:
+        """Send a request."""
+        if self.timeout is not None:
+            until = time.monotonic() + self.timeout
+            self.response_class = functools.partial(_Answer, until=until)
+        super().request(*more, **named)  # type: ignore[misc]
+
+
+class _Plain(_Timed, HTTPConnection):
+    pass
+
+
+class _Secure(_Timed, HTTPSConnection):
+    def connect(self) -> None:
+        try:
+            super().connect()
+        except ssl.SSLCertVerificationError:
+            raise
+        except ssl.SSLError as error:
+            raise Unencrypted(*error.args) from error
+
+
+class Unencrypted(ssl.SSLError):
+    """The handshake failed, so nothing was sent; any other TLS error may come after a request."""
+
+
+class _PlainPool(HTTPConnectionPool):
+    ConnectionCls = _Plain
+
+
+class _SecurePool(HTTPSConnectionPool):
+    ConnectionCls = _Secure
+
+
+class BoundedAdapter(HTTPAdapter):
+    """Carries a session's requests: the read timeout is one of the whole answer."""
+
+    def init_poolmanager(self, *more: Any, **named: Any) -> None:
+        """Make the pools."""
+        super().init_poolmanager(*more, **named)
+        pools = {"http": _PlainPool, "https": _SecurePool}
+        self.poolmanager.pool_classes_by_scheme = pools
+
+
+class Trouble(NamedTuple):
+    """What happened, in our words, what to look at, and whether a request may have been sent."""
+
+    what: str
+    hint: str
+    sent: bool
+
+
+def trouble(error: BaseException) -> Trouble | None:
+    """Say what the network did, by the errors that an error holds; None where that is not known."""
+    chain = list(_chain(error))
+    found = next(filter(None, map(_handshake, chain)), None)
+    found = found or next(filter(None, map(_connecting, chain)), None)
+    if found is None and any(isinstance(one, NewConnectionError) for one in chain):
+        found = Trouble("no connection", "see whether it is up and reachable", sent=False)
+    return found or next(filter(None, map(_answering, chain)), None)
+
+
+def _handshake(error: BaseException) -> Trouble | None:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        hint = "check ca_file, the name in the address and whether the certificate has run out"
+        return Trouble("its certificate is not trusted", hint, sent=False)
+    if isinstance(error, Unencrypted):
+        hint = "check ca_file, and that the server speaks TLS at that port"
+        return Trouble("the TLS handshake failed", hint, sent=False)
+    return None
+
+
+def _connecting(error: BaseException) -> Trouble | None:
+    if isinstance(error, NameResolutionError | socket.gaierror):
+        return Trouble("its name is unknown", "check the name, and this host's DNS", sent=False)
+    if isinstance(error, ConnectionRefusedError):
+        return Trouble("refused", "nothing listens there: is it up, is the port right?", sent=False)
+    if isinstance(error, requests.exceptions.ConnectTimeout):
+        hint = "see whether it is up, and what firewalls lie between"
+        return Trouble("no connection in time", hint, sent=False)
+    if isinstance(error, OSError) and error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
+        return Trouble("no way leads there", "check the address and this host's routes", sent=False)
+    return None
+
+
+def _answering(error: BaseException) -> Trouble | None:
+    hint = "see whether it is overloaded; the rotation goes on by itself"
+    if isinstance(error, requests.exceptions.ReadTimeout | ReadTimeoutError | TimeoutError):
+        return Trouble("no whole answer in time", hint, sent=True)
+    if isinstance(error, ssl.SSLError):
+        return Trouble("TLS failed after the request was sent", hint, sent=True)
+    if isinstance(error, ConnectionError | http.client.HTTPException):
+        return Trouble("the connection was cut", hint, sent=True)
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those that it holds: vendors wrap each other's in several ways."""
+    waiting: list[Any] = [error]
+    for _ in range(_LONGEST_CHAIN):
+        if not waiting:
+            return
+        one = waiting.pop(0)
+        yield one
+        inside = (getattr(one, "reason", None), *one.args, one.__cause__, one.__context__)
+        waiting += [other for other in inside if isinstance(other, BaseException)]
