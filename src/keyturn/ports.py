@@ -84,10 +84,11 @@ class Destination(Protocol):
     def probe(self) -> str:
         """Log in, touch nothing, and return one line about what was reached."""
 
-    def probe_entry(self, target: Target, *, retire: str) -> None:
+    def probe_entry(self, target: Target, *, retire: str) -> Observed | None:
         """Raise what a rotation of this entry would meet, as far as it shows without a write.
 
-        `retire` says what becomes of old copies, as in the policy.
+        `retire` says what becomes of old copies, as in the policy. Returns what the ordinary read
+        gave, for the caller to judge; None where even that would change something. Writes nothing.
         """
 
     def observe(self, target: Target) -> Observed:

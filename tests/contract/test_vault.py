@@ -225,14 +225,20 @@ def test_a_wrapped_secret_id_is_unwrapped_once_and_only_if_it_is_one(
 
     wrapped = auth.model_copy(update={"wrapped": True, "secret_id_file": path})
     wrap("POST", "auth/approle/role/wrapped/secret-id", {})
+    looked = make(server, auth=wrapped, prefix="w")
+    for _ in range(2):  # a probe leaves it for the daemon
+        assert "left for the daemon" in looked.probe()
+        assert looked.probe_entry(PLACE, retire="disable") is None
+    looked.close()
     good = make(server, auth=wrapped, prefix="w")
     assert good.observe(PLACE).exists is False
     good.close()
 
     wrap("POST", "sys/wrapping/wrap", {"secret_id": "planted"})
     planted = make(server, auth=wrapped, prefix="w")
-    with pytest.raises(Denied, match="not made for a secret id"):
-        planted.observe(PLACE)
+    for attempt in (planted.probe, lambda: planted.observe(PLACE)):
+        with pytest.raises(Denied, match="not made for a secret id"):
+            attempt()
     planted.close()
 
 
@@ -301,6 +307,41 @@ def test_a_credential_file_that_others_can_read_is_refused(
         assert str(path) in refused.value.hint
         assert server.token not in f"{refused.value} {refused.value.hint}"
     destination.close()
+
+
+def test_the_metadata_of_others_stays(server: openbao.Server) -> None:
+    """An entry that is taken over keeps what others wrote about it; our marks come beside it."""
+    place = Target(to="bao", path="shared", merge=True)
+    destination = make(server)
+    path = f"{destination.options.prefix}/shared"
+    call(server, "POST", f"kv/data/{path}", {"data": {"theirs": "1"}})
+    theirs = {"team": "billing", "pager": "x"}
+    call(server, "POST", f"kv/metadata/{path}", {"custom_metadata": theirs})
+
+    token = destination.observe(place).token
+    destination.activate(place, new_entry(1), expected=token)
+
+    marks = call(server, "GET", f"kv/metadata/{path}")["data"]["custom_metadata"]
+    assert theirs.items() <= marks.items()
+    assert destination.observe(place).owner == STORE_ID
+    destination.close()
+
+
+def test_an_address_has_one_spelling(tmp_path: Path) -> None:
+    """Case, the scheme's own port and a final dot make no second owner of an entry."""
+    auth = AuthOptions(method="token", token_file=str(tmp_path / "token"))
+
+    def identity(address: str) -> str:
+        options = VaultOptions(auth=auth, address=address)
+        made = VaultDestination(options, name="b", store_id=STORE_ID, clock=FakeClock())
+        found = made.identity(PLACE)
+        made.close()
+        return found
+
+    one = {identity(f"https://{host}") for host in ("v", "v:443", "v.", "V.:443", "v/")}
+    assert len(one) == 1
+    assert identity("https://v:8200") not in one
+    assert identity("http://localhost:443") != identity("https://localhost")
 
 
 def test_a_deleted_entry_keeps_its_number(server: openbao.Server) -> None:

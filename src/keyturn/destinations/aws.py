@@ -175,13 +175,13 @@ class AwsDestination(DestinationBase):
         who = arn.partition(f":{account}:")[2]
         return f"{region}, account {account[:12]}: logged in as {who[:256]!r}"
 
-    def _probe_entry(self, target: Target, retire: str) -> None:
+    def _probe_entry(self, target: Target, retire: str) -> Observed:
         """Read it: AWS tells nobody which rights they have, so those to write show with a write."""
         del retire
         found = self._observe(target)
         secret = self._described(self.place(target))
         if secret is None:
-            return
+            return found
         self._refuse_locked(secret)
         if secret.failed:
             raise Rejected(
@@ -190,6 +190,7 @@ class AwsDestination(DestinationBase):
             )
         if found.staged == "":
             raise Conflict(f"{self.name}: somebody else's {PENDING} is on {secret.name}")
+        return found
 
     def _observe(self, target: Target) -> Observed:
         name = self.place(target)

@@ -211,12 +211,13 @@ class AzureDestination(DestinationBase):
                 raise
         return f"{self.options.vault}: logged in by {self.options.auth.method}"
 
-    def _probe_entry(self, target: Target, retire: str) -> None:
+    def _probe_entry(self, target: Target, retire: str) -> Observed:
         """Try the rights that show without a write; the right to write shows with one only."""
         name = self.place(target)
-        self._observe(target)
+        found = self._observe(target)
         self._calls.versions(name)
         self._calls.may_update(name)
+        return found
 
     # --- reading ----------------------------------------------------------------------------
 

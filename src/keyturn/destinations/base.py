@@ -160,9 +160,9 @@ class DestinationBase(ABC):
         """Log in, touch nothing, and return one line about what was reached."""
         return self._call(self._probe)
 
-    def probe_entry(self, target: Target, *, retire: str) -> None:
+    def probe_entry(self, target: Target, *, retire: str) -> Observed | None:
         """Raise what a rotation of this entry would meet, as far as it shows without a write."""
-        self._call(lambda: self._probe_entry(target, retire))
+        return self._call(lambda: self._probe_entry(target, retire))
 
     @classmethod
     def least_policy(cls, options: Any, entries: Sequence[tuple[Target, str]]) -> str:
@@ -215,9 +215,9 @@ class DestinationBase(ABC):
     @abstractmethod
     def _withdraw(self, target: Target, owner: str, version_id: str, expected: str) -> str: ...
 
-    def _probe_entry(self, target: Target, retire: str) -> None:
+    def _probe_entry(self, target: Target, retire: str) -> Observed | None:
         del retire
-        self._observe(target)
+        return self._observe(target)
 
     def _read(self, target: Target, version_id: str) -> Observed:
         """Where nothing is staged, the shown entry is the only copy that can be found by its id."""

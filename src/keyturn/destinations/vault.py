@@ -28,7 +28,7 @@ from keyturn.destinations.base import ConnectionOptions, DestinationBase, Form, 
 from keyturn.destinations.entry import merged, observed, refuse_foreign, without_ours
 from keyturn.destinations.network import trouble
 from keyturn.destinations.vault_auth import AUTH_FORM, AuthOptions, plain_place
-from keyturn.destinations.vault_login import Login, is_safe_address
+from keyturn.destinations.vault_login import Login, canonical, is_safe_address
 from keyturn.destinations.vault_reads import Reads
 from keyturn.errors import (
     Conflict,
@@ -151,7 +151,7 @@ class VaultDestination(DestinationBase):
         """
         space, mount = self.options.namespace, self.options.mount
         parts = [*([space] if space else []), mount, "data", self.place(target)]
-        return f"vault:{self.options.address.lower()}/{'/'.join(parts)}"
+        return f"vault:{canonical(self.options.address)}/{'/'.join(parts)}"
 
     @property
     def login_ends_in(self) -> timedelta | None:
@@ -175,6 +175,8 @@ class VaultDestination(DestinationBase):
         return "\n".join([*_where(options), *rules])
 
     def _probe(self) -> str:
+        if self.options.auth.wrapped:
+            return f"{self.options.address}: {self._login.look_at_wrapping()}"
         life = self._login.check()
         self._check_mount()
         space = f", namespace {self.options.namespace}" if self.options.namespace else ""
@@ -200,8 +202,10 @@ class VaultDestination(DestinationBase):
                 hint=f"`vault kv enable-versioning {where}{mount}`, or name another mount",
             )
 
-    def _probe_entry(self, target: Target, retire: str) -> None:
+    def _probe_entry(self, target: Target, retire: str) -> Observed | None:
         """Read it, and compare the login's rights with those of the printed policy."""
+        if self.options.auth.wrapped:
+            return None  # a login would use the wrapping token up
         rights = _rights(self.options, self.place(target), retire)
         with contextlib.suppress(vendor.Forbidden):  # where a login may not even ask for its rights
             body = {"paths": list(rights)}
@@ -211,7 +215,7 @@ class VaultDestination(DestinationBase):
                 lacks = [one for one in needed if one not in (granted.get(path) or ())]
                 if lacks and "root" not in (granted.get(path) or ()):
                     raise self._lacking(", ".join(lacks), path)
-        self._observe(target)
+        return self._observe(target)
 
     # --- reading ----------------------------------------------------------------------------
 
@@ -278,12 +282,16 @@ class VaultDestination(DestinationBase):
         return answer, fresh
 
     def _owner(self, path: str) -> str | None:
+        owner = self._marks(path).get(OWNER)
+        return owner if isinstance(owner, str) else None
+
+    def _marks(self, path: str) -> dict[str, Any]:
+        """Return an entry's custom metadata: ours and what others keep there."""
         answer = self._request("get", f"metadata/{path}", absent=True)
         data = {"custom_metadata": None} if answer is None else _dict(answer).get("data")
         if not isinstance(data, dict) or "custom_metadata" not in data:
             raise DestinationUnavailable(f"{self.name}: the answer to a read makes no sense")
-        owner = _dict(data["custom_metadata"]).get(OWNER)
-        return owner if isinstance(owner, str) else None
+        return _dict(data["custom_metadata"])
 
     def _mark(self, path: str) -> int:
         with self._guard:
@@ -308,7 +316,8 @@ class VaultDestination(DestinationBase):
             raise Conflict
         refuse_foreign(target, shown.values or {}, owner=shown.owner, store_id=self.store_id)
         if shown.owner != entry.owner:
-            marks = {OWNER: entry.owner, FENCE: str(entry.fence)}
+            # The request replaces all of them, and a PATCH needs a right that we do not ask for.
+            marks = {**self._marks(path), OWNER: entry.owner, FENCE: str(entry.fence)}
             self._request("post", f"metadata/{path}", {"custom_metadata": marks})
         return self._put(path, wanted, expected)
 

@@ -179,23 +179,36 @@ class AppRole:
         """
         if self._unwrapped is not None and self._unwrapped[0] == wrapping:
             return self._unwrapped[1]
+        self._look(wrapping, send)
         try:
-            found = send("post", "/v1/sys/wrapping/lookup", {"token": wrapping})
-            made_by = str((found.get("data") or {}).get("creation_path", ""))
-            expected = f"auth/{self._auth.place}/role/"
-            if not (made_by.startswith(expected) and made_by.endswith(f"/{WRAPPED_BY}")):
-                raise Denied(f"{self._name}: the wrapping token was not made for a secret id")
             # No login yet: the wrapping token itself is what lets it be unwrapped.
             own = {"X-Vault-Token": wrapping}
             found = send("post", "/v1/sys/wrapping/unwrap", {}, own)
         except (vendor.InvalidRequest, vendor.Forbidden):
-            raise Denied(
-                f"{self._name}: the wrapping token is used up or has run out",
-                hint="if nobody of yours used it, somebody else did: revoke the secret id",
-            ) from None
+            raise self._used_up() from None
         secret_id = str(found["data"]["secret_id"])
         self._unwrapped = wrapping, secret_id
         return secret_id
+
+    def look_at_wrapping(self, send: Send) -> None:
+        """Raise Denied where the wrapping token in the file is of no use; it is not used up."""
+        self._look(text_of(self._auth.secret_id_file, self._name), send)
+
+    def _look(self, wrapping: str, send: Send) -> None:
+        try:
+            found = send("post", "/v1/sys/wrapping/lookup", {"token": wrapping})
+        except (vendor.InvalidRequest, vendor.Forbidden):
+            raise self._used_up() from None
+        made_by = str((found.get("data") or {}).get("creation_path", ""))
+        expected = f"auth/{self._auth.place}/role/"
+        if not (made_by.startswith(expected) and made_by.endswith(f"/{WRAPPED_BY}")):
+            raise Denied(f"{self._name}: the wrapping token was not made for a secret id")
+
+    def _used_up(self) -> Denied:
+        return Denied(
+            f"{self._name}: the wrapping token is used up or has run out",
+            hint="if nobody of yours used it, somebody else did: revoke the secret id",
+        )
 
 
 class Kubernetes:

@@ -22,11 +22,12 @@ import requests
 import urllib3
 
 from keyturn.destinations.network import BoundedAdapter
-from keyturn.destinations.vault_auth import AuthOptions, method_of, text_of
+from keyturn.destinations.vault_auth import AppRole, AuthOptions, method_of, text_of
 from keyturn.errors import (
     Denied,
     DestinationUnavailable,
     KeyturnError,
+    Refused,
     Rejected,
     Throttled,
 )
@@ -45,6 +46,13 @@ def is_safe_address(address: str) -> bool:
     plain = not (parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc)
     safe = parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in _LOOPBACK)
     return plain and safe and bool(parts.hostname)
+
+
+def canonical(address: str) -> str:
+    """Return the one spelling of an address: lower case, no final dot, the port always there."""
+    parts = urlsplit(address.lower())
+    port = parts.port or {"https": 443, "http": 80}[parts.scheme]
+    return f"{parts.scheme}://{(parts.hostname or '').rstrip('.')}:{port}"
 
 
 Headers = Mapping[str, str | None]
@@ -126,6 +134,18 @@ class Login:
         ttl = (found.get("data") or {}).get("ttl")
         life = f"lives {ttl} s" if ttl else "does not end"  # a root token has none
         return f"logged in by {self._auth.method}, token {life}"
+
+    def look_at_wrapping(self) -> str:
+        """Say that a login by a wrapped secret id would be possible, without making it.
+
+        A wrapping token can be used once: whoever only looks must leave it to the daemon.
+        """
+        if not isinstance(self._method, AppRole):
+            raise Refused(f"{self._name}: nothing is wrapped")
+        self._method.look_at_wrapping(self.send)
+        return (
+            "the wrapped secret id is whole and was left for the daemon; so nothing else was seen"
+        )
 
     def close(self) -> None:
         """Revoke the token, if we got it by a login; the server may be away already.
