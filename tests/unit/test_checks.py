@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from keyturn import rotation, wiring
 from keyturn.daemon.checks import check, least_policy
+from keyturn.daemon.cron import Crontab
+from keyturn.daemon.service import load
 from keyturn.errors import ConfigError, Refused
 
 CONTENT: dict[str, Any] = {
@@ -139,7 +148,157 @@ def test_a_probe_looks_at_each_entry_and_names_the_bad_ones(tmp_path: Path) -> N
 
     rows = {row["name"]: row for row in report["checks"]}
     assert report["ok"] is False
-    assert rows["entries files"]["detail"] == "1 of 2 can be rotated"
+    assert rows["entries files"]["detail"].startswith("1 of 2 can be rotated")
     assert rows["entry files:two"]["ok"] is False
     assert "entry files:one" not in rows
     assert [one.name for one in (tmp_path / "agents").iterdir()] == ["two.json"]
+
+
+def rows_of(path: Path) -> dict[str, Any]:
+    """Return the rows of a probe by their names."""
+    return {row["name"]: row for row in check(path, probe=True)["checks"]}
+
+
+def opened(path: Path) -> wiring.Parts:
+    """Make the store of a configuration, with its agents."""
+    parts = wiring.build(load(path), cron=Crontab(), create=True)
+    parts.destinations = wiring.connect(
+        parts.settings, store_id=parts.store.store_id, clock=parts.clock
+    )
+    parts.reconcile(actor="test")
+    return parts
+
+
+def test_a_probe_says_what_a_rotation_would_stall_at(tmp_path: Path) -> None:
+    """Values of others, altered ones and other keys are named, by the rule of the rotation."""
+    content = files_only(tmp_path / "agents")
+    for name in ("mine", "altered", "keys"):
+        content["agents"][name] = {"destinations": [{"to": "files", "path": name}]}
+    path = written(tmp_path, content)
+    parts = opened(path)
+    for name in ("mine", "altered"):
+        _rotated(parts, name)
+    held = tmp_path / "agents" / "altered.json"
+    held.write_text(held.read_text().replace('"secret": "kt', '"secret": "xx'))
+    (tmp_path / "agents" / "one.json").write_text('{"secret": "theirs"}')
+    (tmp_path / "agents" / "keys.json").write_text('{"x": 1}')
+    before = sorted(tmp_path.rglob("*"))
+
+    rows = rows_of(path)
+
+    assert sorted(tmp_path.rglob("*")) == before
+    assert rows["entries files"]["detail"].startswith("1 of 4 can be rotated")
+    said = {name: rows[f"entry files:{name}"]["detail"] for name in ("one", "altered", "keys")}
+    assert said["one"].startswith("not-ours")
+    assert said["altered"].startswith("unknown-value")
+    assert said["keys"].startswith("other-keys")
+    assert "entry files:mine" not in rows
+    parts.close()
+
+
+def test_without_the_store_only_what_was_seen_is_promised(tmp_path: Path) -> None:
+    """Where the store cannot be opened, an entry that carries some marker is not judged."""
+    content = files_only(tmp_path / "agents")
+    path = written(tmp_path, content)
+    parts = opened(path)
+    _rotated(parts, "one")
+    parts.close()
+    (tmp_path / "state" / "keyturn.db").write_bytes(os.urandom(8192))
+
+    rows = rows_of(path)
+
+    assert rows["entries files"]["detail"].startswith("rights on 1 of 1 are enough")
+    assert "entry files:one" not in rows
+    assert rows["store"]["ok"] is False
+    assert "NOTADB" in rows["store"]["detail"]
+
+
+def test_a_probe_makes_no_lock(tmp_path: Path) -> None:
+    """An entry in a folder that we have written in gets no file of ours by being looked at."""
+    content = files_only(tmp_path / "agents")
+    content["agents"]["two"] = {"destinations": [{"to": "files", "path": "two"}]}
+    path = written(tmp_path, content)
+    parts = opened(path)
+    _rotated(parts, "one")
+    parts.close()
+    before = sorted((tmp_path / "agents").rglob("*"))
+
+    assert check(path, probe=True)["ok"] is True
+
+    assert sorted((tmp_path / "agents").rglob("*")) == before
+
+
+def test_a_probe_opens_the_store_and_an_offline_check_says_that_it_did_not(
+    tmp_path: Path,
+) -> None:
+    """What cannot be opened is told; what is not there yet is made by nobody who only looks."""
+    path = written(tmp_path, files_only(tmp_path / "agents"))
+    offline = {row["name"]: row for row in check(path)["checks"]}
+    assert offline["store"]["detail"].endswith("not opened")
+    assert "not there yet" in rows_of(path)["store"]["detail"]
+    assert not (tmp_path / "state").exists()
+
+    opened(path).close()
+    assert "opened, 1 agents" in rows_of(path)["store"]["detail"]
+
+    dead = {**files_only(tmp_path / "agents"), "version": 1}
+    other = tmp_path / "other.yaml"
+    dead["store"] = {"url": "postgresql://keyturn@127.0.0.1:9/x", "state_dir": f"{tmp_path}/state"}
+    other.write_text(yaml.safe_dump(dead))
+    other.chmod(0o600)
+    row = rows_of(other)["store"]
+    assert row["ok"] is False
+    assert "127.0.0.1:9" in row["detail"]
+
+
+def test_a_missing_ca_file_is_named_offline(tmp_path: Path) -> None:
+    """A pull request's host need not have it, so it is a note; a probe fails there."""
+    missing = str(tmp_path / "nothing.pem")
+    bao = {**CONTENT["connections"]["bao"], "ca_file": missing}
+    content = {**CONTENT, "connections": {**CONTENT["connections"], "bao": bao}}
+    notes = [row for row in check(written(tmp_path, content))["checks"] if row["name"] == "note"]
+    assert any(missing in row["detail"] for row in notes)
+
+
+def test_a_folder_that_is_not_there_is_no_fault_where_it_can_be_made(tmp_path: Path) -> None:
+    """The first rotation makes the root; where it could not, the hint speaks of folders."""
+    path = written(tmp_path, files_only(tmp_path / "a" / "b"))
+    assert "makes it" in rows_of(path)["connection files"]["detail"]
+    (tmp_path / "a").write_text("in the way")
+    row = rows_of(path)["connection files"]
+    assert row["ok"] is False
+    assert "mount" not in row["hint"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_root_looks_as_the_daemons_user(tmp_path: Path) -> None:
+    """A configuration that is good for the store's owner is good when root asks."""
+    home = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's own folders let nobody else in
+    try:
+        home.chmod(0o755)
+        path = written(home, files_only(home / "agents"))
+        for name, mode in (("state", 0o700), ("agents", 0o2750)):
+            (home / name).mkdir()
+            (home / name).chmod(mode)
+            os.chown(home / name, 65534, 65534)
+        code = "from keyturn.daemon.checks import check; from pathlib import Path; import json;"
+        code += f"print(json.dumps(check(Path({str(path)!r}), probe=True)))"
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        report = json.loads(done.stdout)
+        assert [row for row in report["checks"] if not row["ok"]] == []
+    finally:
+        shutil.rmtree(home)
+
+
+def _rotated(parts: wiring.Parts, name: str) -> None:
+    """Give an agent its first version."""
+
+    class Nobody:
+        def step(self, **_told: Any) -> None:
+            """Listen to nothing."""
+
+    uid = parts.store.case_of(name).credential.uid
+    rotation.run(parts.world(Nobody(), lambda: False), uid, holder="test")
+    assert parts.store.case_of(name).current is not None

@@ -2,34 +2,71 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from keyturn import wiring
-from keyturn.config import Settings
-from keyturn.core.model import Target
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, make_url
+
+from keyturn import advice, wiring
+from keyturn.config import AgentDefinition, Settings
+from keyturn.core.model import Agent, Case, Credential, Target
+from keyturn.core.secret import Secret
+from keyturn.credential_file import read_credential
+from keyturn.daemon.offline import become_owner
 from keyturn.daemon.service import load
 from keyturn.destinations import registry
 from keyturn.destinations.base import DestinationBase
-from keyturn.errors import KeyturnError, Refused
-from keyturn.storage.engine import refuse_open
+from keyturn.errors import KeyturnError, Refused, Rejected, StorageError, StoreUnavailable
+from keyturn.ports import Observed
+from keyturn.sight import look
+from keyturn.storage import queries
+from keyturn.storage.engine import is_sqlite, open_database, refuse_open, sqlite_path
+from keyturn.storage.migrations import HEAD, revision
+from keyturn.storage.tables import meta
+from keyturn.verifier.authority import BuiltinAuthority
 
 Check = dict[str, Any]
+_UNSEEN = "not looked at"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wanted:
+    """One entry that an agent of the files reads, and what becomes of old copies there."""
+
+    agent: AgentDefinition
+    target: Target
+    retire: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Known:
+    """What the store says: its id, "" where there is none yet, and what it has of each agent."""
+
+    store_id: str = ""
+    cases: Mapping[str, Case] = field(default_factory=dict)
 
 
 def check(path: Path, *, probe: bool = False) -> dict[str, Any]:
     """Return one row per check. Raises ConfigError where the files cannot be used at all."""
     settings = load(path)
-    rows = [_good("configuration", _summary(settings)), _tried("store", lambda: _store(settings))]
-    rows += [_good("note", note) for note in settings.notes]
+    rows = [_good("configuration", _summary(settings))]
+    if not probe:
+        rows.append(_tried("store", lambda: f"{_store(settings)}; not opened"))
+    rows += [_good("note", note) for note in (*settings.notes, *_missing(settings))]
     if probe:
+        _become_owner(settings)
+        row, known = _looked_at_store(settings)
+        rows.append(row)
         destinations = wiring.connect(settings, store_id="", clock=wiring.SystemClock())
         for name, destination in destinations.items():
-            rows += _probed(name, destination, _entries(settings, name))
+            rows += _probed(name, destination, _wanted(settings, name), known)
             destination.close()
     return {"ok": all(row["ok"] for row in rows), "checks": rows}
 
@@ -50,16 +87,17 @@ def least_policy(path: Path, kind: str, connection: str = "") -> dict[str, Any]:
             problem or f"there are {len(names)} connections of type {kind}",
             hint=f"name one with --connection: {listed}" if names else "add one to the file",
         )
-    options, entries = settings.connections[wanted[0]].options, _entries(settings, wanted[0])
+    options = settings.connections[wanted[0]].options
+    entries = [(one.target, one.retire) for one in _wanted(settings, wanted[0])]
     note = f"connection {wanted[0]}, {len(entries)} entries of the agents in these files; what was"
     note += " added by a command needs its own rules beside them"
     return {"text": adapter.least_policy(options, entries), "notes": [note]}
 
 
-def _entries(settings: Settings, connection: str) -> list[tuple[Target, str]]:
-    """Return what the files' agents read at a connection, each with how old copies are retired."""
+def _wanted(settings: Settings, connection: str) -> list[_Wanted]:
+    """Return what the files' agents read at a connection."""
     return [
-        (target, settings.policies[agent.policy].retire)
+        _Wanted(agent=agent, target=target, retire=settings.policies[agent.policy].retire)
         for agent in settings.agents.values()
         for target in agent.targets
         if target.to == connection
@@ -73,6 +111,17 @@ def _summary(settings: Settings) -> str:
     )
 
 
+def _missing(settings: Settings) -> Iterator[str]:
+    """Name the ca_files that are not on this host; a pull request's host need not have them."""
+    for name, connection in settings.connections.items():
+        path = getattr(connection.options, "ca_file", None)
+        if path is not None and not os.access(path, os.R_OK):
+            yield f"connection {name}: ca_file {path} is not there, or not readable, on this host"
+
+
+# --- the store --------------------------------------------------------------------------------
+
+
 def _store(settings: Settings) -> str:
     """Describe the store; a folder that is not there yet is made by `keyturn run`."""
     with suppress(FileNotFoundError, PermissionError):  # not ours to look at: a pull request's host
@@ -82,28 +131,133 @@ def _store(settings: Settings) -> str:
     return f"SQLite {sqlite3.sqlite_version}, journal mode PERSIST, synchronous FULL"
 
 
+def _become_owner(settings: Settings) -> None:
+    """As root: look with the eyes of the daemon's user, as the store's folder tells who that is."""
+    with suppress(
+        KeyturnError
+    ):  # there is none yet, or it is somebody else's: said where it matters
+        become_owner(settings.store.folder)
+
+
+def _looked_at_store(settings: Settings) -> tuple[Check, _Known | None]:
+    """Open the store, write nothing, and return what it knows; None where that cannot be told."""
+    known: list[_Known] = []
+
+    def attempt() -> str:
+        found = _read_store(settings)
+        if found is None:
+            return f"{_store(settings)}; its tables are brought up to date by `keyturn run`"
+        known.append(found)
+        if not found.store_id:
+            return f"{_store(settings)}; not there yet: `keyturn run` makes it"
+        return f"{_store(settings)}; opened, {len(found.cases)} agents"
+
+    return _tried("store", attempt), known[0] if known else None
+
+
+def _read_store(settings: Settings) -> _Known | None:
+    """Return what the store knows, None where its tables are of another release.
+
+    Raises StorageError and ConfigError, with what is wrong with it.
+    """
+    sqlite = is_sqlite(settings.store.url)
+    if sqlite and not _lies_there(sqlite_path(settings.store.url)):
+        return _Known()
+    database = open_database(
+        settings.store.url, clock=wiring.SystemClock(), password=_password(settings), create=False
+    )
+
+    def body(connection: Connection) -> _Known | None:
+        found = revision(connection)
+        if found is None and not sqlite:
+            return _Known()
+        if found != HEAD:
+            return None
+        store_id = connection.execute(sa.select(meta.c.store_id)).scalar() or ""
+        names = [agent.name for agent in queries.agents(connection, removed=False)]
+        cases = {name: queries.case_of(connection, name, "default") for name in names}
+        return _Known(store_id=store_id, cases=cases)
+
+    try:
+        return database.read(body)
+    except StoreUnavailable as error:
+        url = make_url(settings.store.url)
+        where = f" at {url.host}:{url.port or 5432}" if url.host else ""
+        raise StoreUnavailable(f"{error}{where}", hint=error.hint) from error
+    finally:
+        database.close()
+
+
+def _lies_there(path: Path) -> bool:
+    """Tell whether there is a store's file. Raises StorageError where it could not be written."""
+    try:
+        there = path.exists()
+    except PermissionError:
+        raise StorageError(f"{path.parent} is not yours", hint="run as root or its owner") from None
+    if there and not all(os.access(one, os.W_OK) for one in (path, path.parent)):
+        raise StorageError(
+            f"{path} cannot be written", hint="run as its owner; is the file system read-only?"
+        )
+    return there
+
+
+def _password(settings: Settings) -> Secret | None:
+    path = settings.store.password_file
+    return Secret(read_credential(path).removesuffix("\n")) if path is not None else None
+
+
+# --- destinations -----------------------------------------------------------------------------
+
+
 def _probed(
-    name: str, destination: DestinationBase, entries: list[tuple[Target, str]]
+    name: str, destination: DestinationBase, entries: list[_Wanted], known: _Known | None
 ) -> list[Check]:
     """Look at a connection and then, where it can be reached, at each entry; one row per problem."""
     rows = [_tried(f"connection {name}", destination.probe)]
     if not entries or not rows[0]["ok"]:
         return rows
 
-    def look(entry: tuple[Target, str]) -> Check:
-        target, retire = entry
-
+    def judged(entry: _Wanted) -> Check:
         def attempt() -> str:
-            destination.probe_entry(target, retire=retire)
-            return ""
+            found = destination.probe_entry(entry.target, retire=entry.retire)
+            if found is not None:
+                _refuse_blocked(entry, found, known)
+            return "" if found is not None else _UNSEEN
 
-        return _tried(f"entry {target.key}", attempt)
+        return _tried(f"entry {entry.target.key}", attempt)
 
     with ThreadPoolExecutor(destination.parallel) as pool:
-        bad = [row for row in pool.map(look, entries) if not row["ok"]]
-    good = len(entries) - len(bad)
-    rows.append(_good(f"entries {name}", f"{good} of {len(entries)} can be rotated"))
-    return rows + bad
+        seen = list(pool.map(judged, entries))
+    good = [row for row in seen if row["ok"]]
+    number = f"{len(good)} of {len(entries)}"
+    if any(row["detail"] == _UNSEEN for row in good):
+        text = "not looked at: that would use the wrapped secret id up"
+    elif known is not None:
+        text = f"{number} can be rotated, as far as it shows without a write"
+    else:
+        text = f"rights on {number} are enough; whose they are shows only with the store"
+    return [*rows, _good(f"entries {name}", text), *(row for row in seen if not row["ok"])]
+
+
+def _refuse_blocked(entry: _Wanted, found: Observed, known: _Known | None) -> None:
+    """Refuse what a rotation would stall at, by the rule that it goes by. Raises Rejected."""
+    if known is None and found.owner is not None:
+        return  # ours or not: only the store can tell
+    store = known or _Known()
+    case = store.cases.get(entry.agent.name) or _new_case(entry.agent)
+    sight = look(case, entry.target, found, authority=BuiltinAuthority(), store_id=store.store_id)
+    if sight.blocked:
+        said = advice.TABLE[sight.blocked]
+        raise Rejected(f"{sight.blocked}: {said.meaning}", hint=said.mend)
+
+
+def _new_case(agent: AgentDefinition) -> Case:
+    """Return what the store would have of an agent that it does not know yet."""
+    return Case(
+        agent=Agent(uid="", name=agent.name, login=agent.login, targets=agent.targets),
+        credential=Credential(uid="", agent_uid=""),
+        versions=(),
+    )
 
 
 def _tried(name: str, attempt: Callable[[], str]) -> Check:

@@ -74,9 +74,17 @@ def become_owner(folder: Path) -> None:
         return
     if me != 0:
         raise NotPermitted(f"{folder} is not yours", hint=_as_owner(_name(owner.st_uid)))
-    os.setgroups([])
+    _take_groups(owner)
     os.setgid(owner.st_gid)
     os.setuid(owner.st_uid)
+
+
+def _take_groups(owner: os.stat_result) -> None:
+    """Take the groups that the owner has at a login, so that its files can go to one of them."""
+    try:
+        os.initgroups(pwd.getpwuid(owner.st_uid).pw_name, owner.st_gid)
+    except KeyError:
+        os.setgroups([])
 
 
 def _as_owner(user: str) -> str:

@@ -131,9 +131,44 @@ class FileDestination(DestinationBase):
         return f"file:{os.path.realpath(self.options.root)}/{self.place(target)}"
 
     def _probe(self) -> str:
-        with beneath.folder(self.options.root, make=None) as folder:
-            self._gid()
-            return f"{self.options.root}, mode {stat.S_IMODE(os.fstat(folder).st_mode):04o}"
+        self._refuse_group(self._gid())
+        root = self.options.root
+        with contextlib.suppress(FileNotFoundError), beneath.folder(root, make=None) as folder:
+            return f"{root}, mode {stat.S_IMODE(os.fstat(folder).st_mode):04o}"
+        self._refuse_unwritable(root)
+        return f"{root} is not there yet: the first rotation makes it"
+
+    def _probe_entry(self, target: Target, retire: str) -> Observed:
+        """Read it without its lock, which would be a file of ours, and look at the rights."""
+        del retire
+        *parts, name = self.place(target).split("/")
+        root = self.options.root
+        self._refuse_unwritable(root.joinpath(*parts))
+        try:
+            with contextlib.ExitStack() as stack:
+                folder = stack.enter_context(beneath.folder(root, tuple(parts), make=None))
+                side = None
+                with contextlib.suppress(FileNotFoundError):
+                    side = stack.enter_context(beneath.folder(root, (*parts, SIDE), make=None))
+                return _Place(folder=folder, name=name, side_folder=side).observe(target)
+        except FileNotFoundError:
+            return Observed(token=_token(_Side(), NOTHING))
+
+    def _refuse_unwritable(self, path: Path) -> None:
+        """Refuse a folder that could not be written, or made, by whom we are now."""
+        there = next(one for one in (path, *path.parents) if one.exists())
+        if not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
+            raise Denied(
+                f"{self.name}: {there} cannot be written by the daemon's user",
+                hint=f"make {self.options.root} for it: install -d -m 2750 -o USER -g GROUP FOLDER",
+            )
+
+    def _refuse_group(self, gid: int) -> None:
+        if gid not in (-1, os.getegid(), *os.getgroups()) and os.geteuid() != 0:
+            raise Denied(
+                f"{self.name}: the daemon's user is no member of the group {self.options.group}",
+                hint=f"usermod -aG {self.options.group} USER, then restart the daemon",
+            )
 
     def _observe(self, target: Target) -> Observed:
         try:
@@ -203,7 +238,9 @@ class FileDestination(DestinationBase):
         try:
             return grp.getgrnam(group).gr_gid
         except KeyError:
-            raise NotFound(f"there is no unix group {group}") from None
+            raise NotFound(
+                f"there is no unix group {group}", hint="groupadd it, or correct `group`"
+            ) from None
 
     @contextlib.contextmanager
     def _entry(self, target: Target, make: Making | None = None) -> Iterator[_Place]:
@@ -227,7 +264,10 @@ class FileDestination(DestinationBase):
             hint = "the daemon's user must own the folders and be a member of the group"
             return Denied(f"{self.name}: no right in {self.options.root}", hint=hint)
         if isinstance(error, FileNotFoundError):
-            return NotFound(f"{self.name}: {self.options.root} is not there")
+            return NotFound(
+                f"{self.name}: {self.options.root} is not there",
+                hint="make the folder, or correct `root`: docs/howto/files.md",
+            )
         # Whatever fails after the rename is reported by `beneath.replace` itself.
         return DestinationUnavailable(
             f"{self.name}: {type(error).__name__} (errno {number})", sent=False
