@@ -1,10 +1,14 @@
-"""Reads the files that hold our own credentials: a token, a secret id, a database password."""
+"""Reads files that decide about secrets: those that hold our own credentials, and who can change one."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from keyturn.errors import ConfigError
 
@@ -20,21 +24,59 @@ def read_credential(path: Path, *, anybody_may_read: bool = False) -> str:
     nobody else may ever write one.
 
     Raises ConfigError where it cannot be read, or where others can: what has been readable for
-    anybody on this host has to count as known.
+    anybody on this host has to count as known, and whoever can replace it chooses where we log in.
     """
     try:
-        with path.open() as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            text = file.read(LONGEST)
+        with plain_file(path) as (file, found):
+            text = file.read(LONGEST).decode()
+            changeable = next(changeable_by_others(path, found), None)
     except (OSError, UnicodeDecodeError) as error:
         number = getattr(error, "errno", None)
         raise ConfigError(
             f"{path} cannot be read" + (f" (errno {number})" if number else ""),
-            hint="it must be text, readable by the daemon's user",
+            hint="it must be text in a plain file, readable by the daemon's user",
         ) from None
+    mode = stat.S_IMODE(found.st_mode)
     if mode & OPEN_TO_OTHERS & ~(READ_BY_OTHERS if anybody_may_read else 0):
         raise ConfigError(
             f"{path} is open to other users (mode {mode:04o})",
             hint=f"chmod 600 {path} (Kubernetes: defaultMode: 0400), and replace what is in it",
         )
+    if changeable is not None:
+        raise ConfigError(
+            f"{path} could be replaced by others, through {changeable}",
+            hint="file and folders must belong to root or the daemon's user, writable by nobody else",
+        )
+    if not text.strip():
+        raise ConfigError(f"{path} is empty", hint="put the credential into it")
     return text
+
+
+@contextlib.contextmanager
+def plain_file(path: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
+    """Open a plain file to read it, with what it is. Raises OSError for everything else.
+
+    Never blocks: somebody may have put a pipe there.
+    """
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        found = os.fstat(number)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "no plain file")
+        with open(number, "rb", closefd=False) as file:
+            yield file, found
+    finally:
+        os.close(number)
+
+
+def changeable_by_others(path: Path, found: os.stat_result) -> Iterator[str]:
+    """Name what somebody else can write: the file, or a folder on the way (links resolved or not)."""
+    ours = {0, os.geteuid()}
+    if found.st_uid not in ours or found.st_mode & 0o022:
+        yield str(path)
+    folders = {*path.absolute().parents, *path.resolve().parents}
+    for folder in sorted(folders):
+        mode = folder.stat()
+        # A sticky folder (/tmp) lets nobody replace what belongs to another.
+        if mode.st_uid not in ours or (mode.st_mode & 0o022 and not mode.st_mode & stat.S_ISVTX):
+            yield str(folder)

@@ -227,7 +227,6 @@ WRONG: dict[str, Callable[[Scene], None]] = {
     "account": _of_another,
     "forged": _forged,
     "garbage": lambda scene: scene.project("canary.e30.canary"),
-    "empty": lambda scene: scene.project(""),
     "role": lambda scene: scene.root("DELETE", f"auth/kubernetes/role/{scene.name}"),
 }
 
@@ -249,7 +248,15 @@ def test_a_login_that_is_wrong_is_denied_with_what_to_check(scene: Scene, wrong:
         assert not sent or sent not in f"{caught.value} {hint}"
 
 
-WITHOUT_LIFE = {"ended", "just ended", "garbage", "empty"}
+WITHOUT_LIFE = {"ended", "just ended", "garbage"}
+
+
+def test_an_empty_token_file_is_named_so(scene: Scene) -> None:
+    """Nothing is asked of the server with no token at all."""
+    destination = scene.connect()
+    scene.project("")
+    with pytest.raises(Denied, match="is empty"):
+        destination.observe(PLACE)
 
 
 @pytest.mark.parametrize("wrong", ["audience", "ended", "just ended", "account", "role"])

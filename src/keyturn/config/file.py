@@ -11,9 +11,7 @@ which quote their surroundings, are dropped here.
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -23,6 +21,7 @@ from typing import Any
 import yaml
 
 from keyturn.core.secret import looks_like_ours
+from keyturn.credential_file import changeable_by_others, plain_file
 from keyturn.errors import ConfigError
 
 Loc = tuple[str | int, ...]
@@ -119,14 +118,12 @@ def read_document(path: Path, problems: list[Problem]) -> Document:
 def _read_text(document: Document, problems: list[Problem]) -> str | None:
     path = document.path
     try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
+        with plain_file(path) as (file, status):
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        reason = os.strerror(error.errno or 0)
-        problems.append(document.problem((), f"expected a readable file ({reason})"))
+        problems.append(document.problem((), f"expected a readable file ({error.strerror})"))
         return None
-    if not stat.S_ISREG(status.st_mode) or len(raw) > MAX_BYTES:
+    if len(raw) > MAX_BYTES:
         problems.append(document.problem((), f"expected a file of at most {MAX_BYTES >> 20} MiB"))
         return None
     problems.extend(
@@ -135,7 +132,7 @@ def _read_text(document: Document, problems: list[Problem]) -> str | None:
             f"{name} is writable by others: expected owner root or the daemon's uid "
             "and no write permission for group and others",
         )
-        for name in _open_to_others(path, status)
+        for name in changeable_by_others(path, status)
     )
     try:
         return raw.decode("utf-8-sig")
@@ -143,19 +140,6 @@ def _read_text(document: Document, problems: list[Problem]) -> str | None:
         line = raw.count(b"\n", 0, error.start) + 1
         problems.append(Problem(where=f"{path}:{line}", key="(file)", text="expected UTF-8"))
         return None
-
-
-def _open_to_others(path: Path, status: os.stat_result) -> Iterator[str]:
-    """Name what somebody else can write: the file, or a folder on the way (links resolved or not)."""
-    ours = {0, os.geteuid()}
-    if status.st_uid not in ours or status.st_mode & 0o022:
-        yield str(path)
-    folders = {*path.absolute().parents, *path.resolve().parents}
-    for folder in sorted(folders):
-        mode = folder.stat()
-        # A sticky folder (/tmp) lets nobody replace what belongs to another.
-        if mode.st_uid not in ours or (mode.st_mode & 0o022 and not mode.st_mode & stat.S_ISVTX):
-            yield str(folder)
 
 
 class _Stop(Exception):  # it ends the building, the problem is in the list
