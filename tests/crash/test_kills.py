@@ -157,7 +157,7 @@ class Scene:
             client = AdminClient(socket)
             for row in client.call("status", {}):
                 if (row["rotation"] or {}).get("state") == "stalled":
-                    client.call("rotation.retry", {"agent": row["agent"]})
+                    client.call("rotation.retry", {"agents": [row["agent"]]})
 
     def kill_at_boundary(self) -> None:
         """Let a daemon run into a trap at one of the next effects."""

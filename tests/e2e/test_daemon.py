@@ -185,6 +185,27 @@ def test_an_outside_edit_stalls_a_rotation_and_is_not_overwritten(keyturn: Keytu
     keyturn.wait_for(lambda: keyturn.held("agent-0")["version"] not in ours)
 
 
+def test_all_that_stopped_at_a_place_go_on_with_one_command(tmp_path: Path) -> None:
+    """Once it is mended nobody types three hundred names; what stopped elsewhere is left alone."""
+    with Keyturn(tmp_path, agents=3) as one:
+        one.wait_first()
+        paths = [one.folder / "agents" / f"agent-{n}.json" for n in range(2)]
+        ours = [path.read_text() for path in paths]
+        for number, path in enumerate(paths):
+            path.write_text('{"secret": "theirs"}')
+            one.ask("rotate", f"agent-{number}", "--wait")
+        for path, text in zip(paths, ours, strict=True):
+            path.write_text(text)
+
+        none = one.ask("rotation", "retry", "--all", "--destination", "elsewhere")
+        code, result = one.ask("rotation", "retry", "--all", "--destination", "files", "--wait")
+
+        assert none == (0, {"results": []})
+        assert code == 0
+        found = [(row["agent"], row["outcome"]) for row in result["results"]]
+        assert found == [("agent-0", "promoted"), ("agent-1", "promoted")]
+
+
 def test_an_abandoned_rotation_comes_at_its_next_slot(tmp_path: Path) -> None:
     """A scheduled rotation that a person gave up does not open again at once."""
     one = Keyturn(tmp_path, agents=1, policy={"every": "8s", "grace": "6s"})

@@ -193,8 +193,14 @@ ASKED: list[tuple[str, str, dict[str, Any], Any]] = [
     (
         "rotation retry a",
         "rotation.retry",
-        {"agent": "a", "wait": False},
-        {"agent": "a", "outcome": "tried again"},
+        {"agents": ["a"], "destination": "", "wait": False},
+        {"results": [{"agent": "a", "outcome": "tried again"}]},
+    ),
+    (
+        "rotation retry --all --destination v",
+        "rotation.retry",
+        {"agents": [], "destination": "v", "wait": False},
+        {"results": []},
     ),
     ("rotation abandon a", "rotation.abandon", {"agent": "a"}, STATE),
     ("audit", "audit", {"verify": False, "limit": 50}, {"entries": []}),
@@ -326,7 +332,8 @@ USAGE = [
     "revoke a --except v", "revoke --version v --reissue --except v",
     "agents add x", "agents add x --to nowhere", "agents add x --to :p", "agents add x --to v:",
     "audit --limit 0", "verify", "status a b", "agents remove a", "rotation",
-    "destinations forget a v:p", "destinations forget a", "policy",
+    "destinations forget a v:p", "destinations forget a", "policy", "rotation retry",
+    "rotation retry a --all", "rotation retry a --destination v",
 ]  # fmt: skip
 
 

@@ -164,18 +164,38 @@ class _CutFirst:
 
 @rotation.command("retry")
 def retry(
-    agent: options.AgentName,
+    agents: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[AGENT]...", help="The ids.", autocompletion=complete.agents),
+    ] = None,
+    *,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every rotation that waits or is stalled.")
+    ] = False,
+    destination: Annotated[
+        str,
+        typer.Option(
+            metavar="CONNECTION",
+            help="Of these, only those that stopped there.",
+            autocompletion=complete.connections,
+        ),
+    ] = "",
     wait: options.Wait = False,
     json: options.Json = False,
     config: options.ConfigOfDaemon = options.CONFIG,
     socket: options.Socket = options.SOCKET,
 ) -> None:
-    """Try a stalled or waiting rotation again, now."""
+    """Try stalled or waiting rotations again, now.
+
+    `keyturn rotation retry --all --destination vault-eu` after that one was mended.
+    """
+    if bool(agents) == every or (destination and not every):
+        raise typer.BadParameter("name agents, or say --all (perhaps with --destination)")
     shown = output.progress(as_json=json) if wait else None
-    args = {"agent": agent, "wait": wait}
+    args = {"agents": agents or [], "destination": destination, "wait": wait}
     result = ask("rotation.retry", args, socket=socket, config=config, on_progress=shown)
-    output.show(result, as_json=json, people=lambda one: render.rotations([one]))
-    output.end_with(output.code_of([result]))
+    output.show(result, as_json=json, people=lambda data: render.retried(data["results"]))
+    output.end_with(output.code_of(result["results"]))
 
 
 @rotation.command("abandon")

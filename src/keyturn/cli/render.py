@@ -214,6 +214,11 @@ def rotations(results: Sequence[Row]) -> str:
     return "\n".join(_rotation_result(one) for one in results)
 
 
+def retried(results: Sequence[Row]) -> str:
+    """Return one line per rotation that was tried again."""
+    return rotations(results) or "no rotation waits or is stalled"
+
+
 def _rotation_result(one: Row) -> str:
     error = one.get("error") or {}
     line = f"{safe(one.get('agent'))}: {safe(one.get('outcome'))}"

@@ -281,14 +281,30 @@ class Commands:
         return self._wait_for(name, after=after, progress=progress)
 
     def retry(self, args: Args, peer: Peer, progress: Progress) -> Any:
-        """Retry a rotation; with `wait`, follow it to its end."""
-        parts, name = self._parts(), _text(args, "agent")
-        current = parts.store.case_of(name).current
-        parts.administration.retry(name, _caller(peer))
+        """Retry rotations, of some agents or all that stopped at a connection; `wait` follows them."""
+        names = [str(name) for name in args.get("agents", ())] or self._stopped(args)
+        results = [self._retry(name, peer) for name in names]
         self._kick()
-        if not args.get("wait"):
-            return {"agent": name, "outcome": "tried again"}
-        return self._wait_for(name, after=current.seq if current else 0, progress=progress)
+        for one in results:
+            after = one.pop("after", None)
+            if args.get("wait") and after is not None:
+                one.update(self._wait_for(one["agent"], after=after, progress=progress))
+        return {"results": results}
+
+    def _stopped(self, args: Args) -> list[str]:
+        wanted = str(args.get("destination") or "")
+        found = self._parts().store.stopped()
+        return [name for name, where in found if wanted in ("", where.partition(":")[0])]
+
+    def _retry(self, name: str, peer: Peer) -> dict[str, Any]:
+        parts = self._parts()
+        try:
+            current = parts.store.case_of(name).current
+            parts.administration.retry(name, _caller(peer))
+        except KeyturnError as error:
+            return {"agent": name, "outcome": "error", "error": _error(error)}
+        after = current.seq if current else 0
+        return {"agent": name, "outcome": "tried again", "after": after}
 
     def abandon(self, args: Args, peer: Peer, progress: Progress) -> Any:
         """Abandon a rotation."""

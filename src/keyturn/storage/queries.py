@@ -17,6 +17,7 @@ from keyturn.core.model import (
     Case,
     Drift,
     Rotation,
+    RotationState,
     Version,
     VersionState,
 )
@@ -198,6 +199,21 @@ def drifts(connection: Connection) -> list[tuple[str, Drift]]:
         )
     )
     return [(row.name, drift) for row in connection.execute(query) for drift in row.drift]
+
+
+def stopped(connection: Connection) -> list[tuple[str, str]]:
+    """Return the agents whose rotation waits or is stalled, and at which target; "" for none."""
+    query = (
+        sa.select(agents_table.c.name, rotations.c.waiting, rotations.c.error_where)
+        .join_from(rotations, credentials, rotations.c.credential_uid == credentials.c.uid)
+        .join(agents_table, credentials.c.agent_uid == agents_table.c.uid)
+        .where(rotations.c.state.in_((RotationState.WAITING, RotationState.STALLED)), _LIVES)
+        .order_by(agents_table.c.name)
+    )
+    return [
+        (row.name, row.waiting.where if row.waiting else row.error_where)
+        for row in connection.execute(query)
+    ]
 
 
 def _agents(connection: Connection) -> dict[str, int]:

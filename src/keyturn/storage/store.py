@@ -338,6 +338,10 @@ class Store:
         """Return what the last sweeps found, with the agent's name."""
         return self.database.read(queries.drifts)
 
+    def stopped(self) -> list[tuple[str, str]]:
+        """Return the agents whose rotation waits or is stalled, and at which target."""
+        return self.database.read(queries.stopped)
+
     def forget_requests(self, *, before: datetime) -> None:
         """Forget which commands were done before an instant."""
         self.database.write(lambda connection: requests.clean(connection, before=before))
