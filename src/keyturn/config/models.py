@@ -9,7 +9,7 @@ import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -32,6 +32,17 @@ _WORDS = re.compile(r"[^\x00-\x1f\x7f]{1,128}")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 _CRON = re.compile(r"[0-9*,/-]+( +[0-9*,/-]+){2}( +[0-9A-Za-z*,/-]+){2}", re.ASCII)
 _PERCENT = re.compile(r"([0-9]{1,2}(?:\.[0-9]{1,3})?)%", re.ASCII)
+_FOLDER = re.compile(r"/[A-Za-z0-9_./-]*", re.ASCII)  # no comma: that would be one more host
+_NETLOC = re.compile(
+    r"([A-Za-z0-9_.~%-]+@)?(\[[0-9A-Fa-f:]+\]|[A-Za-z0-9_.-]*)(:[0-9]{1,5})?", re.ASCII
+)
+_STORE_KEYS = {
+    "host": _FOLDER,
+    "sslmode": re.compile(r"disable|allow|prefer|require|verify-ca|verify-full"),
+    "sslrootcert": re.compile(rf"system|{_FOLDER.pattern}", re.ASCII),
+    "sslcert": _FOLDER,
+    "sslkey": _FOLDER,
+}
 _LOCAL_HOSTS = {None, "", "localhost", "127.0.0.1", "::1"}
 
 
@@ -85,16 +96,23 @@ def _path(value: object) -> Path:
 
 def _store_url(value: object) -> object:
     parts = urlsplit(str(value))
-    query = parse_qs(parts.query)
     if parts.scheme == "sqlite":
         good = not parts.netloc and parts.path.startswith("//") and not parts.query
     else:
-        local = parts.hostname in _LOCAL_HOSTS or query.get("host", [""])[0].startswith("/")
+        local = parts.hostname in _LOCAL_HOSTS
+        asked = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
+        query = dict(asked)
         good = (
             parts.scheme == "postgresql"
-            and parts.password is None  # by file only: this text gets into logs and process lists
-            and "password" not in query
-            and (local or query.get("sslmode") == ["verify-full"])
+            # No password: this text gets into logs and process lists. One host: `h:1,other:2` is two.
+            and _NETLOC.fullmatch(parts.netloc) is not None
+            and not parts.fragment
+            # SECURITY: libpq takes some forty keys there, and the last one of two: another host, a
+            # password, a file with all of these. Whatever is not on this list is refused.
+            and len(query) == len(asked)
+            and all(key in _STORE_KEYS and _STORE_KEYS[key].fullmatch(query[key]) for key in query)
+            and ("host" not in query or parts.hostname is None)
+            and (local or query.get("sslmode") == "verify-full")
         )
     if not good:
         raise ValueError
@@ -141,7 +159,8 @@ class StoreSettings(Section):
         BeforeValidator(_store_url),
         Form(
             "sqlite:////absolute/path or postgresql://user@host/name without a password in it, and "
-            "with sslmode=verify-full where the host is another one"
+            "with sslmode=verify-full where the host is another one (beside it only host=/folder, "
+            "sslrootcert, sslcert and sslkey may stand there)"
         ),
         Field(description="the database"),
     ] = "sqlite:////var/lib/keyturn/keyturn.db"
