@@ -1,8 +1,13 @@
-"""What a verifier reads: one version's row, fresh at every look-up, by a connection that never writes.
+"""What a verifier reads: one version's row, fresh at every look-up, by connections that never write.
 
 SQLite: autocommit, so that every look-up sees every commit and no read transaction is left behind;
 the path's device and inode are compared each time, because a file that was replaced would otherwise
-be read for ever. The connection may roll back a crashed writer's journal, nothing else.
+be read for ever. A connection may roll back a crashed writer's journal, nothing else.
+PostgreSQL: a transaction of its own in one message, with its timeouts local to it (a pooler gives the
+next one another session), and the database's time with the row.
+
+There are several connections, each with all of these checks, because a stranger's junk must not keep
+a good agent waiting for its turn (I7).
 """
 
 from __future__ import annotations
@@ -10,7 +15,8 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -23,23 +29,28 @@ from keyturn.errors import StoreUnavailable
 from keyturn.storage.codec import instant
 from keyturn.storage.engine import code_of, is_sqlite, postgresql_arguments, sqlite_path
 
-WAIT = 0.03  # seconds for another thread's look-up
+WAIT = 0.03  # seconds for a connection where all are in use
 BUSY_MS = 50  # for a writer's commit; both together stay below 100 ms
+ON_SQLITE = 16  # connections at most; they are opened as they are needed
+ON_POSTGRESQL = 6  # they cost the server a process each
+# Far below any lease: whoever cannot tell says so, and the others find a connection.
+LOCK_MS = 500
+STATEMENT_MS = 1500
 
 _SELECT = (
     "SELECT a.uid, a.name, v.login, a.state, v.credential_uid, v.id, v.state, v.scheme, v.digest,"
-    " v.tag, v.deadline, v.not_after"
-    " FROM versions v JOIN credentials c ON c.uid = v.credential_uid"
+    " v.tag, v.deadline, v.not_after,"
+    " {now} FROM versions v JOIN credentials c ON c.uid = v.credential_uid"
     " JOIN agents a ON a.uid = c.agent_uid WHERE "
 )
-_BY_ID = _SELECT + "v.id = ?"
+_BY_ID = _SELECT + "v.id = {value}"
 _IMPORTED = _SELECT + (
-    "v.login = ? AND a.state <> 'removed' AND v.origin = 'imported' ORDER BY v.seq DESC"
+    "v.login = {value} AND a.state <> 'removed' AND v.origin = 'imported' ORDER BY v.seq DESC"
 )
 
 _ANCHOR = (
     "SELECT boot_id, boottime, wall FROM daemons WHERE wall IS NOT NULL"
-    " ORDER BY CASE WHEN boot_id = ? THEN 0 ELSE 1 END, wall DESC LIMIT 1"
+    " ORDER BY CASE WHEN boot_id = {value} THEN 0 ELSE 1 END, wall DESC LIMIT 1"
 )
 
 
@@ -59,6 +70,7 @@ class Decision:
     tag: bytes | None
     deadline: datetime | None
     not_after: datetime | None
+    now: datetime | None = None  # the store's time at the look-up, where it is not this host's
 
 
 class DecisionReader:
@@ -68,16 +80,19 @@ class DecisionReader:
     StoreUnavailable within 100 ms where the store is locked (SQLite).
     """
 
-    def __init__(self, source: _Source) -> None:
+    def __init__(self, source: Callable[[], _Source], most: int) -> None:
         self._source = source
-        self._turn = threading.Lock()
+        self._most = most
+        self._free = threading.Semaphore(most)
+        self._idle: deque[_Source] = deque()  # the one used last is taken first: it is the warm one
 
     @classmethod
     def open(cls, url: str, *, password: Secret | None = None) -> DecisionReader:
         """Prepare to read a store; it is first touched at the first look-up."""
         if is_sqlite(url):
-            return cls(_SqliteSource(sqlite_path(url)))
-        return cls(_PostgresSource(url, password))
+            path = sqlite_path(url)
+            return cls(lambda: _SqliteSource(path), ON_SQLITE)
+        return cls(lambda: _PostgresSource(url, password), ON_POSTGRESQL)
 
     def lookup(self, version_id: str) -> Decision | None:
         """Return what is known of a version id, whatever its state."""
@@ -97,17 +112,28 @@ class DecisionReader:
         return Anchor(boot_id=found, boottime=timedelta(microseconds=boottime), wall=instant(wall))
 
     def close(self) -> None:
-        """Give back the connection."""
-        with self._turn:
-            self._source.close()
+        """Give back the connections, those in use as soon as their look-ups are done."""
+        for _ in range(self._most):
+            self._free.acquire()
+        for source in self._idle:
+            source.close()
+        self._idle.clear()
+        self._free.release(self._most)
 
     def _rows(self, query: str, value: str) -> Sequence[Sequence[Any]]:
-        if not self._turn.acquire(timeout=WAIT):
+        if not self._free.acquire(timeout=WAIT):
             raise StoreUnavailable("the store is busy")
         try:
-            return self._source.rows(query, value)
+            try:
+                source = self._idle.pop()
+            except IndexError:
+                source = self._source()
+            try:
+                return source.rows(query, value)
+            finally:
+                self._idle.append(source)
         finally:
-            self._turn.release()
+            self._free.release()
 
 
 class _Source(Protocol):
@@ -128,7 +154,7 @@ class _SqliteSource:
 
     def rows(self, query: str, value: str) -> Sequence[Sequence[Any]]:
         try:
-            return self._connected().execute(query, (value,)).fetchall()
+            return self._connected().execute(_ON_SQLITE[query], (value,)).fetchall()
         except sqlite3.Error as error:
             self.close()
             raise StoreUnavailable(f"the store cannot be read ({code_of(error)})") from None
@@ -195,9 +221,10 @@ class _PostgresSource:
         kept = self._connection is not None
         try:
             return self._run(query, value)
-        except psycopg.OperationalError as error:
+        except psycopg.Error as error:
             self.close()
-            if not kept:
+            died = isinstance(error, psycopg.OperationalError) and error.sqlstate not in _TOO_LONG
+            if not (kept and died):
                 raise StoreUnavailable(f"the store cannot be read ({code_of(error)})") from None
         # A connection that was kept may have died since the last look-up: once more with a new one.
         try:
@@ -214,21 +241,44 @@ class _PostgresSource:
     def _run(self, query: str, value: str) -> Sequence[Sequence[Any]]:
         if self._connection is None:
             self._connection = self._open()
-        rows: Sequence[Sequence[Any]] = self._connection.execute(
-            query.replace("?", "%s"), (value,)
-        ).fetchall()
+        # One message for the four statements: psycopg puts the value in, quoted by libpq.
+        cursor = self._connection.execute(_ON_POSTGRESQL[query], (value,))
+        while cursor.description is None:
+            cursor.nextset()
+        rows: Sequence[Sequence[Any]] = cursor.fetchall()
         return rows
 
     def _open(self) -> Any:
         import psycopg
 
-        arguments = postgresql_arguments(self._password)
-        return psycopg.connect(self._url, autocommit=True, **arguments)
+        arguments = postgresql_arguments(self._url, self._password)
+        arguments["tcp_user_timeout"] = 5000
+        connection = psycopg.connect(self._url, autocommit=True, **arguments)
+        connection.cursor_factory = psycopg.ClientCursor
+        return connection
+
+
+_QUERIES = (_BY_ID, _IMPORTED, _ANCHOR)
+_TOO_LONG = frozenset(
+    {"55P03", "57014"}
+)  # a lock, a statement: a new connection would wait as long
+_ON_SQLITE = {query: query.format(now="NULL", value="?") for query in _QUERIES}
+_ON_POSTGRESQL = {
+    query: (
+        f"BEGIN READ ONLY; SET LOCAL statement_timeout = {STATEMENT_MS};"
+        f" SET LOCAL lock_timeout = {LOCK_MS}; {{query}}; COMMIT"
+    ).format(
+        query=query.format(
+            now="CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000 AS BIGINT)", value="%s"
+        )
+    )
+    for query in _QUERIES
+}
 
 
 def _decision(row: Sequence[Any]) -> Decision:
-    uid, name, login, agent_state, credential, version, state, scheme, digest, tag, *ends = row
-    deadline, not_after = (None if end is None else instant(end) for end in ends)
+    uid, name, login, agent_state, credential, version, state, scheme, digest, tag, *times = row
+    deadline, not_after, now = (None if time is None else instant(time) for time in times)
     return Decision(
         agent_uid=uid,
         agent_name=name,
@@ -242,4 +292,5 @@ def _decision(row: Sequence[Any]) -> Decision:
         tag=tag,
         deadline=deadline,
         not_after=not_after,
+        now=now,
     )

@@ -39,6 +39,7 @@ T = TypeVar("T")
 BUSY = 5.0  # seconds a write waits for another one
 TRIES = 6  # of a transaction that PostgreSQL asks to repeat
 READ = {"keyturn_read": True}
+_NO_TEXT = "the store takes no text with characters that do not exist"
 SERIALIZATION = frozenset({"40001", "40P01"})
 # Local to the transaction: a session setting would end up with another client of the pooler. One
 # message with the BEGIN, since every transaction pays for it.
@@ -77,6 +78,8 @@ class Database:
             return self._group.write(body)
         except exc.SQLAlchemyError as error:
             _translate(error)
+        except UnicodeEncodeError:
+            raise StorageError(_NO_TEXT) from None
 
     def close(self) -> None:
         """Give back every connection."""
@@ -93,6 +96,8 @@ class Database:
                 if not (left and _may_repeat(error, committing=committing)):
                     _translate(error)
                 time.sleep(0.01 * (TRIES - left))
+            except UnicodeEncodeError:
+                raise StorageError(_NO_TEXT) from None
             else:
                 return result
         raise AssertionError("unreachable")
@@ -219,8 +224,23 @@ def _begin_sqlite(connection: Connection) -> None:
 # --- PostgreSQL ---------------------------------------------------------------------------
 
 
-def postgresql_arguments(password: Secret | None) -> dict[str, Any]:
-    """Return what every psycopg connection of ours is made with."""
+NO_FILE = "/nonexistent/"  # libpq complains on stderr about every other kind of file that is none
+
+
+def postgresql_arguments(url: str, password: Secret | None) -> dict[str, Any]:
+    """Return what every psycopg connection of ours is made with, beside its URL."""
+    asked = make_url(url).query
+    verified = asked.get("sslmode") == "verify-full"
+    # SECURITY: libpq looks for whatever is not named in the home of whoever runs it, and goes by it:
+    # passwords, the authorities to trust, a certificate to show, a ticket instead of TLS.
+    named = {
+        "passfile": f"{NO_FILE}pgpass",
+        "sslrootcert": "system" if verified else f"{NO_FILE}root.crt",
+        "sslcert": f"{NO_FILE}postgresql.crt",
+        "sslkey": f"{NO_FILE}postgresql.key",
+        "sslcrl": f"{NO_FILE}root.crl",
+        "gssencmode": "disable",
+    }
     arguments: dict[str, Any] = {
         "prepare_threshold": None,  # PgBouncer gives each transaction another session
         "connect_timeout": 5,
@@ -229,9 +249,7 @@ def postgresql_arguments(password: Secret | None) -> dict[str, Any]:
         "keepalives_interval": 5,
         "keepalives_count": 3,
         "tcp_user_timeout": 20000,
-        # SECURITY: the password comes from where the configuration says, never from ~/.pgpass. A file
-        # that is not there: libpq complains on stderr about every other kind that is none.
-        "passfile": "/nonexistent/pgpass",
+        **{name: value for name, value in named.items() if name not in asked},
     }
     if password is not None:
         arguments["password"] = password.reveal()
@@ -248,7 +266,7 @@ def _postgresql(url: URL, password: Secret | None) -> Engine:
             max_overflow=24,
             pool_timeout=BUSY,
             use_native_hstore=False,
-            connect_args=postgresql_arguments(password),
+            connect_args=postgresql_arguments(str(url), password),
         )
     except ModuleNotFoundError:
         raise ConfigError(
@@ -260,8 +278,19 @@ def _postgresql(url: URL, password: Secret | None) -> Engine:
 
 def _begin_postgresql(connection: Connection) -> None:
     reading = connection.get_execution_options().get("keyturn_read")
-    with closing(connection.connection.cursor()) as cursor:
-        cursor.execute(BEGIN_READ if reading else BEGIN_WRITE)
+    driver: Any = connection.dialect.loaded_dbapi
+    # A bare cursor, since every transaction pays for this: SQLAlchemy's part with errors is ours.
+    try:
+        with closing(connection.connection.cursor()) as cursor:
+            cursor.execute(BEGIN_READ if reading else BEGIN_WRITE)
+    except driver.Error as error:
+        # Whatever it was, the transaction has not begun. A server that restarted or failed over cut
+        # the others that lie idle as well: without them the next try is a new connection.
+        connection.invalidate()
+        connection.engine.dispose()
+        raise exc.OperationalError(
+            "BEGIN", None, error, hide_parameters=True, connection_invalidated=True
+        ) from None
 
 
 # --- errors -------------------------------------------------------------------------------

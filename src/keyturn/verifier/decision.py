@@ -168,8 +168,15 @@ class Verifier:
             and row.login == login
             and row.agent_state in _ANSWERED_STATES
             and row.state in _ACCEPTED_STATES
-            and all(end is None or self._clock.now() < end for end in (row.deadline, row.not_after))
+            and all(end is None or self._now(row) < end for end in (row.deadline, row.not_after))
         )
+
+    def _now(self, row: Decision) -> datetime:
+        """The store's time: it came with the row, or this host's clock is the one that counts.
+
+        What has passed since the look-up is left out: nobody is refused before that is sure.
+        """
+        return row.now or self._clock.now()
 
     def _hashed(self, login: str, row: Decision, secret: Secret) -> bool:
         """Check the hash, or remember that it was checked; one flight for many callers."""
