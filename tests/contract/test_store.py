@@ -359,6 +359,35 @@ def test_due_is_what_waits_unclaimed_oldest_first(store: Store) -> None:
     assert [d.agent_name for d in store.due(now=NOW, limit=9)] == ["two"]
 
 
+def test_what_is_due_at_full_connections_is_passed_over(store: Store) -> None:
+    """Those who touch one in any way are left out by the query, and a look can go on after another."""
+    add(store, "one", targets=[target("one", "v")], wake_at=NOW)
+    add(store, "two", targets=[target("two", "va"), target("x", "f")], wake_at=NOW)
+    add(store, "three", targets=[target("three", "v_")], wake_at=NOW)
+    moved = add(store, "moved", targets=[target("moved", "f")], wake_at=NOW)
+    left = (target("moved", "v"),)
+    amend(store, moved, lambda c: replace(c, credential=replace(c.credential, leaving=left)))
+    store.wake(moved, at=NOW)
+    asked = add(store, "open", targets=[target("open", "f")], wake_at=NOW)
+    opened = rotation(asked, targets=(target("open", "v"),))
+    amend(store, asked, lambda c: replace(c, rotation=opened))
+    store.wake(asked, at=NOW)
+
+    def names(*full: str, **more: Any) -> set[str]:
+        return {d.agent_name for d in store.due(now=NOW, limit=9, full=full, **more)}
+
+    assert names() == {"one", "two", "three", "moved", "open"}
+    assert names("v") == {"two", "three"}
+    assert names("f") == {"one", "three"}
+    assert names("v", "f") == {"three"}
+    assert names("none") == names()
+    whole = store.due(now=NOW, limit=9)
+    pages = [store.due(now=NOW, limit=2)]
+    while len(pages[-1]) == 2:
+        pages.append(store.due(now=NOW, limit=2, after=pages[-1][-1]))
+    assert [due for page in pages for due in page] == whole
+
+
 def test_the_next_wake_of_a_claimed_credential_is_the_claims_end(store: Store) -> None:
     """A scheduler that sleeps until the next wake does not spin on what is being worked on."""
     uid = add(store)

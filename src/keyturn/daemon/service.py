@@ -15,7 +15,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from keyturn.daemon.watching import Watching
 from keyturn.errors import ClaimLost, ConfigError, KeyturnError, StoreUnavailable
 from keyturn.ports import AuditEntry
 from keyturn.storage.membership import Membership
+from keyturn.storage.results import Due
 from keyturn.wiring import Parts
 
 TICK = 0.25  # seconds between two looks at the due-queue
@@ -44,9 +45,11 @@ REVOCATIONS_POLL = 2.0
 FORGET_REQUESTS = 3600.0
 LEAD_TTL = timedelta(seconds=15)
 LEAD_RENEW = 5.0
+LEAD_AWAY = 2.0  # seconds until a standby asks a store again that was away
 FINISH = 20.0  # seconds that running sagas get at SIGTERM before they are parked
 PARK = 8.0
 WORKERS_AT_MOST = 64
+LOOK = WORKERS_AT_MOST * 4  # due credentials in one look: more than can be at work unclaimed
 
 _log = structlog.get_logger(__name__)
 
@@ -133,8 +136,16 @@ class Service:
         """Take the lead; as standby wait for it (live, not ready)."""
         said = False
         while not self._stop.is_set():
-            if membership.try_lead(ttl=LEAD_TTL):
-                return True
+            try:
+                if membership.try_lead(ttl=LEAD_TTL):
+                    return True
+            except StoreUnavailable as error:
+                # Whoever leads may be away with it: this is the very moment to be a standby.
+                if not standby:
+                    raise
+                _log.warning("store.unavailable", code=error.code)
+                self._stop.wait(LEAD_AWAY)
+                continue
             if not standby:
                 _log.error("daemon.other-leads", hint="another daemon has this store")
                 return False
@@ -226,12 +237,9 @@ class Service:
         if self._stop.is_set():
             return
         try:
-            store = self.parts.store
             now, jump = self.parts.store_clock.look()
             self.watching.clock(jump)
-            for due in store.due(now=now, limit=WORKERS_AT_MOST * 4):
-                if self._take(due.credential_uid, due.connections):
-                    self._pool.submit(self._work, due.credential_uid, due.connections)
+            self._hand_out(now)
             self.metrics.last_tick.set(now.timestamp())
             self.metrics.store_up.set(1)
         except StoreUnavailable as error:
@@ -239,6 +247,25 @@ class Service:
             _log.warning("store.unavailable", code=error.code)
         except Exception:  # noqa: BLE001  # loop top: the next tick must still come
             _log.error("scheduler.tick", exc_info=True)
+
+    def _hand_out(self, now: datetime) -> None:
+        """Start what there is room for, past whatever waits for a connection without any (I7).
+
+        Each look but the last fills a connection or all the workers, so there are few of them.
+        """
+        after: Due | None = None
+        while len(self._running) < WORKERS_AT_MOST:
+            found = self.parts.store.due(now=now, limit=LOOK, full=self._full(), after=after)
+            for due in found:
+                if self._take(due.credential_uid, due.connections):
+                    self._pool.submit(self._work, due.credential_uid, due.connections)
+            if len(found) < LOOK:
+                return
+            after = found[-1]
+
+    def _full(self) -> frozenset[str]:
+        with self._guard:
+            return frozenset(to for to, busy in self._busy.items() if 0 < self._room(to) <= busy)
 
     def _take(self, credential_uid: str, connections: tuple[str, ...]) -> bool:
         with self._guard:

@@ -49,6 +49,14 @@ def targets_text(targets: Iterable[Target]) -> str:
     return text([_target(target) for target in targets])
 
 
+def leads_to(connection: str) -> str:
+    """Return what the text of a list holds exactly where one of its destinations is there.
+
+    No other value of it can: a quote inside one is escaped.
+    """
+    return f'"to":{json.dumps(connection)}'
+
+
 def targets_from(value: str) -> tuple[Target, ...]:
     """Return a list of destinations."""
     return tuple(Target(**{**item, "keys": Keys(**item["keys"])}) for item in json.loads(value))

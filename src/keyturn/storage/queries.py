@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -23,7 +23,7 @@ from keyturn.core.model import (
 )
 from keyturn.errors import UnknownAgent
 from keyturn.storage.cases import BY_NAME, columns, from_row, is_open, load
-from keyturn.storage.codec import micros
+from keyturn.storage.codec import leads_to, micros
 from keyturn.storage.results import Counts, Due, History
 from keyturn.storage.tables import agents as agents_table
 from keyturn.storage.tables import audit, credentials, daemons, placements, rotations, versions
@@ -95,13 +95,16 @@ def find_versions(
     return {row.id: (from_row(Agent, row, "a_"), from_row(Version, row)) for row in rows}
 
 
-def due(connection: Connection, now: datetime, limit: int) -> list[Due]:
-    """Return unclaimed credentials whose time has come."""
+def due(
+    connection: Connection, now: datetime, limit: int, full: Collection[str], after: Due | None
+) -> list[Due]:
+    """Return unclaimed credentials whose time has come and that touch no full connection."""
     open_one = sa.and_(rotations.c.credential_uid == credentials.c.uid, is_open(rotations.c.state))
     bound = sa.literal(now, credentials.c.wake_at.type)
     query = (
         sa.select(
             credentials.c.uid,
+            credentials.c.wake_at,
             agents_table.c.name,
             agents_table.c.targets,
             credentials.c.leaving,
@@ -113,6 +116,17 @@ def due(connection: Connection, now: datetime, limit: int) -> list[Due]:
         .order_by(credentials.c.wake_at, credentials.c.uid)
         .limit(limit)
     )
+    for column in (agents_table.c.targets, credentials.c.leaving, rotations.c.targets):
+        # In the query: whoever reads all the rows of a hanging destination to pass them over is as
+        # slow as there are many.
+        text = sa.func.coalesce(sa.type_coerce(column, sa.Text), "")
+        query = query.where(*(~text.contains(leads_to(to), autoescape=True) for to in full))
+    if after is not None:
+        place = sa.tuple_(credentials.c.wake_at, credentials.c.uid)
+        query = query.where(
+            place
+            > sa.tuple_(sa.literal(after.wake_at, bound.type), sa.literal(after.credential_uid))
+        )
     return [_due(row) for row in connection.execute(query)]
 
 
@@ -121,6 +135,7 @@ def _due(row: Any) -> Due:
     return Due(
         credential_uid=row.uid,
         agent_name=row.name,
+        wake_at=row.wake_at,
         connections=tuple(sorted({target.to for target in targets})),
     )
 

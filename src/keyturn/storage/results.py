@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from keyturn.core.model import Rotation, Version
 
@@ -15,6 +16,7 @@ class Due:
     credential_uid: str
     agent_name: str
     connections: tuple[str, ...]
+    wake_at: datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ succeed. The claim's fence is checked where the save lands, not where the claim 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -315,9 +315,21 @@ class Store:
 
     # --- due work -------------------------------------------------------------------------
 
-    def due(self, *, now: datetime, limit: int) -> list[Due]:
-        """Return what must be looked at by `now` and is not claimed, oldest first."""
-        return self.database.read(lambda connection: queries.due(connection, now, limit))
+    def due(
+        self,
+        *,
+        now: datetime,
+        limit: int,
+        full: Collection[str] = frozenset(),
+        after: Due | None = None,
+    ) -> list[Due]:
+        """Return what must be looked at by `now` and is not claimed, oldest first.
+
+        Whatever touches a connection that is `full` is left out, as is what comes before `after`.
+        """
+        return self.database.read(
+            lambda connection: queries.due(connection, now, limit, full, after)
+        )
 
     def next_wake(self) -> datetime | None:
         """When `due` has something next; for a claimed credential not before its claim ends."""
