@@ -293,12 +293,31 @@ def test_half_a_line_is_cut_off_at_the_deadline(
 def test_one_user_cannot_take_all_connections(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Above its share a user is told that it is busy; the daemon's own uid still gets in."""
     monkeypatch.setattr(admin, "MOST_CONNECTIONS", 3)
-    monkeypatch.setattr(admin, "_KEPT_FOR_ADMIN", 1)
+    monkeypatch.setattr(admin, "_KEPT_FOR_HIGHER", {Role.VIEW: 1})
     server = AdminServer(path, HANDLERS, ROLES)
     stranger = Peer(uid=STRANGER, user="x", groups=frozenset({VIEW}), pid=1)
     own = Peer(uid=os.geteuid(), user="y", groups=frozenset(), pid=1)
-    assert [server._count(stranger) for _ in range(3)] == [True, True, False]
-    assert [server._count(own) for _ in range(2)] == [True, False]
+    assert [server._count(stranger, Role.VIEW) for _ in range(3)] == [True, True, False]
+    assert [server._count(own, Role.ADMIN) for _ in range(2)] == [True, False]
+
+
+def test_no_crowd_of_a_lower_role_keeps_a_higher_one_out(path: Path) -> None:
+    """As many users as there may be, each with its share: whoever may do more still gets in."""
+    server = AdminServer(path, HANDLERS, ROLES)
+
+    def crowd(role: Role, first: int) -> int:
+        users = [
+            Peer(uid=uid, user="x", groups=frozenset(), pid=1) for uid in range(first, first + 9)
+        ]
+        return sum(server._count(user, role) for user in users for _ in range(16))
+
+    own = Peer(uid=os.geteuid(), user="y", groups=frozenset(), pid=1)
+    assert [crowd(role, 1000 * role) for role in (Role.VIEW, Role.RESPOND, Role.ADMIN)] == [
+        32,
+        16,
+        8,
+    ]
+    assert [server._count(own, Role.ADMIN) for _ in range(9)] == [True] * 8 + [False]
 
 
 def test_more_than_the_limit_are_told_to_wait(

@@ -28,7 +28,9 @@ READ_DEADLINE = 10.0  # seconds for one whole line, however it drips
 SEND_DEADLINE = 10.0
 MOST_CONNECTIONS = 64
 MOST_OF_ONE_UID = 16
-_KEPT_FOR_ADMIN = 16  # so that no crowd of viewers keeps root from revoking
+# How many of them are kept for higher roles, so that no crowd of viewers keeps anybody from revoking.
+# Root and the daemon's own uid have the last ones for themselves.
+_KEPT_FOR_HIGHER = {Role.VIEW: 32, Role.RESPOND: 16, Role.ADMIN: 8}
 _ROLE_HINT = (
     "ask an administrator for one of the unix groups under `admin.groups`, then log in anew"
 )
@@ -135,7 +137,7 @@ class AdminServer:
             return _refuse(
                 connection, NotPermitted(f"{peer.user} has no role at this socket", hint=_ROLE_HINT)
             )
-        if not self._count(peer):
+        if not self._count(peer, role):
             return _refuse(connection, Busy())
         thread = threading.Thread(
             target=self._serve, args=(connection, peer, role), name="admin-call", daemon=True
@@ -145,12 +147,12 @@ class AdminServer:
         thread.start()
         return None
 
-    def _count(self, peer: Peer) -> bool:
+    def _count(self, peer: Peer, role: Role) -> bool:
         """Take a connection for this peer, or say that there is none left."""
         first_class = peer.uid in (0, self._roles.own_uid)
         with self._guard:
             total = self._open.total()
-            limit = MOST_CONNECTIONS if first_class else MOST_CONNECTIONS - _KEPT_FOR_ADMIN
+            limit = MOST_CONNECTIONS - (0 if first_class else _KEPT_FOR_HIGHER[role])
             if total >= limit or (not first_class and self._open[peer.uid] >= MOST_OF_ONE_UID):
                 return False
             self._open[peer.uid] += 1
