@@ -48,7 +48,7 @@ from keyturn.errors import ConfigError, Refused, StoreUnavailable
 from keyturn.ports import AuditEntry, Clock
 from keyturn.storage.ballast import Ballast
 from keyturn.storage.decisions import DecisionReader
-from keyturn.storage.engine import refuse_open
+from keyturn.storage.engine import is_sqlite, refuse_open
 from keyturn.storage.ledger import Ledger
 from keyturn.storage.requests import Begun
 from keyturn.storage.store import Store
@@ -475,7 +475,8 @@ def open_verifier(settings: Settings) -> Verifier:
 
     clock = GuardedClock(SystemClock(), boot_id=this_boot, learn=learn)
     clock.anchor = learn()
-    return Verifier(reader, Spool(settings.store.folder / "revoked.d"), clock)
+    spool = Spool(settings.store.folder / "revoked.d", required=is_sqlite(settings.store.url))
+    return Verifier(reader, spool, clock)
 
 
 def _password(settings: Settings) -> Secret | None:

@@ -113,6 +113,34 @@ def test_revoke_works_while_the_store_is_locked(keyturn: Keyturn) -> None:
     verifier.close()
 
 
+def test_a_store_that_others_may_read_makes_a_revoke_incomplete(keyturn: Keyturn) -> None:
+    """Copied back with a wrong mode: what was cut is cut, and 75 says that the rest comes later."""
+    held = keyturn.held("agent-0")
+    keyturn.stop()
+    keyturn.store.chmod(0o644)
+
+    code, result = keyturn.ask("revoke", "agent-0")
+
+    verifier = keyturn.verifier()
+    assert (code, result["incomplete"]) == (75, True)
+    assert accepts(verifier, held) is False
+    keyturn.store.chmod(0o600)
+    assert accepts(verifier, held) is False
+    verifier.close()
+
+
+def test_without_its_spool_a_verifier_cannot_tell(keyturn: Keyturn) -> None:
+    """The folder went missing, and perhaps a tombstone with it: 503 until a person looks."""
+    verifier = keyturn.verifier()
+    spool = keyturn.store.parent / "revoked.d"
+    spool.rmdir()
+
+    assert accepts(verifier, keyturn.held("agent-0")) is None
+    spool.mkdir(mode=0o700)
+    assert accepts(verifier, keyturn.held("agent-0")) is True
+    verifier.close()
+
+
 def test_a_broken_configuration_does_not_stand_in_the_way(keyturn: Keyturn) -> None:
     """With the daemon down and a wrong line in the file a revoke still works."""
     held = keyturn.held("agent-0")
@@ -252,7 +280,8 @@ def test_everything_is_in_the_audit(keyturn: Keyturn) -> None:
     held = keyturn.held("agent-0")
     # Not as an argument: those are searched for secrets when the suite ends.
     client = AdminClient(keyturn.folder / "run" / "admin.sock")
-    client.call("revoke", {"agent": "agent-0", "reason": f"leaked {held['secret']}"})
+    answer = client.call("revoke", {"agent": "agent-0", "reason": f"leaked {held['secret']}"})
+    assert not answer["incomplete"], keyturn.log.read_text()[-3000:]
 
     code, result = keyturn.ask("audit", "agent-0", "--verify", "--limit", "50")
 

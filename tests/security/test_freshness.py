@@ -68,6 +68,7 @@ class Scene:
         self.folder = folder
         self.random = random.Random(SEED)
         self.store = open_store(folder, writer="races")
+        (folder / "revoked.d").mkdir(mode=0o700, exist_ok=True)
         add(self.store, AGENT)
         self.verbs = administration(folder, self.store)
         self.hashing = Hashing(cost=CHEAP_FOR_TESTS)

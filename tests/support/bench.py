@@ -296,6 +296,7 @@ class Bench:
         )
         self.max_accepted = 4
         self.database = open_database(f"sqlite:///{self.folder}/store.db", clock=self.clock)
+        (self.folder / "revoked.d").mkdir(mode=0o700)
         self.hashing = Hashing(cost=CHEAP_FOR_TESTS)
         self.authority = BuiltinAuthority(hashing=self.hashing)
         self.verifier = Verifier.open(

@@ -416,6 +416,19 @@ def test_a_spool_that_cannot_be_read_is_no_yes(bench: Bench, tmp_path: Path) -> 
         bench.verifier.verify("billing-bot@acme", bench.secret)
 
 
+def test_a_lost_spool_is_no_yes(tmp_path: Path) -> None:
+    """Beside a store the folder is always there: without it a tombstone may have gone with it."""
+    folder, version_id = tmp_path / "revoked.d", mint(random_bytes=seeded(1))[0]
+    spool = Spool(folder, required=True)
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match="missing"):
+            spool.holds(version_id)
+        folder.mkdir(mode=0o700)
+        assert not spool.holds(version_id)
+        folder.rmdir()
+    assert not Spool(folder).holds(version_id)
+
+
 def test_a_secret_is_found_in_any_text(bench: Bench) -> None:
     """`identify` names the version of each whole secret, once, and prints nothing else."""
     text = f"curl -u 'a:{bench.secret.reveal()}' x {bench.secret.reveal()}, {forged(bench.secret)}x"

@@ -162,7 +162,11 @@ def _sqlite(url: URL, clock: Clock, *, create: bool) -> Engine:
 
 
 def private_file(path: Path, *, create: bool) -> None:
-    """Make sure that a store's file is ours alone (0600 in a 0700 folder), or refuse it."""
+    """Make sure that a store's file is ours alone (0600 in a 0700 folder), or refuse it.
+
+    Raises StoreUnavailable, since a chmod makes it usable again: a revoke is incomplete until then,
+    and not failed. Raises StorageError where there is none.
+    """
     if create:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Made by us, with its mode, before SQLite can make it with the umask's.
@@ -172,12 +176,14 @@ def private_file(path: Path, *, create: bool) -> None:
         try:
             found = place.stat()
             refuse_open(place, allowed)
+        except StorageError as error:
+            raise StoreUnavailable(str(error), hint=error.hint) from None
         except OSError:
             raise StorageError(
                 f"there is no store at {path}", hint="check store.url; `keyturn run` creates it"
             ) from None
         if found.st_uid != os.geteuid():
-            raise StorageError(f"{place} belongs to another user", hint="run as its owner")
+            raise StoreUnavailable(f"{place} belongs to another user", hint="run as its owner")
 
 
 def refuse_open(place: Path, allowed: int) -> None:

@@ -31,6 +31,7 @@ from keyturn.core.secret import MAX_SECRET_BYTES, Secret, parse
 from keyturn.errors import StoreUnavailable, VerificationFailed
 from keyturn.ports import Clock
 from keyturn.storage.decisions import Decision, DecisionReader
+from keyturn.storage.engine import is_sqlite
 from keyturn.verifier.hashing import Hashing, fingerprint, same_tag, text_of
 from keyturn.verifier.spool import Spool
 
@@ -101,7 +102,9 @@ class Verifier:
     ) -> Verifier:
         """Open a verifier on a store; it reads the spool of this host's state folder."""
         reader = DecisionReader.open(store_url, password=password)
-        return cls(reader, Spool(state_dir / "revoked.d"), clock, hashing=hashing)
+        # On the host of an SQLite file the spool lies beside it; elsewhere there may be none.
+        spool = Spool(state_dir / "revoked.d", required=is_sqlite(store_url))
+        return cls(reader, spool, clock, hashing=hashing)
 
     def close(self) -> None:
         """Give the connection back."""

@@ -31,11 +31,19 @@ _WHO_AND_WHY = frozenset({"actor", "reason"})  # notes that differ in nothing el
 class Spool:
     """A folder of tombstones. Every method is safe in any process that may write there.
 
-    `make_room` gives up some of the ballast where the disk is full, and tells whether it did.
+    `make_room` gives up some of the ballast where the disk is full, and tells whether it did. With
+    `required` a folder that is missing is one whose tombstones are lost: then nobody can tell.
     """
 
-    def __init__(self, folder: Path, *, make_room: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        make_room: Callable[[], bool] = lambda: False,
+        required: bool = False,
+    ) -> None:
         self._folder = folder
+        self._required = required
         self._make_room = make_room
         self._path = os.fspath(folder)
 
@@ -78,6 +86,11 @@ class Spool:
         try:
             os.stat(f"{self._path}/{version_id}", follow_symlinks=False)  # noqa: PTH116 - hot path
         except FileNotFoundError:
+            if self._required and not os.path.isdir(self._path):  # noqa: PTH112 - hot path
+                raise StoreUnavailable(
+                    f"the spool {self._path} is missing",
+                    hint="restore it, or make it again (mkdir -m 700) where no tombstone is lost",
+                ) from None
             return False
         except OSError as error:
             raise StoreUnavailable(f"the spool cannot be read (errno {error.errno})") from error
