@@ -51,7 +51,21 @@ def parse_request(line: bytes) -> Request:
         raise NotARequest
     if len(claimed_by) > CLAIM_LIMIT or not (claimed_by.isprintable() and command.isprintable()):
         raise NotARequest
-    return Request(command=command, args=args, claimed_by=claimed_by)
+    return Request(command=command, args=_text_of(args), claimed_by=claimed_by)
+
+
+def _text_of(args: dict[str, Any]) -> dict[str, Any]:
+    """Replace lone surrogates, which JSON can spell and no file, row or hash can hold."""
+    try:
+        text = json.dumps(args, ensure_ascii=False)
+    except RecursionError:
+        raise NotARequest from None
+    try:
+        text = json.dumps(args, ensure_ascii=False)
+    except RecursionError:
+        raise NotARequest from None
+    found: dict[str, Any] = json.loads(text.encode(errors="replace"))
+    return found
 
 
 def request_line(command: str, args: dict[str, Any], claimed_by: str = "") -> bytes:
