@@ -47,6 +47,7 @@ from keyturn.verifier.spool import Spool
 STORE_PATIENCE = timedelta(seconds=5)  # how long a revoke waits for a locked store
 VERIFIER_POLL = 0.02
 AGAIN_AT_MOST = 600.0  # seconds until a tombstone of no known version is looked at again
+SPOOL_PATIENCE = 10.0  # seconds for tombstones whose rows the store does not take
 BATCH = 500  # tombstones that one query looks up
 STORE_AWAY = (
     "the store could not be written: every verifier of this host refuses already, the daemon writes"
@@ -240,11 +241,18 @@ class Administration:
         Each tombstone for itself: one that cannot be applied is logged, tried again later, and keeps
         no other from the store.
         """
-        found, now = 0, time.monotonic()
+        found, now, trouble = 0, time.monotonic(), None
         for some in _batches([i for i in self._unfinished() if self._look_at(i) <= now]):
             known = self.store.find_versions(some)
             for version_id in some:
-                found += self._apply_tombstone(version_id, known.get(version_id), caller)
+                try:
+                    found += self._apply_tombstone(version_id, known.get(version_id), caller)
+                except StoreUnavailable as error:
+                    if time.monotonic() - now > SPOOL_PATIENCE:
+                        raise
+                    trouble = error
+        if trouble is not None:
+            raise trouble
         return found
 
     def _apply_tombstone(

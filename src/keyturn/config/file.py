@@ -142,6 +142,21 @@ def _read_text(document: Document, problems: list[Problem]) -> str | None:
         return None
 
 
+def read_trusted(path: Path) -> bytes:
+    """Return what is in a file whose lines are obeyed, under the same rule as `read_document`.
+
+    Raises ConfigError where others can write it, OSError where it cannot be read.
+    """
+    with plain_file(path) as (file, found):
+        for name in changeable_by_others(path, found):
+            raise ConfigError(
+                f"{path}: none of its lines is applied: {name} is writable by others",
+                hint=f"expected owner root or the daemon's uid: `chmod go-w {name}`, and look at its"
+                " lines before",
+            )
+        return file.read(MAX_BYTES)
+
+
 class _Stop(Exception):  # it ends the building, the problem is in the list
     """The rest of the file cannot be understood."""
 

@@ -16,14 +16,23 @@ from sqlalchemy.engine import Connection, make_url
 
 from keyturn import advice, wiring
 from keyturn.config import AgentDefinition, Settings
+from keyturn.config.file import read_trusted
 from keyturn.core.model import Agent, Case, Credential, Target
+from keyturn.core.revocations import parse_revocations
 from keyturn.core.secret import Secret
 from keyturn.credential_file import read_credential
 from keyturn.daemon.offline import become_owner
 from keyturn.daemon.service import load
 from keyturn.destinations import registry
 from keyturn.destinations.base import DestinationBase
-from keyturn.errors import KeyturnError, Refused, Rejected, StorageError, StoreUnavailable
+from keyturn.errors import (
+    ConfigError,
+    KeyturnError,
+    Refused,
+    Rejected,
+    StorageError,
+    StoreUnavailable,
+)
 from keyturn.ports import Observed
 from keyturn.sight import look
 from keyturn.storage import queries
@@ -59,6 +68,7 @@ def check(path: Path, *, probe: bool = False) -> dict[str, Any]:
     rows = [_good("configuration", _summary(settings))]
     if not probe:
         rows.append(_tried("store", lambda: f"{_store(settings)}; not opened"))
+    rows += _revocations_file(settings)
     rows += [_good("note", note) for note in (*settings.notes, *_missing(settings))]
     if probe:
         _become_owner(settings)
@@ -129,6 +139,28 @@ def _store(settings: Settings) -> str:
     if not settings.store.url.startswith("sqlite:"):
         return "PostgreSQL"
     return f"SQLite {sqlite3.sqlite_version}, journal mode PERSIST, synchronous FULL"
+
+
+def _revocations_file(settings: Settings) -> list[Check]:
+    """Say which lines would not be applied, or that none would; one that is not there is fine."""
+    path, name = settings.revocations_file, "revocations file"
+    if path is None:
+        return []
+    try:
+        lines, problems = parse_revocations(read_trusted(path), now=wiring.SystemClock().now())
+    except (FileNotFoundError, PermissionError):
+        return []  # not there, or not ours to look at
+    except OSError as error:
+        detail = f"{path} cannot be read (errno {error.errno})"
+        return [{"name": name, "ok": False, "detail": detail, "hint": "expected a file"}]
+    except ConfigError as error:
+        return [{"name": name, "ok": False, "detail": str(error), "hint": error.hint}]
+    hint = "`keyturn check` shows them all; the others are applied"
+    bad = [
+        {"name": name, "ok": False, "detail": f"line {one.line}: {one.text}", "hint": hint}
+        for one in problems
+    ]
+    return bad or [_good(name, f"{len(lines)} lines")]
 
 
 def _become_owner(settings: Settings) -> None:

@@ -79,6 +79,9 @@ class Metrics:
         self.revocation_cleanup_pending = self._gauge(
             "revocation_cleanup_pending", "Destinations that hold a revoked version still"
         )
+        self.revocations_file_problems = self._gauge(
+            "revocations_file_problems", "Lines that are not applied; 1 where the file is refused"
+        )
 
     def _process(self) -> None:
         self._gauge("build_info", "Version of this build", "version").labels(__version__).set(1)

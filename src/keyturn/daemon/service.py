@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ from apscheduler.schedulers.background import BackgroundScheduler
 
 from keyturn import __version__, config, rotation, wiring
 from keyturn.administration import Caller, Leak
+from keyturn.config.file import read_trusted
 from keyturn.core.revocations import RevocationEntry, parse_revocations
 from keyturn.daemon import logs
 from keyturn.daemon.commands import Commands
@@ -42,6 +44,7 @@ from keyturn.wiring import Parts
 TICK = 0.25  # seconds between two looks at the due-queue
 MEASURE = 5.0  # seconds between two counts for the metrics
 REVOCATIONS_POLL = 2.0
+REVOCATIONS_PATIENCE = 10.0  # seconds for lines whose rows the store does not take
 FORGET_REQUESTS = 3600.0
 LEAD_TTL = timedelta(seconds=15)
 LEAD_RENEW = 5.0
@@ -96,7 +99,8 @@ class Service:
         self._reloading = threading.Lock()
         self._revoking = threading.Lock()
         self._applied: set[RevocationEntry] = set()
-        self._problems: tuple[str, ...] = ()
+        self._counted: set[RevocationEntry] = set()
+        self._problems: tuple[tuple[str, str], ...] = ()
         self._pool = ThreadPoolExecutor(WORKERS_AT_MOST, thread_name_prefix="saga")
         self._scheduler = BackgroundScheduler(
             timezone="UTC",
@@ -115,7 +119,7 @@ class Service:
         clock = parts.store_clock
         clock.anchor = membership.anchor(clock.boot_id)
         self._connect()
-        parts.administration.apply_spool(Caller(name="daemon", trigger="start"))
+        self._apply_spool_alone()
         self._reconcile_at_start()
         self._apply_inline()
         self._ready.set()
@@ -134,7 +138,7 @@ class Service:
 
     def _lead(self, membership: Membership, *, standby: bool) -> bool:
         """Take the lead; as standby wait for it (live, not ready)."""
-        said = False
+        said, look_at = False, 0.0
         while not self._stop.is_set():
             try:
                 if membership.try_lead(ttl=LEAD_TTL):
@@ -152,6 +156,10 @@ class Service:
             if not said:
                 _log.info("daemon.standby")
                 said = True
+            if time.monotonic() >= look_at:
+                # What was revoked on this host while the store was away stands in no other spool.
+                self._apply_spool_alone()
+                look_at = time.monotonic() + REVOCATIONS_POLL
             self._stop.wait(1.0)
         return False
 
@@ -309,16 +317,34 @@ class Service:
         """Apply the spool and the revocations file (SIGUSR1, and polled)."""
         if not self._ready.is_set():
             return  # they are applied before the daemon is ready
-        with self._revoking:
+        entries = self._read_file()
+        self._refuse_first(entries, trigger="file")
+        if not self._revoking.acquire(blocking=False):
+            return  # it refuses already, and whoever waits for the store now writes the rest
+        try:
             # Each for itself: a lock that keeps the one from the store must not veto the other.
-            for apply in (self._apply_file, self._apply_spool):
+            steps: tuple[Callable[[], None], ...] = (
+                lambda: self._apply_entries(entries, trigger="file"),
+                self._apply_inline,
+                self._apply_spool,
+            )
+            for apply in steps:
                 try:
                     apply()
                 except StoreUnavailable as error:
                     _log.error("revocations.incomplete", code=error.code)
+        finally:
+            self._revoking.release()
 
     def _apply_spool(self) -> None:
         self.parts.administration.apply_spool(Caller(name="daemon", trigger="spool"))
+
+    def _apply_spool_alone(self) -> None:
+        """Apply the spool before there is a poll: no tombstone keeps a daemon from its start."""
+        try:
+            self._apply_spool()
+        except KeyturnError as error:
+            _log.error("revocations.incomplete", code=error.code)
 
     def _poll_revocations(self) -> None:
         try:
@@ -326,42 +352,57 @@ class Service:
         except Exception:  # noqa: BLE001  # loop top: a broken file must not end the polling
             _log.error("revocations.failed", exc_info=True)
 
-    def _apply_file(self) -> None:
+    def _read_file(self) -> tuple[RevocationEntry, ...]:
         path = self.parts.settings.revocations_file
         if path is None:
-            return
+            return ()
+        entries: tuple[RevocationEntry, ...] = ()
         try:
-            data = path.read_bytes()
+            entries, found = parse_revocations(read_trusted(path), now=self.parts.clock.now())
+            problems = tuple((f"{one.line}: {one.text}", "") for one in found)
         except FileNotFoundError:
-            return
+            problems = ()
         except OSError as error:
-            _log.error("revocations.unreadable", path=str(path), errno=error.errno)
-            return
-        entries, problems = parse_revocations(data, now=self.parts.clock.now())
-        texts = tuple(f"{problem.line}: {problem.text}" for problem in problems)
-        if texts != self._problems:
-            self._problems = texts
-            for text in texts:
-                _log.error("revocations.problem", path=str(path), problem=text)
-        self._apply_entries(entries, trigger="file")
+            problems = ((f"cannot be read (errno {error.errno}): no line is applied", ""),)
+        except ConfigError as error:
+            problems = ((str(error), error.hint),)
+        self.metrics.revocations_file_problems.set(len(problems))
+        if problems != self._problems:
+            self._problems = problems
+            for text, hint in problems:
+                _log.error("revocations.problem", path=str(path), problem=text, hint=hint)
+        return entries
 
     def _apply_inline(self) -> None:
         self._apply_entries(self.parts.settings.revocations, trigger="reload")
 
-    def _apply_entries(self, entries: Any, *, trigger: str) -> None:
-        for entry in entries:
-            if entry not in self._applied and self._apply_entry(entry, trigger):
-                self._applied.add(entry)
+    def _new(self, entries: Iterable[RevocationEntry]) -> list[RevocationEntry]:
+        return [entry for entry in entries if entry not in self._applied]
+
+    def _refuse_first(self, entries: Iterable[RevocationEntry], *, trigger: str) -> None:
+        """Refuse here what the lines name; a lock on the store makes none wait for another."""
+        caller = Caller(name=trigger, trigger=trigger)
+        leaks = [(_leak(entry), caller) for entry in self._new(entries)]
+        self.parts.administration.refuse_first(leaks)
+
+    def _apply_entries(self, entries: Iterable[RevocationEntry], *, trigger: str) -> None:
+        self._refuse_first(entries, trigger=trigger)
+        began, trouble = time.monotonic(), None
+        for entry in self._new(entries):
+            try:
+                if self._apply_entry(entry, trigger):
+                    self._applied.add(entry)
+                    continue
+            except StoreUnavailable as error:
+                trouble = error
+            if time.monotonic() - began > REVOCATIONS_PATIENCE:
+                break  # the store takes none of them now: they are tried again by the next poll
+        if trouble is not None:
+            raise trouble
 
     def _apply_entry(self, entry: RevocationEntry, trigger: str) -> bool:
         """Apply one line; True where it needs no second look."""
-        leak = Leak(
-            agent=entry.agent,
-            version=entry.version_id,
-            reissue=entry.reissue,
-            reason=entry.reason,
-            at=entry.at,
-        )
+        leak = _leak(entry)
         try:
             result = self.parts.administration.revoke(leak, Caller(name=trigger, trigger=trigger))
         except StoreUnavailable:
@@ -370,7 +411,9 @@ class Service:
             _log.error("revocations.no-match", target=leak.target, code=error.code)
             return True
         if result["versions"]:
-            self.parts.note_revocation(result, trigger=trigger)
+            if entry not in self._counted:
+                self._counted.add(entry)
+                self.parts.note_revocation(result, trigger=trigger)
         else:
             _log.info("revocations.nothing-left", target=leak.target)
         self.kick()
@@ -428,3 +471,13 @@ class Service:
         """Return the metrics in the Prometheus text format."""
         self.watching.measure()
         return self.metrics.text()
+
+
+def _leak(entry: RevocationEntry) -> Leak:
+    return Leak(
+        agent=entry.agent,
+        version=entry.version_id,
+        reissue=entry.reissue,
+        reason=entry.reason,
+        at=entry.at,
+    )
