@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 
 from keyturn.cli.client import DEFAULT_SOCKET, AdminClient, AnswerLost, DaemonDown, OnProgress
 from keyturn.core.secret import Secret
+from keyturn.errors import ConfigError
 
 DEFAULT_CONFIG = Path("/etc/keyturn/keyturn.yaml")
 
@@ -128,6 +129,19 @@ def _on_the_store(
 ) -> Any:
     # Asked before the store is opened: that drops root, and the audit wants who it was.
     peer = late("keyturn.daemon.peer", "local_peer")(os.environ.get("SUDO_USER", ""))
-    with store(config) as offline:
-        function = offline.commands()[command]
-        return function(args, peer, on_progress or (lambda _event: None))
+    try:
+        with store(config) as offline:
+            function = offline.commands()[command]
+            return function(args, peer, on_progress or (lambda _event: None))
+    except ConfigError as error:
+        if command != "revoke":
+            raise
+        # Raised before anything is done: nobody may take silence for a cut.
+        raise ConfigError(f"NOTHING WAS CUT: {error}", hint=_BY_HAND) from None
+
+
+_BY_HAND = (
+    "name the store: `KEYTURN_STORE__URL=sqlite:////PATH/keyturn.db keyturn revoke …`; or by hand, as"
+    " the daemon's user: `touch STATE/revoked.d/VERSION`, STATE being the folder of the database"
+    " (`keyturn identify < SECRET` says which VERSION)"
+)

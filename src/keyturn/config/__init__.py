@@ -10,6 +10,8 @@ All problems of all steps are reported together, a line each, and none quotes a 
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from datetime import datetime
@@ -33,6 +35,7 @@ __all__ = [
     "is_id",
     "load",
     "load_store",
+    "store_alone",
 ]
 
 
@@ -66,6 +69,29 @@ def load_store(path: Path, *, environ: Mapping[str, str]) -> Settings:
     settings = loading.run(environ)
     refuse([problem for problem in loading.problems if problem.key.startswith("store")])
     return settings
+
+
+def store_alone(path: Path, *, environ: Mapping[str, str]) -> Settings:
+    """Return settings of which only the store's place can be relied on, where the file is no YAML.
+
+    It comes from the environment, from what looks like the store's section, or is the default one.
+    Raises ConfigError.
+    """
+    with contextlib.suppress(OSError):
+        text = _COMMENT.sub("", path.read_text(errors="replace"))
+        found = {f"KEYTURN_STORE__{m[1].upper()}": m[2] for m in _STORE_LINE.finditer(text)}
+        environ = found | dict(environ)
+    loading = Loading(path, cron=None, now=None, adapter=_registered)
+    settings = loading.run(environ, without_file=True)
+    refuse([problem for problem in loading.problems if problem.key.startswith("store")])
+    return settings
+
+
+_COMMENT = re.compile(r"^\s*#.*$", re.MULTILINE)
+# No other section has a key that begins like one of these.
+_STORE_LINE = re.compile(
+    r"""\b(url|state_dir)["']?\s*:\s*["']?((?:sqlite:/|postgresql:/|/)[^\s"',}]+)"""
+)
 
 
 def check_owners(settings: Settings, identity: Callable[[Target], str]) -> None:

@@ -58,9 +58,10 @@ class Loading:
         self.problems: list[Problem] = []
         self._notes: list[str] = []
 
-    def run(self, environ: Mapping[str, str]) -> Settings:
+    def run(self, environ: Mapping[str, str], *, without_file: bool = False) -> Settings:
         """Return settings that are only good if there are no problems."""
-        self._main = main = read_document(self._path, self.problems)
+        empty = Document(path=self._path)
+        self._main = main = empty if without_file else read_document(self._path, self.problems)
         refuse(self.problems if not main.data else [])
         self._overlay(environ)
         sections = ("agents", *_MAIN_ONLY)

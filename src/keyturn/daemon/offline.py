@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import pwd
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from keyturn import config, wiring
+from keyturn.config.file import read_document
 from keyturn.core.secret import Secret
 from keyturn.daemon.commands import Commands
 from keyturn.daemon.cron import Crontab
@@ -47,13 +49,30 @@ class Offline:
 @contextmanager
 def offline(path: Path) -> Iterator[Offline]:
     """Open the store that a configuration names, as its owner."""
-    settings = config.load_store(path, environ=os.environ)
+    settings = _settings(path)
     become_owner(settings.store.folder)
     parts = wiring.build(settings, cron=Crontab(), create=False)
     try:
         yield Offline(parts)
     finally:
         parts.close()
+
+
+def _settings(path: Path) -> config.Settings:
+    """Return where the store is. A file that is gone or no YAML must not keep a revoke from it."""
+    try:
+        return config.load_store(path, environ=os.environ)
+    except ConfigError as error:
+        if read_document(path, []).data:
+            raise  # the store's own section is wrong: any other store would be the wrong one
+        settings = config.store_alone(path, environ=os.environ)
+        if not os.path.isdir(settings.store.folder):  # noqa: PTH112 - False also where it is not ours
+            raise
+        text = (
+            f"note: {str(error).splitlines()[0]}; working on the store in {settings.store.folder}"
+        )
+        print(text, file=sys.stderr)  # noqa: T201
+        return settings
 
 
 def become_owner(folder: Path) -> None:
