@@ -121,8 +121,10 @@ def revoke(
 ) -> None:
     """Refuse secrets now and for ever.
 
-    Prints how long it took until every verifier refused them. Without --reissue the agent is
-    suspended too. Works with the daemon down, for root and the daemon's user.
+    Prints how long it took until every verifier refused them. AGENT without --reissue is suspended
+    too: nothing is minted until `resume`. --version cuts that one alone: its agent stays enabled, so
+    a destination that shows it gets a new secret at once (suspend the agent first to prevent that).
+    Works with the daemon down, for root and the daemon's user.
 
     `keyturn revoke billing-bot --reissue --reason INC-4711 --wait`
     """
@@ -159,7 +161,7 @@ class _CutFirst:
 
     def rest(self, result: dict[str, Any]) -> str:
         """Return what was not printed yet."""
-        return render.successor(result) if self._told else render.revocation(result)
+        return render.after_cut(result) if self._told else render.revocation(result)
 
 
 @rotation.command("retry")

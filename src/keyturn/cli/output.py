@@ -38,10 +38,14 @@ def end_with(code: int) -> None:
 
 
 def code_of_revocation(result: dict[str, Any]) -> int:
-    """Return 75 where something may still be accepted, 3 where all is cut and no successor is there."""
+    """Return 75 where something may still be accepted, 3 where all is cut and something is left to do.
+
+    That is a successor that is not there, or a destination that still holds what was cut.
+    """
     if result.get("incomplete"):
         return INCOMPLETE
-    return PARTIAL if _code(result.get("successor") or {}) else 0
+    rest = (result.get("successor") or {}, result.get("cleanup") or {})
+    return PARTIAL if any(_code(one) for one in rest) else 0
 
 
 def code_of(results: list[dict[str, Any]]) -> int:

@@ -234,7 +234,35 @@ def _rotation_result(one: Row) -> str:
 
 def revocation(result: Row) -> str:
     """Return what was, or would be, refused from now on, how long that took, and its successor."""
-    return "\n".join((cut(result), *([successor(result)] if result.get("successor") else ())))
+    return "\n".join(one for one in (cut(result), after_cut(result)) if one)
+
+
+def after_cut(result: Row) -> str:
+    """Return what became of it after the cut: the successor, and what agents read."""
+    lines = [successor(result)] if result.get("successor") else []
+    found = result.get("cleanup") or {}
+    lines += [
+        f"NOT CLEANED UP: {safe(one.get('destination'))} {_HOLDS.get(one.get('code', ''), '')}"
+        f" ({safe(one.get('code'))}); it is tried again every five minutes"
+        for one in found.get("destinations") or ()
+    ]
+    if found.get("outcome") == "waiting" and not found.get("destinations"):
+        lines.append(
+            f"NOT CLEANED UP yet: see `keyturn status {safe(result.get('agent'))}` for what"
+            " destinations show"
+        )
+    words = {
+        "done": "no destination shows what was revoked",
+        "later": "destinations are cleaned up once the daemon runs",
+    }
+    lines += [words[found["outcome"]]] if found.get("outcome") in words else []
+    return "\n".join(lines)
+
+
+_HOLDS = {
+    "revoked": "still holds what was revoked",
+    "unreadable": "cannot be read and may still hold what was revoked",
+}
 
 
 def cut(result: Row) -> str:
@@ -249,8 +277,12 @@ def cut(result: Row) -> str:
         f"  left out    {safe(one)}, until `keyturn resume {subject} --destination {safe(one)}`"
         for one in result.get("withheld") or ()
     ]
+    if result.get("already"):
+        lines[0] = f"revoked already: {subject}; nothing more of it was accepted"
     if not dry_run:
         lines += _revocation_end(result)
+    if result.get("state") == "suspended":
+        lines.append(f"suspended until: keyturn resume {subject}")
     return "\n".join(lines)
 
 

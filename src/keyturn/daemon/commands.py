@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 from keyturn import advice
 from keyturn.administration import Caller, Leak
-from keyturn.core.model import Case, Rotation, RotationState, Target, Version
+from keyturn.core.model import AgentState, Case, Rotation, RotationState, Target, Version
 from keyturn.daemon.peer import Peer, Role
 from keyturn.daemon.socket import Command, Progress
-from keyturn.errors import KeyturnError, Refused
+from keyturn.errors import KeyturnError, Refused, UnknownAgent
 from keyturn.ports import AuditEntry
 from keyturn.status import describe
 from keyturn.storage.audit import MOST, Recorded
@@ -26,6 +26,7 @@ from keyturn.wiring import Parts
 Args = dict[str, Any]
 WAIT_POLL = 0.05
 WAIT_LIMIT = timedelta(hours=1)
+CLEANUP_LIMIT = timedelta(minutes=2)
 CLOSED = {RotationState.DONE: "promoted", RotationState.CLOSED: "revoked"}
 
 
@@ -86,6 +87,8 @@ class Commands:
 
     def _describe(self, case: Case) -> dict[str, Any]:
         parts = self._parts()
+        # A tombstone refuses before the store has it, and without a daemon for as long.
+        case = parts.administration.refused_here(case)
         return describe(case, policy=parts.policy_of(case), now=parts.store.now())
 
     def names(self, args: Args, peer: Peer, progress: Progress) -> Any:
@@ -263,22 +266,55 @@ class Commands:
         if not result["dry_run"]:
             parts.note_revocation(result, trigger="command")
         self._kick()
-        if leak.reissue and not result["dry_run"]:
-            follow = args.get("wait") and self._daemon and not result["incomplete"]
+        if result["dry_run"]:
+            return result
+        follow = bool(args.get("wait") and self._daemon and not result["incomplete"])
+        if follow:  # nobody waits before knowing what was cut
+            progress({"event": "revoked", "agent": result["agent"], "result": dict(result)})
+        if leak.reissue:
             result["successor"] = (
-                self._successor(result, progress)
+                self._successor(result["agent"], progress)
                 if follow
                 else {"outcome": "asked" if self._daemon else "later"}
             )
+        if args.get("wait"):
+            result["cleanup"] = (
+                self._cleanup(result["agent"], progress) if follow else {"outcome": "later"}
+            )
         return result
 
-    def _successor(self, result: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
-        """Follow what a revoke owes the agent; nobody waits for it before knowing what was cut."""
-        name = result["agent"]
-        progress({"event": "revoked", "agent": name, "result": dict(result)})
+    def _successor(self, name: str, progress: Progress) -> dict[str, Any]:
+        """Follow what a revoke owes the agent."""
         case = self._parts().store.case_of(name)
+        if case.agent.state is AgentState.SUSPENDED:
+            return {"agent": name, "outcome": "waiting"}  # for a person
         after = max((v.seq for v in case.versions if not v.accepted), default=0)
         return self._wait_for(name, after=after, progress=progress)
+
+    def _cleanup(self, name: str, progress: Progress) -> dict[str, Any]:
+        """Wait until the destinations were looked at; tell which hold what was revoked, or may."""
+        store = self._parts().store
+        until = time.monotonic() + CLEANUP_LIMIT.total_seconds()
+        while time.monotonic() < until and not getattr(progress, "gone", False):
+            try:
+                case = store.case_of(name)
+            except UnknownAgent:
+                return {
+                    "outcome": "done",
+                    "destinations": [],
+                }  # removed: there is nothing to follow
+            rotation, sweep_at = case.rotation, case.credential.sweep_at
+            runs = rotation is not None and rotation.state is RotationState.RUNNING
+            # A revoke puts the sweep to now, a sweep to minutes later.
+            if not runs and sweep_at is not None and sweep_at > store.now():
+                held = [
+                    {"destination": drift.target, "code": drift.kind}
+                    for drift in case.credential.drift
+                    if drift.kind in ("revoked", "unreadable")
+                ]
+                return {"outcome": "waiting" if held else "done", "destinations": held}
+            time.sleep(WAIT_POLL)
+        return {"outcome": "waiting", "destinations": []}
 
     def retry(self, args: Args, peer: Peer, progress: Progress) -> Any:
         """Retry rotations, of some agents or all that stopped at a connection; `wait` follows them."""
