@@ -249,6 +249,126 @@ def test_a_touched_tombstone_refuses(keyturn: Keyturn) -> None:
     verifier.close()
 
 
+def test_a_file_that_others_can_write_is_refused_aloud(keyturn: Keyturn) -> None:
+    """No stranger's line is applied, and nobody is left to think that his own was."""
+    held = keyturn.held("agent-1")
+    verifier = keyturn.verifier()
+    now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+    keyturn.revocations.touch()
+    keyturn.revocations.chmod(0o666)
+    keyturn.revocations.write_text(f"version:{held['version']} at={now} reissue\n")
+    keyturn.signal(signal.SIGUSR1)
+
+    keyturn.wait_for(lambda: "writable by others" in keyturn.log.read_text())
+    assert accepts(verifier, held) is True
+    assert "revocations_file_problems 1.0" in keyturn.ask("metrics")[1]["text"]
+    code, report = keyturn.ask("check")
+    assert code != 0
+    assert "chmod go-w" in str([one for one in report["checks"] if not one["ok"]])
+
+    keyturn.revocations.chmod(0o600)
+    keyturn.wait_for(lambda: accepts(verifier, held) is False)
+    assert keyturn.ask("check")[0] == 0
+    verifier.close()
+
+
+def test_a_reason_that_is_no_utf8_works(keyturn: Keyturn) -> None:
+    """By the socket and on the bare store; the daemon starts again after it."""
+    verifier = keyturn.verifier()
+    reason = b"f\xfcr INC-1".decode(errors="surrogateescape")
+    for name in ("agent-0", "agent-1"):
+        held = keyturn.held(name)
+        assert keyturn.ask("revoke", name, "--reason", reason)[0] == 0
+        assert accepts(verifier, held) is False
+        keyturn.stop()
+    keyturn.start()
+    assert keyturn.ask("audit", "--verify")[0] == 0
+    verifier.close()
+
+
+def test_waiting_tells_which_destination_still_holds_it(keyturn: Keyturn) -> None:
+    """The cut stands, but what agents read could not be cleaned up: a line for each place, exit 3."""
+    folder = keyturn.folder / "agents"
+    folder.rename(away := keyturn.folder / "away")
+    folder.write_text("no folder")
+
+    done = keyturn.run("revoke", "agent-0", "--wait")
+
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "NOT CLEANED UP: files:agent-0 cannot be read" in done.stdout
+    assert "suspended until: keyturn resume agent-0" in done.stdout
+    folder.unlink()
+    away.rename(folder)
+    done = keyturn.run("revoke", "agent-0", "--wait")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "revoked already: agent-0" in done.stdout
+    assert "no destination shows what was revoked" in done.stdout
+
+
+def test_a_second_revoke_says_that_it_takes_the_successor(keyturn: Keyturn) -> None:
+    """`revoke AGENT` after `--reissue` suspends, and cancels what was owed: it says both."""
+    keyturn.stop()
+    assert keyturn.ask("revoke", "agent-0", "--reissue")[0] == 0
+
+    done = keyturn.run("revoke", "agent-0")
+
+    assert "owed it a successor" in done.stdout
+    assert "suspended until: keyturn resume agent-0" in done.stdout
+
+
+def test_one_version_of_an_enabled_agent_is_replaced_at_once(keyturn: Keyturn) -> None:
+    """A destination that shows a revoked version owes a rotation: the help says so."""
+    held = keyturn.held("agent-0")
+
+    done = keyturn.run("revoke", "--version", held["version"], "--wait")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "suspended" not in done.stdout
+    assert keyturn.held("agent-0")["version"] != held["version"]
+    again = keyturn.run("revoke", "--version", held["version"])
+    assert "revoked already" in again.stdout
+    assert "agent stays enabled" in " ".join(keyturn.run("revoke", "--help").stdout.split())
+
+
+def test_status_without_the_daemon_believes_a_touched_tombstone(keyturn: Keyturn) -> None:
+    """With nothing but a shell, one sees what one has done."""
+    held = keyturn.held("agent-0")
+    keyturn.stop()
+    (keyturn.store.parent / "revoked.d" / held["version"]).touch()
+
+    assert keyturn.ask("status", "agent-0")[1]["current"] is None
+    assert keyturn.ask("status", "agent-1")[1]["current"] is not None
+
+
+@pytest.mark.parametrize("how", ["broken", "missing"])
+def test_without_a_configuration_the_store_is_found_or_nothing_is_promised(
+    keyturn: Keyturn, how: str
+) -> None:
+    """What stands in a broken file or in the environment is enough; else it says what to type."""
+    held, other = keyturn.held("agent-0"), keyturn.held("agent-1")
+    verifier = keyturn.verifier()
+    keyturn.stop()
+    environ = keyturn.environ
+    if how == "broken":
+        keyturn.config.write_text(keyturn.config.read_text() + "\n  }: [broken\n")
+        assert keyturn.ask("revoke", "agent-0")[0] == 0
+        keyturn.config.write_text("}: [broken\n# url: sqlite:////nowhere/keyturn.db\n")
+    else:
+        keyturn.config.unlink()
+        keyturn.environ = {**environ, "KEYTURN_STORE__URL": f"sqlite:///{keyturn.store}"}
+        assert keyturn.ask("revoke", "agent-0")[0] == 0
+    assert accepts(verifier, held) is False
+
+    keyturn.environ = {**environ, "KEYTURN_STORE__URL": "sqlite:////nowhere/keyturn.db"}
+    done = keyturn.run("revoke", "agent-1")
+    assert done.returncode == 78
+    assert "NOTHING WAS CUT" in done.stderr
+    assert "touch STATE/revoked.d/VERSION" in done.stderr
+    assert accepts(verifier, other) is True
+    keyturn.write()  # it says where secrets may be
+    verifier.close()
+
+
 def test_suspend_and_resume(keyturn: Keyturn) -> None:
     """A suspended agent is refused at once and accepted again after resume."""
     held = keyturn.held("agent-0")

@@ -249,6 +249,23 @@ def test_a_lock_keeps_no_line_of_the_revocations_file_from_refusing(tmp_path: Pa
             verifier.close()
 
 
+def test_no_line_waits_for_another_while_the_store_is_locked(tmp_path: Path) -> None:
+    """Every line has its tombstone at once; only the rows wait for the store, and then are there."""
+    with Keyturn(tmp_path, agents=4) as keyturn:
+        keyturn.wait_first()
+        versions = {f"agent-{n}": keyturn.held(f"agent-{n}")["version"] for n in range(4)}
+        now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+        spool = keyturn.store.parent / "revoked.d"
+        targets = [f"version:{versions[name]}" for name in list(versions)[:3]] + ["agent:agent-3"]
+        with holding(keyturn.store, "exclusive"):
+            keyturn.revocations.write_text("".join(f"{one} at={now} INC-1\n" for one in targets))
+            keyturn.signal(signal.SIGUSR1)
+            began = time.monotonic()
+            keyturn.wait_for(lambda: all((spool / one).exists() for one in versions.values()))
+            assert time.monotonic() - began < 2.0  # the first row alone waits for five
+        keyturn.wait_for(lambda: all(is_revoked(keyturn, name) for name in versions), seconds=40)
+
+
 def is_revoked(keyturn: Keyturn, agent: str) -> bool:
     """Tell whether the store has a revocation of an agent in its audit."""
     code, result = keyturn.ask("audit", agent)

@@ -18,6 +18,7 @@ NAMES = [
     "revocation_cleanup_pending", "build_info", "store_up", "config_last_reload_successful",
     "audit_head_sequence", "store_ballast_bytes", "agents_over_max_age", "audit_queue_length",
     "own_credential_expiry_timestamp_seconds", "store_schema_version",
+    "revocations_file_problems",
 ]  # fmt: skip
 
 

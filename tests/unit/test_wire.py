@@ -66,6 +66,13 @@ def test_random_bytes_never_break_the_reader(line: bytes) -> None:
         wire.parse_request(line)
 
 
+def test_what_is_no_text_is_replaced() -> None:
+    """JSON can spell half a character, which no file, row or hash can hold; whole ones stay."""
+    line = rb'{"command": "revoke", "args": {"reason": "a\ud800b \ud83d\ude00", "x": [{"y": "\udcfc"}]}}'
+
+    assert wire.parse_request(line).args == {"reason": "a?b \N{GRINNING FACE}", "x": [{"y": "?"}]}
+
+
 def test_an_error_carries_code_hint_and_exit_code() -> None:
     """The one table from our errors to what the caller gets."""
     line = json.loads(wire.error_line(UnknownAgent("no agent x")))
