@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -181,6 +183,29 @@ def test_a_second_revoke_of_a_version_may_ask_for_more(scene: Scene) -> None:
         leak = Leak(version=name) if number == "r1" else Leak(agent="a")
         scene.restarted().revoke(leak, CALLER, once=Once.of(number, "revoke", {}))
     assert scene.state(new) == "current"
+
+
+def test_a_tombstone_of_another_user_takes_a_note(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root has touched it; then the whole agent is revoked, and the store is locked all the time."""
+    name = scene.version(1)
+    place = scene.folder / "revoked.d" / name
+    place.parent.mkdir()
+    place.touch()
+    before, opens = place.stat().st_ino, os.open
+
+    def guarded(path: Any, flags: int, *more: Any, **where: Any) -> int:
+        if path == name and place.stat().st_ino == before and flags & os.O_WRONLY:
+            raise PermissionError(errno.EACCES, "not yours")
+        return opens(path, flags, *more, **where)
+
+    monkeypatch.setattr(os, "open", guarded)
+    scene.incomplete(Leak(agent="a"))
+
+    assert scene.restarted().apply_spool(CALLER) == 1
+    assert scene.store.agent("a").state is AgentState.SUSPENDED
+    assert scene.verbs.spool.ids() == [name]
 
 
 def test_an_old_tombstone_never_replays_onto_a_successor(scene: Scene) -> None:

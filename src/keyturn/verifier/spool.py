@@ -147,10 +147,29 @@ class Spool:
         flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
             return os.open(version_id, flags | os.O_CREAT, 0o600, dir_fd=folder)
+        except PermissionError:
+            self._take_over(folder, version_id)
+            return os.open(version_id, flags, dir_fd=folder) if self._is_ours(version_id) else None
         except OSError:
             if self.holds(version_id):
-                return None  # made by hand as another user, or no file at all: it refuses
+                return None  # no file at all: it refuses
             raise
+
+    def _take_over(self, folder: int, version_id: str) -> None:
+        """Put a file of ours in the place of one that another user made by hand: it takes notes."""
+        if not self.holds(version_id):
+            raise PermissionError(errno.EACCES, "nothing can be made there")
+        draft = f".{version_id}.{os.getpid()}"
+        with contextlib.suppress(OSError):  # it refuses as it is
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+            with _opened(os.open(draft, flags, 0o600, dir_fd=folder)) as number:
+                for note in self.notes(version_id):
+                    os.write(number, b"\n" + _line(note))
+                os.fsync(number)
+            os.replace(draft, version_id, src_dir_fd=folder, dst_dir_fd=folder)
+
+    def _is_ours(self, version_id: str) -> bool:
+        return (self._folder / version_id).lstat().st_uid == os.geteuid()
 
     def _add(self, version_id: str, number: int, note: Mapping[str, Any]) -> None:
         """Append a note, unless one that asks for the same is there."""
