@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
@@ -18,6 +18,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy.engine import Connection
 
+from keyturn.core import lifecycle
 from keyturn.core.model import (
     Agent,
     AgentState,
@@ -43,7 +44,9 @@ from keyturn.errors import (
     StorageError,
     StoreUnavailable,
     UnknownAgent,
+    UnknownVersion,
 )
+from keyturn.ports import AuditEntry
 from keyturn.storage import audit
 from keyturn.storage.decisions import DecisionReader
 from keyturn.storage.membership import Membership
@@ -865,6 +868,27 @@ def test_versions_are_found_by_their_id(store: Store) -> None:
     case = amend(store, uid, with_version(uid, VersionState.CURRENT))
     assert store.find_version(case.versions[0].id) == (case.agent, case.versions[0])
     assert store.find_version("nobody") is None
+
+
+def test_an_amendment_can_have_a_version_however_old(store: Store) -> None:
+    """One that the case has forgotten is loaded by its id and written; one of others is not."""
+    uid, other = add(store), add(store, "b")
+    refused = tuple(version(uid, n, VersionState.RETIRED) for n in range(1, 31))
+    amend(store, uid, lambda case: replace(case, versions=refused))
+    first = refused[0]
+
+    def revoke(case: Case) -> tuple[Case, Sequence[AuditEntry]]:
+        return lifecycle.revoke_version(case, first.id, reissue=False, now=NOW), [entry("revoke")]
+
+    store.amend(uid, revoke, also=first.id)
+
+    found = store.find_versions([first.id, refused[1].id, "nobody"])
+    assert {name: one.state for name, (_, one) in found.items()} == {
+        first.id: VersionState.REVOKED,
+        refused[1].id: VersionState.RETIRED,
+    }
+    with pytest.raises(UnknownVersion):
+        store.amend(other, revoke, also=first.id)
 
 
 def test_numbers_by_state(store: Store) -> None:
