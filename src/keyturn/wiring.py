@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import os
 import secrets
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from keyturn import config
 from keyturn.administration import Administration
-from keyturn.config import AgentDefinition, Settings
+from keyturn.config import Settings
 from keyturn.config.models import (
     ID_FORM,
     LOGIN_FORM,
@@ -31,7 +32,6 @@ from keyturn.core import policy as due
 from keyturn.core.model import (
     Agent,
     Case,
-    Credential,
     ManagedBy,
     Policy,
     Target,
@@ -44,8 +44,9 @@ from keyturn.core.timekeeping import Anchor, judge
 from keyturn.credential_file import read_credential
 from keyturn.destinations import registry
 from keyturn.destinations.base import DestinationBase
-from keyturn.errors import ConfigError, Refused, StoreUnavailable
+from keyturn.errors import ConfigError, Refused, StaleRevision, StoreUnavailable
 from keyturn.ports import AuditEntry, Clock
+from keyturn.reconcile import SWEEP_EVERY, Reconciling, check_use, credential_of
 from keyturn.storage.ballast import Ballast
 from keyturn.storage.decisions import DecisionReader
 from keyturn.storage.engine import is_sqlite, refuse_open
@@ -57,8 +58,7 @@ from keyturn.verifier.decision import Verifier
 from keyturn.verifier.spool import Spool
 from keyturn.world import Carried, Watcher, World
 
-SWEEP_EVERY = timedelta(minutes=5)
-MASS_CHANGE = 0.1
+RECONCILE_TRIES = 5
 LEARN_EVERY = timedelta(seconds=2)
 
 
@@ -152,6 +152,8 @@ class Parts:
     on_revocation: Callable[[Mapping[str, Any], str], None] = lambda _result, _trigger: None
     on_rotation_end: Callable[[str], None] = lambda _outcome: None
     cron: CronCalculator
+    # Held while agents are defined and connections swapped: nobody writes by half of a change.
+    defining: threading.RLock = field(default_factory=threading.RLock)
     _store_clock: GuardedClock | None = None
     _carried: Carried = field(default_factory=Carried)
     _store: Store | None = None
@@ -229,13 +231,7 @@ class Parts:
 
     def identity(self, target: Target) -> str:
         """The canonical remote key of an entry; two spellings, one identity."""
-        destination = self.destinations.get(target.to)
-        if destination is None:
-            raise ConfigError(
-                f"no connection is called {target.to}",
-                hint=f"the configuration has: {', '.join(sorted(self.destinations)) or 'none'}",
-            )
-        return destination.identity(target)
+        return _identity(self.destinations, target)
 
     def add_agent(
         self,
@@ -246,9 +242,8 @@ class Parts:
         policy: str,
         targets: tuple[Target, ...],
         actor: str,
-        managed_by: ManagedBy = ManagedBy.COMMAND,
     ) -> Case:
-        """Add an agent; its first version is minted at once."""
+        """Add an agent that the command line owns; its first version is minted at once."""
         if not is_id(name):
             raise Refused(f"an agent's id is {ID_FORM}", hint="choose another id")
         if not is_login(login):
@@ -266,85 +261,67 @@ class Parts:
             login=login,
             owner=owner,
             policy=policy,
-            managed_by=managed_by,
+            managed_by=ManagedBy.COMMAND,
             targets=targets,
         )
-        now = self.store.now()
-        credential = Credential(
-            uid=uuid.uuid4().hex, agent_uid=agent.uid, wake_at=now, sweep_at=now + SWEEP_EVERY
-        )
-        return self.store.add_agent(
-            agent,
-            credential,
-            identities={target.key: self.identity(target) for target in targets},
-            audit=[AuditEntry(action="agent.added", actor=actor, agent=name)],
-        )
+        with self.defining:
+            identities = {target.key: self.identity(target) for target in targets}
+            try:
+                self._check_use(self.settings, self.destinations, [agent])
+            except ConfigError as error:
+                raise Refused(str(error), hint="choose another policy, or mend this one") from None
+            return self.store.add_agent(
+                agent,
+                credential_of(agent, self.store.now()),
+                identities=identities,
+                audit=[AuditEntry(action="agent.added", actor=actor, agent=name)],
+            )
 
-    def reconcile(self, *, actor: str, allow_mass_change: bool = False) -> dict[str, int]:
-        """Bring the store's agents in line with the files; nothing is ever revoked by a file.
+    def _check_use(
+        self,
+        settings: Settings,
+        destinations: Mapping[str, DestinationBase],
+        agents: Iterable[Agent],
+    ) -> None:
+        traits = {name: destination.traits for name, destination in destinations.items()}
+        of_commands = [a for a in agents if a.managed_by is ManagedBy.COMMAND]
+        check_use(settings, of_commands, traits, cron=self.cron)
 
-        An agent that disappeared becomes `unmanaged`: it stays accepted and is rotated no more. Nor
-        is a suspension ever lifted by one: whether a file names an agent is a mark beside its state.
+    def reconcile(
+        self,
+        *,
+        actor: str,
+        allow_mass_change: bool = False,
+        leave_agents: bool = False,
+        settings: Settings | None = None,
+        destinations: Mapping[str, DestinationBase] | None = None,
+    ) -> dict[str, int]:
+        """Bring the store's agents in line with the files, all or none.
+
+        `settings` and `destinations` are those that are to come, if others than the ones in force.
+        With `leave_agents` the files' agents are only looked at where their connections moved.
+        Raises Refused, ConfigError; then nothing was changed.
         """
-        known = {agent.name: agent for agent in self.store.agents()}
-        wanted = self.settings.agents
-        gone = [
-            a for a in known.values() if a.managed_by is ManagedBy.FILE and a.name not in wanted
-        ]
-        gone = [agent for agent in gone if agent.listed]
-        if len(gone) > max(1, len(known) * MASS_CHANGE) and not allow_mass_change:
-            raise Refused(
-                f"{len(gone)} of {len(known)} agents would disappear",
-                hint="if that is meant: keyturn reload --allow-mass-change",
-            )
-        done = {"added": 0, "changed": 0, "unmanaged": 0, "unchanged": 0}
-        for definition in wanted.values():
-            done[self._adopt_definition(definition, known.get(definition.name), actor)] += 1
-        for agent in gone:
-            self._amend(agent, replace(agent, listed=False), "unmanaged", actor)
-            done["unmanaged"] += 1
-        return done
-
-    def _adopt_definition(
-        self, definition: AgentDefinition, known: Agent | None, actor: str
-    ) -> str:
-        if known is None:
-            self.add_agent(
-                definition.name,
-                login=definition.login,
-                owner=definition.owner,
-                policy=definition.policy,
-                targets=definition.targets,
+        settings = settings or self.settings
+        places = self.destinations if destinations is None else destinations
+        for _ in range(RECONCILE_TRIES):
+            known, owned = self.store.agents(), self.store.owned()
+            one = Reconciling(
+                settings=settings,
+                identity=lambda target: _identity(places, target),
+                known=known,
+                owned=owned,
+                now=self.store.now(),
                 actor=actor,
-                managed_by=ManagedBy.FILE,
             )
-            return "added"
-        if known.managed_by is not ManagedBy.FILE:
-            raise Refused(
-                f"{definition.where}: {known.name} belongs to the command line",
-                hint=f"`keyturn agents remove {known.name}`, or take it out of the file",
-            )
-        wanted = replace(
-            known,
-            login=definition.login,
-            owner=definition.owner,
-            policy=definition.policy,
-            targets=definition.targets,
-            listed=True,
-        )
-        if wanted == known:
-            return "unchanged"
-        self._amend(known, wanted, "changed", actor)
-        return "changed"
-
-    def _amend(self, before: Agent, after: Agent, what: str, actor: str) -> None:
-        self.store.amend_agent(
-            before.uid,
-            after,
-            identities={target.key: self.identity(target) for target in after.targets},
-            audit=[AuditEntry(action=f"agent.{what}", actor=actor, agent=after.name)],
-            before=before,
-        )
+            taken, done = one.plan(leave_agents=leave_agents)
+            self._check_use(settings, places, one.after)
+            if not allow_mass_change and not leave_agents:
+                one.refuse_mass_change()
+            with suppress(StaleRevision):  # an agent was suspended or left a place meanwhile
+                self.store.take_over(taken)
+                return done
+        raise Refused("the agents change too fast", hint="repeat this in a moment")
 
     def note_revocation(self, result: Mapping[str, Any], *, trigger: str) -> None:
         """Count a revocation and log it."""
@@ -355,7 +332,7 @@ class Parts:
         return World(
             journal=self.store,
             authority=self.authority,
-            destinations=self.destinations,
+            destinations=_InForce(self),
             plan=self.plan,
             schedule=self.schedule,
             backoff=lambda plan, tries: due.backoff(
@@ -369,6 +346,33 @@ class Parts:
             stopping=stopping,
             carried=self._carried,
         )
+
+
+class _InForce(Mapping[str, DestinationBase]):
+    """The connections as they are at the moment of a call, and never in the middle of a reload."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    def __getitem__(self, name: str) -> DestinationBase:
+        with self._parts.defining:
+            return self._parts.destinations[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts.destinations)
+
+    def __len__(self) -> int:
+        return len(self._parts.destinations)
+
+
+def _identity(destinations: Mapping[str, DestinationBase], target: Target) -> str:
+    destination = destinations.get(target.to)
+    if destination is None:
+        raise ConfigError(
+            f"no connection is called {target.to}",
+            hint=f"the configuration has: {', '.join(sorted(destinations)) or 'none'}",
+        )
+    return destination.identity(target)
 
 
 class StoreClock:
@@ -450,14 +454,30 @@ def build(settings: Settings, *, cron: CronCalculator, create: bool) -> Parts:
     return parts
 
 
-def connect(settings: Settings, *, store_id: str, clock: Clock) -> dict[str, DestinationBase]:
-    """Make every destination that the settings name. None is contacted yet."""
-    return {
-        name: registry.load(connection.type)(
+def connect(
+    settings: Settings,
+    *,
+    store_id: str,
+    clock: Clock,
+    before: Settings | None = None,
+    kept: Mapping[str, DestinationBase] | None = None,
+) -> dict[str, DestinationBase]:
+    """Make every destination that the settings name. None is contacted yet.
+
+    Those of `kept` stay that `before` describes in the same way: a login that is good once is not
+    used again, and a call that is under way is not cut off.
+    """
+    found: dict[str, DestinationBase] = {}
+    for name, connection in settings.connections.items():
+        old = before.connections.get(name) if before else None
+        same = old is not None and (old.type, old.options) == (connection.type, connection.options)
+        if same and kept and name in kept:
+            found[name] = kept[name]
+            continue
+        found[name] = registry.load(connection.type)(
             connection.options, name=name, store_id=store_id, clock=clock
         )
-        for name, connection in settings.connections.items()
-    }
+    return found
 
 
 def open_verifier(settings: Settings) -> Verifier:

@@ -24,6 +24,7 @@ from keyturn.core.model import (
     AgentState,
     Case,
     Cause,
+    Credential,
     Drift,
     Effect,
     Keys,
@@ -52,6 +53,7 @@ from keyturn.storage.decisions import DecisionReader
 from keyturn.storage.membership import Membership
 from keyturn.storage.store import Store
 from keyturn.storage.tables import metadata
+from keyturn.storage.takeover import TakeOver, Wanted
 from support.postgres import postgres  # noqa: F401 - a fixture
 from support.stores import NOW, TTL, Place, add, claim_of, entry, intent, rotation, target, version
 
@@ -552,6 +554,49 @@ def test_a_reload_does_not_undo_a_suspension(store: Store) -> None:
     with pytest.raises(StaleRevision):
         store.amend_agent(seen.uid, replace(seen, owner="x"), identities={}, audit=[], before=seen)
     assert store.agent("a") == suspended
+
+
+def wanted(agent: Agent, *, credential: Credential | None = None) -> Wanted:
+    """Return what an agent is to be, with the identities of its targets."""
+    claimed = {t.key: f"file:///{t.key}" for t in agent.targets}
+    audit = entry("agent.changed", agent=agent.name)
+    return Wanted(agent=agent, claimed=claimed, audit=audit, credential=credential)
+
+
+def test_all_agents_change_in_one_transaction_or_none(store: Store) -> None:
+    """New, changed and dropped targets together; the last one's trouble undoes the first one's."""
+    uid = add(store, "a")
+    add(store, "b")
+    current = version(uid, 1, VersionState.CURRENT)
+    done = intent(current, target="files:a", outcome=Outcome.DONE, ended_at=NOW)
+    amend(store, uid, lambda c: replace(c, versions=(current,), intents=(done,)))
+    one, two = store.agents()
+    new = Agent(uid="agent-c", name="c", login="c", targets=(target("c"),))
+    credential = Credential(uid="cred-c", agent_uid="agent-c", wake_at=NOW)
+    changes = [
+        wanted(replace(one, targets=(target("moved"),))),
+        wanted(new, credential=credential),
+        wanted(replace(two, owner="team", listed=False)),
+    ]
+    thief = replace(new, uid="agent-d", name="d", login="d", targets=(target("a"),))
+    stolen = wanted(thief, credential=replace(credential, uid="cred-d", agent_uid="agent-d"))
+    before = {"known": store.agents(), "owned": store.owned()}
+    revision = store.case_of("b").credential.revision
+    with pytest.raises(Refused, match="belongs to agent 'a'"):
+        store.take_over(TakeOver(**before, wanted=[*changes, stolen]))
+    assert {"known": store.agents(), "owned": store.owned()} == before
+
+    store.take_over(TakeOver(**before, wanted=changes))
+
+    assert [(a.name, a.listed) for a in store.agents()] == [("a", True), ("b", False), ("c", True)]
+    assert [t.key for t in store.case_of("a").credential.leaving] == ["files:a"]
+    assert store.case_of("c").credential == credential
+    assert store.case_of("b").credential.revision == revision + 1
+    with pytest.raises(Refused, match="'a'"):
+        add(store, "x", targets=[target("a")])
+    with pytest.raises(StaleRevision):
+        store.take_over(TakeOver(**before, wanted=changes))
+    assert store.counts().agents == {"enabled": 2, "unmanaged": 1}
 
 
 def test_a_changed_agent_makes_a_running_save_stale(store: Store) -> None:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from keyturn.config.file import Problem, refuse
 from keyturn.config.loading import Adapter, Loading, check_policy
 from keyturn.config.models import ID_FORM, is_id
 from keyturn.config.settings import AgentDefinition, Connection, Settings
-from keyturn.core.model import Target, Traits
+from keyturn.core.model import Agent, Target, Traits
 from keyturn.core.policy import CronCalculator
 from keyturn.errors import ConfigError
 
@@ -117,21 +118,33 @@ def check_owners(settings: Settings, identity: Callable[[Target], str]) -> None:
 
 
 def check_policies(
-    settings: Settings, traits: Callable[[str], Traits], *, cron: CronCalculator | None = None
+    settings: Settings,
+    traits: Callable[[str], Traits],
+    *,
+    cron: CronCalculator | None = None,
+    agents: Iterable[Agent] = (),
 ) -> None:
     """Refuse policies that their agents' destinations cannot carry.
 
-    `traits` gives those of a connection by its name. Raises ConfigError.
+    `traits` gives those of a connection by its name; `agents` are those of the command line. Raises
+    ConfigError.
     """
     used: dict[str, set[str]] = defaultdict(set)
+    others: dict[str, list[str]] = defaultdict(list)
     for agent in settings.agents.values():
         used[agent.policy].update(target.to for target in agent.targets)
+    for one in agents:
+        name = one.policy if one.policy in settings.policies else "default"
+        used[name].update(target.to for target in one.targets)
+        others[name].append(one.name)
     problems: list[Problem] = []
     for name, connections in used.items():
         policy = settings.policies[name]
         found = {connection: traits(connection) for connection in connections}
         where = settings.policy_places[name]
-        problems += check_policy(policy, where, found, settings.lease, cron)
+        found_problems = check_policy(policy, where, found, settings.lease, cron)
+        by = f" (used by {', '.join(others[name])} of the command line)" if others[name] else ""
+        problems += [replace(one, text=one.text + by) for one in found_problems]
     refuse(problems)
 
 

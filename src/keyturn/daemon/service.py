@@ -37,6 +37,7 @@ from keyturn.daemon.socket import AdminServer
 from keyturn.daemon.watching import Watching
 from keyturn.errors import ClaimLost, ConfigError, KeyturnError, StoreUnavailable
 from keyturn.ports import AuditEntry
+from keyturn.reconcile import MassChange
 from keyturn.storage.membership import Membership
 from keyturn.storage.results import Due
 from keyturn.wiring import Parts
@@ -214,10 +215,9 @@ class Service:
 
     def _connect(self) -> None:
         parts = self.parts
-        fresh = wiring.connect(parts.settings, store_id=parts.store.store_id, clock=parts.clock)
-        before, parts.destinations = parts.destinations, fresh
-        for destination in before.values():
-            destination.close()
+        parts.destinations = wiring.connect(
+            parts.settings, store_id=parts.store.store_id, clock=parts.clock
+        )
 
     def _roles(self) -> Roles:
         groups = self.parts.settings.admin.groups
@@ -229,7 +229,24 @@ class Service:
         return roles
 
     def _reconcile_at_start(self) -> None:
-        done = self.parts.reconcile(actor="daemon:start", allow_mass_change=False)
+        """Take the files over. Where too many agents left them, go on with those of the store.
+
+        Whoever cut the file too short must not find that nothing rotates and no list of revocations
+        is applied, since the next start may be that of the standby at night.
+        """
+        actor = "daemon:start"
+        try:
+            done = self.parts.reconcile(actor=actor)
+        except MassChange as error:
+            self.parts.reconcile(actor=actor, leave_agents=True)
+            _log.error(
+                "config.rejected",
+                problem=f"{error}; every agent stays as it was before this start",
+                hint=error.hint,
+            )
+            self.metrics.config_last_reload_successful.set(0)
+            self._note_reload(actor, error.code)
+            return
         _log.info("config.taken-over", **done)
         self.metrics.config_last_reload_successful.set(1)
 
@@ -432,7 +449,7 @@ class Service:
                 _log.error("config.rejected", problem=line, hint=error.hint)
 
     def reload(self, *, allow_mass_change: bool, actor: str) -> dict[str, Any]:
-        """Validate the files, then swap; on any error the old settings stay in force."""
+        """Check the files and every agent, then swap; on any error all stays as it was."""
         with self._reloading:
             before = self.parts.settings
             try:
@@ -440,13 +457,8 @@ class Service:
                 self._same_store(before, settings)
                 # Revoked first: no other line of the file may keep a revocation from working.
                 self._apply_entries(settings.revocations, trigger="reload")
-                self.parts.settings = settings
-                self._connect()
-                done = self.parts.reconcile(actor=actor, allow_mass_change=allow_mass_change)
+                done = self._take_over(settings, actor, allow_mass_change=allow_mass_change)
             except KeyturnError as error:
-                if self.parts.settings is not before:
-                    self.parts.settings = before
-                    self._connect()
                 self.metrics.config_last_reload_successful.set(0)
                 self._note_reload(actor, error.code)
                 raise
@@ -455,6 +467,34 @@ class Service:
             _log.info("config.taken-over", **done)
             self.kick()
             return done
+
+    def _take_over(
+        self, settings: config.Settings, actor: str, *, allow_mass_change: bool
+    ) -> dict[str, Any]:
+        """Put settings in force. What a connection has open stays open where its lines are the same."""
+        parts, old = self.parts, self.parts.destinations
+        fresh = wiring.connect(
+            settings,
+            store_id=parts.store.store_id,
+            clock=parts.clock,
+            before=parts.settings,
+            kept=old,
+        )
+        try:
+            with parts.defining:
+                done = parts.reconcile(
+                    actor=actor,
+                    allow_mass_change=allow_mass_change,
+                    settings=settings,
+                    destinations=fresh,
+                )
+                parts.settings, parts.destinations = settings, fresh
+        finally:
+            in_force = parts.destinations.values()
+            for destination in (*old.values(), *fresh.values()):
+                if all(destination is not one for one in in_force):
+                    destination.close()
+        return done
 
     def _note_reload(self, actor: str, outcome: str) -> None:
         entry = AuditEntry(action="config.reload", actor=actor, outcome=outcome)

@@ -19,8 +19,8 @@ from keyturn.core.model import (
     Outcome,
     Target,
 )
-from keyturn.errors import Refused, UnknownAgent
-from keyturn.storage import cases
+from keyturn.errors import Refused, StaleRevision, UnknownAgent
+from keyturn.storage import cases, claims
 from keyturn.storage.tables import agents, credentials, identities, intents, placements, versions
 
 
@@ -32,6 +32,16 @@ def add(
 ) -> None:
     """Insert an agent, its credential and its entries. Raises Refused."""
     check(connection, agent, claimed)
+    insert(connection, agent, credential, claimed)
+
+
+def insert(
+    connection: Connection,
+    agent: Agent,
+    credential: Credential,
+    claimed: Mapping[str, str],
+) -> None:
+    """Insert what was checked."""
     connection.execute(sa.insert(agents).values(**cases.to_row(agent)))
     connection.execute(sa.insert(credentials).values(**cases.to_row(credential)))
     _claim(connection, agent, claimed)
@@ -49,10 +59,7 @@ def check(connection: Connection, agent: Agent, claimed: Mapping[str, str]) -> N
             agents.c.uid != agent.uid,
         )
         if other := connection.execute(taken).scalar():
-            raise Refused(
-                f"the {field} {value!r} is taken by agent {other!r}",
-                hint=f"choose another {field}",
-            )
+            raise is_taken(field, value, other)
     # An agent that has a new login is still known by the old one, until its old versions are over.
     still = (
         sa.select(agents.c.name)
@@ -66,10 +73,7 @@ def check(connection: Connection, agent: Agent, claimed: Mapping[str, str]) -> N
         )
     )
     if other := connection.execute(still.limit(1)).scalar():
-        raise Refused(
-            f"the login {agent.login!r} is still used by older versions of agent {other!r}",
-            hint="wait until their grace is over, or choose another login",
-        )
+        raise is_still_used(agent.login, other)
     owned = (
         sa.select(identities.c.identity, agents.c.name, identities.c.target)
         .join_from(identities, agents, identities.c.agent_uid == agents.c.uid)
@@ -77,14 +81,63 @@ def check(connection: Connection, agent: Agent, claimed: Mapping[str, str]) -> N
     )
     for row in connection.execute(owned):
         mine = next(key for key, identity in claimed.items() if identity == row.identity)
-        raise Refused(
-            f"the entry {mine} belongs to agent {row.name!r} (as {row.target})",
-            hint="give each agent an entry of its own",
-        )
+        raise is_owned(mine, row.name, row.target)
     if len(set(claimed.values())) != len(claimed):
-        raise Refused(
-            f"agent {agent.name!r} names one entry twice", hint="leave one of its destinations out"
-        )
+        raise is_twice(agent.name)
+
+
+def is_taken(field: str, value: str, other: str) -> Refused:
+    """Return the error of a name or login that another agent has."""
+    return Refused(
+        f"the {field} {value!r} is taken by agent {other!r}", hint=f"choose another {field}"
+    )
+
+
+def is_still_used(login: str, other: str) -> Refused:
+    """Return the error of a login that another agent had."""
+    return Refused(
+        f"the login {login!r} is still used by older versions of agent {other!r}",
+        hint="wait until their grace is over, or choose another login",
+    )
+
+
+def is_owned(mine: str, other: str, as_target: str) -> Refused:
+    """Return the error of an entry that another agent has or is leaving."""
+    return Refused(
+        f"the entry {mine} belongs to agent {other!r} (as {as_target})",
+        hint="give each agent an entry of its own",
+    )
+
+
+def is_twice(name: str) -> Refused:
+    """Return the error of an agent that writes one entry under two names."""
+    return Refused(
+        f"agent {name!r} names one entry twice", hint="leave one of its destinations out"
+    )
+
+
+def amend(
+    connection: Connection,
+    agent_uid: str,
+    before: Agent | None,
+    agent: Agent,
+    claimed: Mapping[str, str],
+    *,
+    now: datetime,
+) -> tuple[list[Case], list[Case]]:
+    """Change a definition that was checked; returns the agent's cases as they were and as they are.
+
+    Raises StaleRevision where the row is no longer `before`, Refused, UnknownAgent.
+    """
+    found = locked(connection, agent_uid)
+    if before is not None and found[0].agent != before:
+        raise StaleRevision
+    after = [changed(connection, case, agent, claimed, wake_at=now) for case in found]
+    for old, new in zip(found, after, strict=True):
+        claims.save(connection, old.credential, new.credential, claim=None)
+    cases.write_agent(connection, found[0].agent, agent)
+    keep_identities(connection, agent, after, claimed)
+    return found, after
 
 
 def locked(connection: Connection, agent_uid: str) -> list[Case]:
@@ -101,19 +154,72 @@ def locked(connection: Connection, agent_uid: str) -> list[Case]:
     return [cases.load_one(connection, uid) for uid in uids]
 
 
-def changed(connection: Connection, case: Case, agent: Agent, *, wake_at: datetime) -> Case:
-    """Return a case with its agent's new definition; a dropped target may be leaving."""
+def changed(
+    connection: Connection,
+    case: Case,
+    agent: Agent,
+    claimed: Mapping[str, str],
+    *,
+    wake_at: datetime,
+) -> Case:
+    """Return a case with its agent's new definition; a dropped target may be leaving.
+
+    One whose entry the agent still has, under the name of another connection, is not left. Raises
+    Refused where an entry's keys get other names.
+    """
     kept = {target.key for target in agent.targets}
     known = {t.key: t for t in (*case.credential.leaving, *case.agent.targets)}
-    uid = case.credential.uid
+    uid, entries = case.credential.uid, _entries(connection, agent)
+    _refuse_renamed_keys(connection, case, agent, claimed, entries)
     leaving = tuple(
         target
         for key, target in known.items()
         if key not in kept
+        and entries.get(key) not in set(claimed.values())
         and (target in case.credential.leaving or not _empty(connection, uid, target))
     )
     credential = replace(case.credential, leaving=leaving, wake_at=wake_at)
     return replace(case, agent=agent, credential=credential)
+
+
+def _refuse_renamed_keys(
+    connection: Connection,
+    case: Case,
+    agent: Agent,
+    claimed: Mapping[str, str],
+    entries: Mapping[str, str],
+) -> None:
+    """Refuse other key names in an entry of ours: nothing would ever touch the old ones again.
+
+    Who reads them would be refused after the grace, and no sweep would see it.
+    """
+    new = {claimed.get(target.key, target.key): target for target in agent.targets}
+    for old in (*case.credential.leaving, *case.agent.targets):
+        named = new.get(entries.get(old.key, old.key))
+        if named is None or named.keys == old.keys:
+            continue
+        if not _empty(connection, case.credential.uid, old):
+            raise Refused(
+                f"agent {agent.name!r}: the keys of {named.key} get other names, and what agents read"
+                " under the old ones would be refused after the grace",
+                hint=f"take it out and reload; when nobody reads it any more, `keyturn destinations"
+                f" forget {agent.name} {old.key}`, and name it anew",
+            )
+
+
+def vacant(connection: Connection, agent_uid: str, target: str) -> bool:
+    """Tell whether surely nothing of ours is where an agent's target leads."""
+    mine = sa.select(credentials.c.uid).where(credentials.c.agent_uid == agent_uid)
+    to, _, path = target.partition(":")
+    uids = connection.execute(mine).scalars().all()
+    return all(_empty(connection, uid, Target(to=to, path=path)) for uid in uids)
+
+
+def _entries(connection: Connection, agent: Agent) -> dict[str, str]:
+    """Return the identities of an agent's entries by the key of the target."""
+    mine = identities.c.agent_uid == agent.uid
+    found = connection.execute(sa.select(identities.c.target, identities.c.identity).where(mine))
+    return {row.target: row.identity for row in found}
 
 
 def _empty(connection: Connection, uid: str, target: Target) -> bool:

@@ -17,15 +17,16 @@ from sqlalchemy.engine import Connection
 
 from keyturn.core.model import Agent, Case, Credential, Drift, Outcome, Version
 from keyturn.core.secret import Secret
-from keyturn.errors import ClaimLost, StaleRevision
+from keyturn.errors import ClaimLost
 from keyturn.ports import AuditEntry, Claim, Clock, Saved
-from keyturn.storage import audit, cases, claims, owners, queries, requests
+from keyturn.storage import audit, cases, claims, owners, queries, requests, takeover
 from keyturn.storage.engine import Database, open_database
 from keyturn.storage.ledger import Ledger
 from keyturn.storage.migrations import migrate
 from keyturn.storage.requests import Once
 from keyturn.storage.results import Counts, Due, History
 from keyturn.storage.tables import daemons, intents, meta, store_now
+from keyturn.storage.takeover import Owned, TakeOver
 
 Change = Callable[[Case], tuple[Case, Sequence[AuditEntry]]]
 
@@ -265,21 +266,31 @@ class Store:
 
         def body(connection: Connection) -> list[Case]:
             now = self.now_in(connection)
-            found = owners.locked(connection, agent_uid)
-            if before is not None and found[0].agent != before:
-                raise StaleRevision
             owners.check(connection, agent, identities)
-            changed = [owners.changed(connection, case, agent, wake_at=now) for case in found]
-            for old, new in zip(found, changed, strict=True):
-                claims.save(connection, old.credential, new.credential, claim=None)
-            cases.write_agent(connection, found[0].agent, agent)
-            owners.keep_identities(connection, agent, changed, identities)
+            found, changed = owners.amend(connection, agent_uid, before, agent, identities, now=now)
             self._record(connection, audit)
             if cases.epoch_moves(found[0], changed[0]):
                 _bump_epoch(connection)
             return [cases.load_one(connection, case.credential.uid) for case in changed]
 
         return self.database.write(body)
+
+    def take_over(self, taken: TakeOver) -> None:
+        """Bring every agent in line with the files, all or nothing.
+
+        Raises StaleRevision where it was computed from rows that changed meanwhile, Refused.
+        """
+
+        def body(connection: Connection) -> None:
+            now = self.now_in(connection)
+            takeover.apply(connection, taken, now=now)
+            self._record(connection, [wanted.audit for wanted in taken.wanted], at=now)
+
+        self.database.write(body)
+
+    def owned(self) -> list[Owned]:
+        """Return every entry that an agent has or is leaving."""
+        return self.database.read(takeover.owned)
 
     def agents(self, *, removed: bool = False) -> list[Agent]:
         """Return every agent by name; removed ones only with `removed`, and then they alone."""
