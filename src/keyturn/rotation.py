@@ -436,7 +436,7 @@ class _Saga(Casework):
             if (drift.target, drift.kind) not in known:
                 self._note("drift.found", outcome=drift.kind, target=drift.target)
         now = self._now()
-        sweep_at = now + self.world.sweep_every
+        sweep_at = None if action.last else now + self.world.sweep_every
         looks = (
             Look(target=key, at=now, shown=sight.shown or "")
             for key, sight in self.seen.sights.items()

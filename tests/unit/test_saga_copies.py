@@ -12,9 +12,9 @@ import pytest
 
 from keyturn.core import lifecycle
 from keyturn.core.model import RotationState, Target, VersionState
-from keyturn.errors import DestinationUnavailable, Rejected
+from keyturn.errors import Denied, DestinationUnavailable, Rejected
 from keyturn.verifier.authority import BuiltinAuthority
-from support.bench import GRACE, SETTLE, SHAPES, SWEEP, Bench
+from support.bench import GRACE, SETTLE, SHAPES, SWEEP, Bench, Played
 
 
 @pytest.fixture
@@ -313,3 +313,66 @@ def test_a_write_that_was_settled_keeps_a_dropped_destination(benches: list[Benc
         bench.pass_time(timedelta(minutes=31))
     assert own is not None
     assert bench.version(own).accepted
+
+
+# --- a removed agent --------------------------------------------------------------------------
+
+
+def test_a_removed_agent_that_never_got_an_entry_is_asked_for_no_more(
+    benches: list[Bench],
+) -> None:
+    """Nobody can mend its rights any more, so nobody may be alarmed about them for ever."""
+    bench = Bench("vault", "file")
+    benches.append(bench)
+    bench.played["d0"].read_faults = [Denied() for _ in range(9)]
+    bench.run()
+    bench.amend(lifecycle.remove)
+    bench.steps.done.clear()
+
+    bench.run()
+
+    assert not any(step.startswith("observe") for step in bench.steps.done)
+    assert bench.store.next_wake() is None
+
+
+def test_a_removed_agent_is_looked_at_until_its_places_are_clean(benches: list[Bench]) -> None:
+    """What it got is withdrawn, a new place that it never got is not asked for; then it is over."""
+    bench = at_home(benches, "vault", "file")
+    bench.played["d2"] = Played(bench, "d2", "vault")
+    bench.targets["d2"] = Target(to="d2", path="bot")
+    bench.played["d2"].read_faults = [Denied() for _ in range(99)]
+    bench.retarget("d0", "d1", "d2")
+    bench.run()
+    bench.played["d1"].read_faults = [DestinationUnavailable("away")]
+    bench.amend(lifecycle.remove)
+    bench.steps.done.clear()
+
+    bench.run()
+    assert bench.store.next_wake() is not None
+    bench.pass_time(SWEEP)
+    bench.run()
+
+    assert not any("d2" in step for step in bench.steps.done)
+    assert bench.store.next_wake() is None
+    for name in ("d0", "d1"):
+        values = bench.played[name].inner.raw_get(bench.targets[name])
+        assert values is not None
+        assert "secret" not in values
+
+
+def test_a_removed_agent_keeps_the_places_of_what_was_revoked_before(benches: list[Bench]) -> None:
+    """A copy that policy leaves alone counts as gone, and is shown until it is withdrawn."""
+    bench = at_home(benches, "file")
+    bench.played["d0"].read_faults = [DestinationUnavailable("away")] * 3
+    bench.amend(lifecycle.revoke_agent, reissue=False)
+    bench.run()
+    assert bench.case.placements == ()
+    bench.amend(lifecycle.remove)
+    bench.played["d0"].read_faults.clear()
+
+    bench.run()
+
+    values = bench.played["d0"].inner.raw_get(bench.targets["d0"])
+    assert values is not None
+    assert "secret" not in values
+    assert bench.store.next_wake() is None

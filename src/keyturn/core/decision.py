@@ -454,7 +454,19 @@ def _sweep(case: Case, run: Run, now: datetime) -> Action | None:
     if case.credential.sweep_at is None or case.credential.sweep_at > now:
         return None
     found = (_drift(case, target, run, now) for target in case.agent.targets)
-    return RecordSweep(drift=tuple(drift for drift in found if drift is not None))
+    drift = tuple(drift for drift in found if drift is not None)
+    return RecordSweep(drift=drift, last=_is_cleared(case, run))
+
+
+def _is_cleared(case: Case, run: Run) -> bool:
+    """Whether a removed agent has nothing left anywhere, nor anything on its way there."""
+    sights = [run.sights.get(target.key) for target in case.targets]
+    return (
+        case.agent.state is AgentState.REMOVED
+        and all(s is not None and s.fresh and s.shown is None for s in sights)
+        and not any(intent.unresolved for intent in case.intents)
+        and not any(_wants_cleaning(case, placement) for placement in case.placements)
+    )
 
 
 def _drift(case: Case, target: Target, run: Run, now: datetime) -> Drift | None:

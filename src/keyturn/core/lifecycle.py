@@ -276,7 +276,7 @@ def retire(case: Case, version_id: str, *, now: datetime) -> Case:
 
 
 def record_sweep(
-    case: Case, drift: Iterable[Drift], *, sweep_at: datetime, looks: Iterable[Look] = ()
+    case: Case, drift: Iterable[Drift], *, sweep_at: datetime | None, looks: Iterable[Look] = ()
 ) -> Case:
     """Store what a sweep found; the same finding keeps its `since`, an unread place its last look."""
     known = {(d.target, d.kind): d for d in case.credential.drift}

@@ -238,9 +238,13 @@ class Leave(Action):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordSweep(Action):
-    """Every destination was looked at: store what is not as it should be."""
+    """Every destination was looked at: store what is not as it should be.
+
+    `last` where nothing of a removed agent is left anywhere: it is looked at no more.
+    """
 
     drift: tuple[Drift, ...]
+    last: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -198,7 +198,7 @@ def _refuse_renamed_keys(
         named = new.get(entries.get(old.key, old.key))
         if named is None or named.keys == old.keys:
             continue
-        if not _empty(connection, case.credential.uid, old):
+        if not _untouched(connection, case.credential.uid, old):
             raise Refused(
                 f"agent {agent.name!r}: the keys of {named.key} get other names, and what agents read"
                 " under the old ones would be refused after the grace",
@@ -207,12 +207,29 @@ def _refuse_renamed_keys(
             )
 
 
+def without_untouched(connection: Connection, case: Case) -> Case:
+    """Return the case of a removed agent with those places only where something of it may be.
+
+    Nobody can mend the rights to a place for an agent that is not there: it would be asked for ever.
+    """
+    uid = case.credential.uid
+
+    def touched(targets: Iterable[Target]) -> tuple[Target, ...]:
+        return tuple(t for t in targets if not _untouched(connection, uid, t))
+
+    return replace(
+        case,
+        agent=replace(case.agent, targets=touched(case.agent.targets)),
+        credential=replace(case.credential, leaving=touched(case.credential.leaving)),
+    )
+
+
 def vacant(connection: Connection, agent_uid: str, target: str) -> bool:
-    """Tell whether surely nothing of ours is where an agent's target leads."""
+    """Tell whether surely nothing of ours ever was where an agent's target leads."""
     mine = sa.select(credentials.c.uid).where(credentials.c.agent_uid == agent_uid)
     to, _, path = target.partition(":")
     uids = connection.execute(mine).scalars().all()
-    return all(_empty(connection, uid, Target(to=to, path=path)) for uid in uids)
+    return all(_untouched(connection, uid, Target(to=to, path=path)) for uid in uids)
 
 
 def _entries(connection: Connection, agent: Agent) -> dict[str, str]:
@@ -230,15 +247,28 @@ def _empty(connection: Connection, uid: str, target: Target) -> bool:
     """
     here = placements.c.credential_uid == uid, placements.c.target == target.key
     copies = connection.execute(sa.select(placements.c.gone).where(*here)).scalars().all()
+    outcomes = _outcomes(connection, uid, target)
+    if outcomes & {None, Outcome.SETTLED} or not all(copies):
+        return False
+    return bool(copies) or outcomes <= {Outcome.FAILED}
+
+
+def _untouched(connection: Connection, uid: str, target: Target) -> bool:
+    """Tell whether nothing of ours can ever have been at a destination.
+
+    Copies say less: one that is left there by policy counts as gone, and may be shown still.
+    """
+    return _outcomes(connection, uid, target) <= {Outcome.FAILED}
+
+
+def _outcomes(connection: Connection, uid: str, target: Target) -> set[Outcome | None]:
+    """Return how the writes to a destination ended; None for one that nobody knows yet."""
     written = sa.select(intents.c.outcome).where(
         intents.c.credential_uid == uid,
         intents.c.target == target.key,
         intents.c.effect != Effect.RETIRE,
     )
-    outcomes = set(connection.execute(written).scalars())
-    if outcomes & {None, Outcome.SETTLED} or not all(copies):
-        return False
-    return bool(copies) or outcomes <= {Outcome.FAILED}
+    return set(connection.execute(written).scalars())
 
 
 def keep_identities(

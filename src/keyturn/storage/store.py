@@ -15,7 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from keyturn.core.model import Agent, Case, Credential, Drift, Outcome, Version
+from keyturn.core.model import Agent, AgentState, Case, Credential, Drift, Outcome, Version
 from keyturn.core.secret import Secret
 from keyturn.errors import ClaimLost
 from keyturn.ports import AuditEntry, Claim, Clock, Saved
@@ -193,6 +193,8 @@ class Store:
             if once is not None and once.repeats(connection, credential_uid):
                 return Saved(case=before, epoch=_epoch(connection)), False
             after, entries = change(before)
+            if after.agent.state is AgentState.REMOVED:
+                after = owners.without_untouched(connection, after)
             if once is not None:
                 once.keep(connection, credential_uid, at=self.now_in(connection))
             return self._write(connection, before, after, entries)
