@@ -62,3 +62,17 @@ def test_the_door_belongs_to_those_who_may_look(keyturn: Keyturn) -> None:
         assert found == [looks, suspends, reloads], groups
     folder = keyturn.folder / "run"
     assert (folder.stat().st_mode & 0o777, folder.stat().st_gid) == (0o750, VIEW.gr_gid)
+
+
+@needs_root
+def test_a_reload_lets_other_groups_in(keyturn: Keyturn) -> None:
+    """Without a restart, and the group that was named before is out."""
+    other = grp.getgrall()[4]
+    assert outcome(keyturn, "status", other) == 13
+    keyturn.content["admin"]["groups"]["view"] = other.gr_name
+    keyturn.write()
+
+    assert keyturn.ask("reload")[0] == 0
+
+    assert outcome(keyturn, "status", other) == "done"
+    assert outcome(keyturn, "status", VIEW) == 13

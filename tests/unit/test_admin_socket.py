@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -358,6 +359,40 @@ def test_modes_and_group(server: AdminServer, path: Path) -> None:
     assert oct(path.stat().st_mode & 0o777) == "0o660"
     if os.geteuid() == 0:
         assert path.stat().st_gid == path.parent.stat().st_gid == VIEW
+
+
+@needs_root
+def test_other_groups_get_the_open_socket(server: AdminServer, path: Path) -> None:
+    """A reload gives the socket and the folder that was made for it to the new group of view."""
+    assert call_as(path, "who", uid=STRANGER, gid=STRANGER, groups=[OTHER])["errno"] == 13
+
+    assert server.regroup(replace(ROLES, view=OTHER)) == []
+
+    assert call_as(path, "who", uid=STRANGER, gid=STRANGER, groups=[OTHER])["ok"]
+    assert call_as(path, "who", uid=STRANGER, gid=STRANGER, groups=[VIEW])["errno"] == 13
+    assert server.regroup(replace(ROLES, view=None)) == []
+    assert path.stat().st_gid == path.parent.stat().st_gid == os.getegid()
+
+
+@needs_root
+def test_a_folder_that_keeps_the_group_out_is_named(
+    path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the start and at a reload, with the line to type; a folder of others is left as it is."""
+    path.parent.mkdir(mode=0o750)
+    os.chown(path.parent, -1, RESPOND)
+    server = AdminServer(path, HANDLERS, ROLES)
+    server.start()
+    try:
+        said = capsys.readouterr().out + caplog.text
+        assert f"chgrp {VIEW} {path.parent}" in said
+        (note,) = server.regroup(replace(ROLES, view=OTHER))
+        assert f"chgrp {OTHER} {path.parent}" in note
+        assert (path.parent.stat().st_gid, path.stat().st_gid) == (RESPOND, OTHER)
+        os.chown(path.parent, -1, OTHER)
+        assert server.regroup(replace(ROLES, view=OTHER)) == []
+    finally:
+        server.close()
 
 
 def test_a_live_daemon_keeps_its_socket(client: AdminClient, path: Path) -> None:

@@ -302,3 +302,13 @@ def _rotated(parts: wiring.Parts, name: str) -> None:
     uid = parts.store.case_of(name).credential.uid
     rotation.run(parts.world(Nobody(), lambda: False), uid, holder="test")
     assert parts.store.case_of(name).current is not None
+
+
+def test_a_group_that_this_host_does_not_have_is_a_note(tmp_path: Path) -> None:
+    """It may be there where the daemon runs, so nothing is refused for it."""
+    groups = {"view": "root", "respond": "no-such-group"}
+    report = check(written(tmp_path, {**CONTENT, "admin": {"groups": groups}}))
+
+    notes = [row["detail"] for row in report["checks"] if row["name"] == "note"]
+    assert report["ok"] is True
+    assert notes == ["admin.groups: no group is called no-such-group on this host"]

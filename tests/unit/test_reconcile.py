@@ -387,3 +387,19 @@ def test_the_floor_of_a_grace_holds_for_the_command_line_too(keyturn: Installed)
     keyturn.content["connections"]["v"] = stale | {"staleness": "1h"}
     with pytest.raises(ConfigError, match=r"staleness of v.*used by c of the command line"):
         keyturn.reload()
+
+
+def test_a_reload_says_what_it_did_not_take_over(keyturn: Installed) -> None:
+    """A group that is not there, and what only a restart changes."""
+    assert keyturn.reload()["notes"] == []
+    keyturn.content["admin"] |= {
+        "groups": {"admin": "no-such-group"},
+        "socket": str(keyturn.folder / "run" / "other.sock"),
+    }
+    keyturn.content["log"] = {"level": "warning"}
+
+    assert keyturn.reload()["notes"] == [
+        "admin.groups: no group is called no-such-group on this host",
+        "admin.socket: restart the daemon for this",
+        "log: restart the daemon for this",
+    ]

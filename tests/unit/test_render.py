@@ -228,3 +228,19 @@ def test_checks_show_what_to_do_about_failures() -> None:
         "FAIL vault-eu: denied",
         "     hint: see the policy",
     ]
+
+
+def test_a_reload_says_what_is_left_to_do() -> None:
+    """Its counts on the first line, and a line for each note."""
+    found = {
+        "added": 1,
+        "changed": 0,
+        "unmanaged": 0,
+        "unchanged": 2,
+        "moved": 3,
+        "notes": ["x\x1b"],
+    }
+    lines = render.reloaded(found).splitlines()
+
+    assert lines[0] == "configuration taken over: 1 added, 0 changed, 0 unmanaged, 2 unchanged"
+    assert lines[1:] == ["note: 3 agents have entries at another place now", "note: x\\x1b"]

@@ -328,9 +328,11 @@ def changed(result: Row) -> str:
 def reloaded(result: Row) -> str:
     """Return what a reload changed."""
     counts = ("added", "changed", "unmanaged", "unchanged")
-    return "configuration taken over: " + ", ".join(
-        f"{result.get(name, 0)} {name}" for name in counts
-    )
+    line = ", ".join(f"{result.get(name, 0)} {name}" for name in counts)
+    moved = result.get("moved", 0)
+    notes = [f"{moved} agents have entries at another place now"] if moved else []
+    notes += result.get("notes", ())
+    return "\n".join([f"configuration taken over: {line}", *(f"note: {safe(n)}" for n in notes)])
 
 
 def clock(result: Row) -> str:

@@ -22,7 +22,7 @@ from keyturn.core.revocations import parse_revocations
 from keyturn.core.secret import Secret
 from keyturn.credential_file import read_credential
 from keyturn.daemon.offline import become_owner
-from keyturn.daemon.service import load
+from keyturn.daemon.service import load, missing_groups, roles_of
 from keyturn.destinations import registry
 from keyturn.destinations.base import DestinationBase
 from keyturn.errors import (
@@ -69,7 +69,8 @@ def check(path: Path, *, probe: bool = False) -> dict[str, Any]:
     if not probe:
         rows.append(_tried("store", lambda: f"{_store(settings)}; not opened"))
     rows += _revocations_file(settings)
-    rows += [_good("note", note) for note in (*settings.notes, *_missing(settings))]
+    notes = [*settings.notes, *_missing(settings), *missing_groups(roles_of(settings))]
+    rows += [_good("note", note) for note in notes]
     if probe:
         _become_owner(settings)
         row, known = _looked_at_store(settings)

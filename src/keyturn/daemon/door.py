@@ -29,6 +29,7 @@ class Door:
         self.path = path
         self._group = group
         self._lock = -1
+        self._made_folder = False
 
     def open(self) -> socket.socket:
         """Return the listening socket."""
@@ -48,6 +49,34 @@ class Door:
             self.path.unlink(missing_ok=True)
             self._give_back()
 
+    def regroup(self, group: int | None) -> list[str]:
+        """Give the open socket to another group, and the folder if it was ours to give.
+
+        Returns what a person has to do for it.
+        """
+        before, self._group = self._group, group
+        folder, given = self.path.parent, os.getegid() if group is None else group
+        places = [self.path]
+        if self._made_folder or (before is not None and folder.stat().st_gid == before):
+            places.append(folder)
+        notes = [
+            f"{place} could not be given to the group {given}: restart the daemon as root or by systemd"
+            for place in places
+            if not self._give(place, given)
+        ]
+        return notes + self._shut_out()
+
+    def _shut_out(self) -> list[str]:
+        """Say where the folder keeps the group from the socket that has it."""
+        folder = self.path.parent
+        found = folder.stat()
+        if self._group is None or found.st_mode & stat.S_IXOTH:
+            return []
+        if found.st_gid == self._group and found.st_mode & stat.S_IXGRP:
+            return []
+        mend = f"chgrp {self._group} {folder} && chmod g+x {folder}"
+        return [f"{folder} keeps the members of admin.groups.view from the socket: `{mend}`"]
+
     def _give_back(self) -> None:
         os.close(self._lock)
         self._lock = -1
@@ -63,6 +92,7 @@ class Door:
                     hint="choose another place with --socket, or start as root or by systemd",
                 ) from error
             folder.chmod(_FOLDER_MODE)
+            self._made_folder = True
             self._give_to_group(folder)
         found = folder.stat()
         # SECURITY: whoever can write here can put a socket of their own in our place.
@@ -71,6 +101,8 @@ class Door:
                 f"the folder {folder} of the admin socket can be written by others",
                 hint=f"chown it to the daemon's user and `chmod 0750 {folder}`",
             )
+        for note in self._shut_out():
+            _log.warning("admin.folder-shut", note=note)
 
     def _take_lock(self) -> int:
         """Lock a file beside the socket: two daemons that start at once cannot both find it dead."""
@@ -118,13 +150,17 @@ class Door:
         return listener
 
     def _give_to_group(self, path: Path) -> None:
-        if self._group is None:
-            return
-        try:
-            os.chown(path, -1, self._group)
-        except PermissionError:
+        if self._group is not None and not self._give(path, self._group):
             # Not a member ourselves: then only our own uid and root get in, which is safe.
             _log.warning("admin.group-not-given", path=str(path), gid=self._group)
+
+    @staticmethod
+    def _give(path: Path, group: int) -> bool:
+        try:
+            os.chown(path, -1, group)
+        except OSError:
+            return False
+        return True
 
 
 def _somebody_answers(path: Path) -> bool:

@@ -81,6 +81,19 @@ def load(path: Path) -> config.Settings:
     return settings
 
 
+def roles_of(settings: config.Settings) -> Roles:
+    """Look up the groups that the settings name."""
+    groups = settings.admin.groups
+    return Roles.from_names(
+        view=groups.view or "", respond=groups.respond or "", admin=groups.admin or ""
+    )
+
+
+def missing_groups(roles: Roles) -> list[str]:
+    """Return a sentence for each group that this host does not have."""
+    return [f"admin.groups: no group is called {name} on this host" for name in roles.missing]
+
+
 class Service:
     """One daemon process."""
 
@@ -93,6 +106,7 @@ class Service:
         self.parts.on_rotation_end = self.watching.rotation_ended
         self._stop = threading.Event()
         self._ready = threading.Event()
+        self._server: AdminServer | None = None
         self._parked = threading.Event()
         self._busy: Counter[str] = Counter()
         self._running: set[str] = set()
@@ -125,8 +139,12 @@ class Service:
         self._apply_inline()
         self._ready.set()
         self.apply_revocations()
-        server = AdminServer(self._socket, Commands(lambda: parts, self).table(), self._roles())
+        roles = roles_of(parts.settings)
+        for name in roles.missing:
+            _log.warning("admin.no-such-group", group=name)
+        server = AdminServer(self._socket, Commands(lambda: parts, self).table(), roles)
         server.start()
+        self._server = server
         self._schedule(membership)
         _log.info("daemon.ready", version=__version__, agents=len(parts.store.agents()))
         self._stop.wait()
@@ -218,15 +236,6 @@ class Service:
         parts.destinations = wiring.connect(
             parts.settings, store_id=parts.store.store_id, clock=parts.clock
         )
-
-    def _roles(self) -> Roles:
-        groups = self.parts.settings.admin.groups
-        roles = Roles.from_names(
-            view=groups.view or "", respond=groups.respond or "", admin=groups.admin or ""
-        )
-        for name in roles.missing:
-            _log.warning("admin.no-such-group", group=name)
-        return roles
 
     def _reconcile_at_start(self) -> None:
         """Take the files over. Where too many agents left them, go on with those of the store.
@@ -464,9 +473,26 @@ class Service:
                 raise
             self.metrics.config_last_reload_successful.set(1)
             self._note_reload(actor, "ok")
+            notes = self._regroup(before, settings)
             _log.info("config.taken-over", **done)
+            for note in notes:
+                _log.warning("config.note", note=note)
             self.kick()
-            return done
+            return {**done, "notes": notes}
+
+    def _regroup(self, before: config.Settings, after: config.Settings) -> list[str]:
+        """Open the socket to the groups of the settings; returns what a person has to do yet."""
+        roles = roles_of(after)
+        notes = missing_groups(roles)
+        if self._server is not None:
+            notes += self._server.regroup(roles)
+        changed = (
+            ("admin.socket", before.admin.socket != after.admin.socket),
+            ("log", before.log != after.log),
+        )
+        return notes + [
+            f"{key}: restart the daemon for this" for key, differs in changed if differs
+        ]
 
     def _take_over(
         self, settings: config.Settings, actor: str, *, allow_mass_change: bool

@@ -95,6 +95,11 @@ class AdminServer:
         self._accepting = threading.Thread(target=self._accept, name="admin-socket", daemon=True)
         self._accepting.start()
 
+    def regroup(self, roles: Roles) -> list[str]:
+        """Go by other groups from the next connection on; returns what a person has to do for it."""
+        self._roles = roles
+        return self._door.regroup(roles.view)
+
     def close(self, wait_seconds: float = 5.0) -> None:
         """Stop accepting, give running commands `wait_seconds` to answer, remove the socket."""
         if self._listener is None or self._accepting is None:
