@@ -30,8 +30,9 @@ _BY_ITSELF = "it goes on by itself"
 TABLE = {
     "denied": Advice(
         "the destination refuses our login or our permission",
-        "compare the login with what `keyturn policy` prints",
-        _RETRY,
+        "see which: a login that has run out and a missing right (`keyturn policy`) look the same;"
+        " mend it, then `keyturn rotation retry AGENT`",
+        _PROBE,
     ),
     "not-found": Advice(
         "the mount or folder that the connection names is not there",
@@ -88,6 +89,16 @@ TABLE = {
         f"see whether its replicas follow; {_BY_ITSELF}",
         _PROBE,
     ),
+    "store-full": Advice(
+        "the disk of our own store is full",
+        f"free some space there; {_BY_ITSELF}, and a revoke works meanwhile",
+        "keyturn metrics",
+    ),
+    "store-unavailable": Advice(
+        "our own store is locked or cannot be reached",
+        f"see who holds it, or whether the database is up; {_BY_ITSELF}",
+        "keyturn audit AGENT",
+    ),
     str(WaitReason.VERIFIERS): Advice(
         "a verifier has not taken the new version over yet",
         f"see whether the verifiers run; {_BY_ITSELF}",
@@ -104,5 +115,5 @@ TABLE = {
 def hint(code: str, agent: str, *, oldest: str = "") -> str:
     """Return the command to type, with what it means and what comes first as its comment."""
     found = TABLE.get(code) or Advice(code, "mend what is named there", _RETRY)
-    command = found.command.replace("AGENT", agent).replace("OLDEST", oldest or "OLDEST")
-    return f"{command}   # {code}: {found.meaning}; {found.mend}"
+    text = f"{found.command}   # {code}: {found.meaning}; {found.mend}"
+    return text.replace("AGENT", agent).replace("OLDEST", oldest or "OLDEST")

@@ -59,6 +59,7 @@ from keyturn.errors import (
     IllegalTransition,
     Rejected,
     StaleRevision,
+    StoreUnavailable,
 )
 from keyturn.ports import (
     Destination,
@@ -66,7 +67,7 @@ from keyturn.ports import (
     Observed,
 )
 from keyturn.sight import look
-from keyturn.world import World
+from keyturn.world import Parked, World
 
 CLAIM_TTL = timedelta(seconds=60)
 CONFLICTS_PER_RUN = 3
@@ -76,16 +77,25 @@ LONGEST_DETAIL = 300
 def run(world: World, credential_uid: str, *, holder: str) -> datetime | None:
     """Carry one credential as far as it goes now. Returns when it must be looked at again.
 
-    Raises StoreUnavailable where the store does; the claim then runs out by itself. Returns at once
-    where somebody else has the claim.
+    Raises StoreUnavailable where the store does; the claim is then given back as soon as the store
+    takes that (`Carried.give_back`), or runs out by itself. Returns at once where somebody else has
+    the claim.
     """
-    taken = world.journal.claim(credential_uid, holder=holder, ttl=CLAIM_TTL)
-    if taken is None:
-        return None
+    claim = None
     try:
-        return _Saga(world, *taken).run()
+        taken = world.journal.claim(credential_uid, holder=holder, ttl=CLAIM_TTL)
+        if taken is None:
+            return None
+        claim, saved = taken
+        until = _Saga(world, claim, saved).run()
     except ClaimLost:
-        return None  # the taker starts at its row; what we knew is void
+        until = None  # the taker starts at its row; what we knew is void
+    except StoreUnavailable as error:
+        parked = Parked(code=error.code, since=world.clock.now(), claim=claim)
+        world.carried.park(credential_uid, parked)
+        raise
+    world.carried.unpark(credential_uid)
+    return until
 
 
 @dataclass(slots=True)

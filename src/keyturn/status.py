@@ -24,12 +24,24 @@ from keyturn.core.model import (
     VersionState,
     WaitReason,
 )
+from keyturn.world import Parked
 
 OVERDUE_AFTER = timedelta(minutes=5)
 
 
-def describe(case: Case, *, policy: Policy, now: datetime) -> dict[str, Any]:
-    """Return everything about one agent as plain JSON values."""
+def describe(
+    case: Case,
+    *,
+    policy: Policy,
+    now: datetime,
+    parked: Parked | None = None,
+    suspension: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return everything about one agent as plain JSON values.
+
+    `parked` is what the daemon knows of a run that the store broke off, `suspension` who stopped the
+    agent, when and why.
+    """
     agent, credential = case.agent, case.credential
     current, pending = case.current, case.pending
     return {
@@ -39,7 +51,9 @@ def describe(case: Case, *, policy: Policy, now: datetime) -> dict[str, Any]:
         "policy": agent.policy,
         "managed_by": str(agent.managed_by),
         "state": agent.shown_state,
-        "next_rotation_at": _at(credential.next_rotation_at),
+        "suspension": suspension,
+        # Of the others it is the time to go on from, and nothing rotates then.
+        "next_rotation_at": _at(credential.next_rotation_at) if agent.rotates else None,
         "overdue": is_overdue(case, now),
         "max_age_at": _at(_max_age_at(current, policy)),
         "current": _version(current),
@@ -47,10 +61,10 @@ def describe(case: Case, *, policy: Policy, now: datetime) -> dict[str, Any]:
         "kept": [_version(v) for v in case.accepted if v.state is VersionState.KEPT],
         "previous": [_version(v) for v in case.accepted if v.state is VersionState.PREVIOUS],
         "successor_owed": credential.successor_owed,
-        "rotation": _rotation(case),
+        "rotation": _rotation(case, parked),
         "destinations": [_destination(case, target) for target in case.targets],
         "safe_to_retire": _safe_to_retire(case, now),
-        "hint": _hint(case, now),
+        "hint": advice.hint(parked.code, agent.name) if parked else _hint(case, now),
     }
 
 
@@ -86,10 +100,44 @@ def _version(version: Version | None) -> dict[str, Any] | None:
     }
 
 
-def _rotation(case: Case) -> dict[str, Any] | None:
+def _rotation(case: Case, parked: Parked | None) -> dict[str, Any] | None:
+    """Describe the open rotation, or one that begins now: its row comes with its first effect."""
     rotation = case.rotation
     if rotation is None or not rotation.open:
-        return None
+        request = case.credential.request
+        if request is None and not (parked and case.agent.rotates):
+            return None
+        cause = request.cause if request is not None else None
+        found = dict.fromkeys(_ROTATION) | {
+            "state": "asked",
+            "cause": str(cause) if cause else None,
+        }
+        return found | {"attempt": 0, "tries": 0} | _broken_off(parked)
+    return _open(case, rotation) | _broken_off(parked)
+
+
+_ROTATION = (
+    "id", "state", "cause", "step", "why", "where", "attempt", "version", "opened_at",
+    "waiting_since", "next_try_at", "tries", "error_code", "error_detail",
+)  # fmt: skip
+
+
+def _broken_off(parked: Parked | None) -> dict[str, Any]:
+    """Say that the store stands in the way, whatever the rotation was at."""
+    if parked is None:
+        return {}
+    said = advice.TABLE.get(parked.code)
+    return {
+        "state": "waiting",
+        "why": parked.code,
+        "where": "store",
+        "waiting_since": _at(parked.since),
+        "error_code": parked.code,
+        "error_detail": said.meaning if said else None,
+    }
+
+
+def _open(case: Case, rotation: Rotation) -> dict[str, Any]:
     waiting = rotation.waiting
     return {
         "id": rotation.uid,
@@ -160,12 +208,12 @@ def _shown(case: Case, target: Target) -> tuple[str | None, datetime | None]:
     """
     look = next((one for one in case.credential.looks if one.target == target.key), None)
     placed = {p.version_id for p in case.placements if p.target == target.key}
-    for version in (case.pending, case.current):
-        if version is not None and version.id in placed:
-            confirmed = version.promoted_at
-            newer = look is not None and confirmed is not None and look.at >= confirmed
-            if look is None or not newer:
-                return version.id, confirmed or (look.at if look else None)
+    # Whatever its state: a revoked one stays there until it is withdrawn, and a sweep tells of that.
+    latest = max((v for v in case.versions if v.id in placed), key=lambda v: v.seq, default=None)
+    if latest is not None:
+        since = latest.promoted_at or latest.ended_at
+        if look is None or since is None or look.at < since:
+            return latest.id, latest.promoted_at or (look.at if look else None)
     return (look.shown or None, look.at) if look else (None, None)
 
 
@@ -197,7 +245,7 @@ def _hint(case: Case, now: datetime) -> str:
     if not case.agent.listed:
         return f"keyturn agents remove {name}   # or put it back into the files"
     if case.agent.state is AgentState.SUSPENDED:
-        return f"keyturn resume {name}"
+        return f"keyturn audit {name}   # suspended: see who did it and why; then keyturn resume {name}"
     if rotation is not None and rotation.state is RotationState.STALLED:
         return advice.hint(rotation.error_code, name)
     if rotation is not None and rotation.waiting is not None:

@@ -175,6 +175,11 @@ class Parts:
             self._store_clock = GuardedClock(learned, boot_id=self.clock.boot_id)
         return self._store_clock
 
+    @property
+    def carried(self) -> Carried:
+        """What outlives a run but not this process."""
+        return self._carried
+
     def close(self) -> None:
         """Give everything back."""
         for destination in self.destinations.values():

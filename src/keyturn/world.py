@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, Protocol
 
@@ -14,7 +14,7 @@ from keyturn.core.model import Case, Target
 from keyturn.core.secret import Secret
 from keyturn.core.steps import Plan
 from keyturn.errors import DestinationUnavailable, StorageError
-from keyturn.ports import Authority, Clock, Destination, Journal
+from keyturn.ports import Authority, Claim, Clock, Destination, Journal
 
 
 class Watcher(Protocol):
@@ -29,6 +29,15 @@ class Watcher(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parked:
+    """A run that the store broke off: its code, since when, and the claim that it could not give back."""
+
+    code: str
+    since: datetime
+    claim: Claim | None = None
+
+
 class Carried:
     """What outlives a run but not its process. Thread-safe.
 
@@ -41,6 +50,7 @@ class Carried:
     def __init__(self) -> None:
         self._plain: dict[str, tuple[str, Secret]] = {}
         self._calls: dict[str, Future[Any]] = {}
+        self._parked: dict[str, Parked] = {}
         self._guard = threading.Lock()
 
     def hold(self, credential_uid: str, version_id: str, plain: Secret) -> None:
@@ -79,6 +89,40 @@ class Carried:
                 return  # the intent stays unresolved and settles by time
 
         call.add_done_callback(report)
+
+    def park(self, credential_uid: str, parked: Parked) -> None:
+        """Remember that a run was broken off: the store, which is why, cannot tell."""
+        with self._guard:
+            before = self._parked.get(credential_uid)
+            if before is not None:
+                claim = parked.claim or before.claim
+                parked = replace(parked, since=before.since, claim=claim)
+            self._parked[credential_uid] = parked
+
+    def unpark(self, credential_uid: str) -> None:
+        """A run has the claim again."""
+        with self._guard:
+            self._parked.pop(credential_uid, None)
+
+    def parked(self, credential_uid: str) -> Parked | None:
+        """Return why the last run of a credential was broken off, if it was."""
+        with self._guard:
+            return self._parked.get(credential_uid)
+
+    def give_back(self, journal: Journal, now: datetime) -> None:
+        """Give back the claims of runs that were broken off, as soon as the store takes that.
+
+        Until then nobody goes on with those credentials: after a revoke on a full disk the
+        successor would wait for a claim to run out.
+        """
+        with self._guard:
+            left = [(uid, one) for uid, one in self._parked.items() if one.claim is not None]
+        for uid, one in left:
+            if one.claim is not None:
+                journal.release(one.claim, wake_at=now)
+            with self._guard:
+                if self._parked.get(uid) == one:
+                    self._parked[uid] = replace(one, claim=None)
 
     def flying(self) -> frozenset[str]:
         """Return the intents whose call has not returned."""

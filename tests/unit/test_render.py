@@ -244,3 +244,28 @@ def test_a_reload_says_what_is_left_to_do() -> None:
 
     assert lines[0] == "configuration taken over: 1 added, 0 changed, 0 unmanaged, 2 unchanged"
     assert lines[1:] == ["note: 3 agents have entries at another place now", "note: x\\x1b"]
+
+
+def test_an_agent_that_was_cut_off_shows_it() -> None:
+    """No current version is said in words, and so is the successor that is owed."""
+    row = STATUS | {"current": None, "previous": [], "successor_owed": True}
+    text = render.status_of_one(row, NOW)
+    assert "current        none: every secret is refused" in text
+    assert "successor      owed" in text
+    assert "refused" not in render.status_of_one(row | {"previous": STATUS["previous"]}, NOW)
+
+
+def test_who_stopped_an_agent_is_shown() -> None:
+    """Actor, time and reason stand above everything else."""
+    stopped = {"by": "uid:0", "at": "2026-03-01T11:00:00Z", "how": "suspend", "reason": "INC-1"}
+    text = render.status_of_one(STATUS | {"suspension": stopped}, NOW)
+    assert "suspended by uid:0 · 1h ago · reason: INC-1" in text
+
+
+def test_a_try_whose_time_has_come_is_made_now() -> None:
+    """While a call hangs, its time lies in the past: that is no next try."""
+    waits = STATUS["rotation"] | {"next_try_at": "2026-03-01T11:59:54Z", "step": "publish"}
+    text = render.status_of_one(STATUS | {"rotation": waits}, NOW)
+    assert "trying now, publish" in text
+    assert "next try" not in text
+    assert "trying now" in render.status([STATUS | {"rotation": waits}], NOW)

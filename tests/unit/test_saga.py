@@ -10,7 +10,7 @@ import pytest
 
 from keyturn.core import lifecycle
 from keyturn.core.model import AgentState, Cause, RotationState, VersionState, WaitReason
-from keyturn.errors import Denied, DestinationUnavailable, Rejected, Throttled
+from keyturn.errors import Denied, DestinationUnavailable, Rejected, StoreFull, Throttled
 from support.bench import GRACE, NOW, SHAPES, SWEEP, Bench, Crash, Endless
 
 PAIRS = [("staging", "azure"), ("vault", "file"), ("azure", "file"), ("staging", "vault")]
@@ -732,3 +732,30 @@ def test_the_bench_sees_endless_runs_and_crashes(make: Make) -> None:
     bench.steps.in_run = 10_000
     with pytest.raises(Endless):
         bench.steps.step(step="x", case=bench.case, where="", seconds=0, code="", detail="")
+
+
+def test_a_run_that_the_store_breaks_off_is_remembered_and_gives_its_claim_back(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Status can tell why nothing goes on, and with room again nobody waits for a claim to run out."""
+    bench = make("vault")
+    bench.ask()
+
+    def full(*_more: object, **_named: object) -> None:
+        raise StoreFull
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(bench.store), "save", full)
+        with pytest.raises(StoreFull):
+            bench.run()
+    carried = bench.world.carried
+    parked = carried.parked(bench.uid)
+    assert parked is not None
+    assert parked.code == "store-full"
+    assert bench.store.claim(bench.uid, holder="other", ttl=timedelta(seconds=1)) is None
+
+    carried.give_back(bench.store, bench.clock.now())
+    bench.run()
+
+    assert bench.at_home()
+    assert carried.parked(bench.uid) is None

@@ -18,13 +18,15 @@ from keyturn.core.model import (
     Look,
     Placement,
     Policy,
+    Request,
     RotationState,
     Waiting,
     WaitReason,
 )
 from keyturn.core.model import VersionState as S
-from keyturn.errors import DestinationError
+from keyturn.errors import DestinationError, StoreFull, StoreUnavailable
 from keyturn.status import describe
+from keyturn.world import Parked
 from support.stores import NOW, intent, rotation, target, version
 
 UID = "cred"
@@ -198,7 +200,7 @@ def unlisted(of: Case) -> Case:
 
 HINTS: dict[str, tuple[Case, str]] = {
     "all is well": (case(S.CURRENT, looks=BOTH), ""),
-    "suspended": (case(S.CURRENT, agent=AgentState.SUSPENDED), "keyturn resume bot"),
+    "suspended": (case(S.CURRENT, agent=AgentState.SUSPENDED), "keyturn audit bot"),
     "unmanaged": (unlisted(case(S.CURRENT)), "keyturn agents remove bot"),
     "unmanaged and suspended": (
         unlisted(case(S.CURRENT, agent=AgentState.SUSPENDED)),
@@ -206,7 +208,7 @@ HINTS: dict[str, tuple[Case, str]] = {
     ),
     "stalled": (
         case(S.CURRENT, rotating={"state": RotationState.STALLED, "error_code": "denied"}),
-        "keyturn rotation retry bot",
+        "keyturn check --probe",
     ),
     "a destination is away": (
         case(S.CURRENT, rotating=waits(WaitReason.DESTINATION, "destination-unavailable")),
@@ -242,4 +244,49 @@ def test_every_code_has_its_advice() -> None:
     found = errors | {str(one) for one in WaitReason} | advice.ALTERED | {"not-shown"}
     # These two never come without a code of their own.
     found -= {str(WaitReason.DESTINATION), str(WaitReason.FOREIGN_STAGED)}
+    found |= {StoreFull.code, StoreUnavailable.code}
     assert found == set(advice.TABLE)
+
+
+def test_after_a_revoke_the_latest_version_is_what_is_shown() -> None:
+    """An older look says nothing of the version that was placed after it, whatever became of that."""
+    revoked = replace(version(UID, 2, S.REVOKED), promoted_at=AGO, ended_at=NOW)
+    of = case(S.RETIRED, S.REVOKED, looks=(Look(target=A.key, at=AGO - timedelta(1), shown=OLD),))
+    of = replace(of, versions=(of.versions[0], revoked))
+    assert seen(of)["destinations"][0]["shows_version"] == NEW
+
+    later = NOW + timedelta(seconds=1)
+    swept = replace(of.credential, looks=(Look(target=A.key, at=later),))
+    assert seen(replace(of, credential=swept))["destinations"][0]["shows_version"] is None
+
+
+def test_what_does_not_rotate_has_no_next_rotation() -> None:
+    """A suspended agent and one that left the files have a plan, but nothing comes of it."""
+    planned = case(S.CURRENT, next_rotation_at=SOON)
+    suspended = case(S.CURRENT, next_rotation_at=SOON, agent=AgentState.SUSPENDED)
+    assert seen(planned)["next_rotation_at"] is not None
+    assert seen(suspended)["next_rotation_at"] is None
+    assert seen(unlisted(planned))["next_rotation_at"] is None
+
+
+PARKED = Parked(code="store-full", since=AGO)
+
+
+@pytest.mark.parametrize("of", [case(S.CURRENT), case(S.CURRENT, rotating={})])
+def test_a_store_that_is_full_stands_in_the_way(of: Case) -> None:
+    """Whether its row could be written or not, the rotation waits for the store, and status says so."""
+    found = describe(of, policy=Policy(), now=NOW, parked=PARKED)
+    rotating = found["rotation"]
+    assert (rotating["state"], rotating["why"], rotating["where"]) == (
+        "waiting",
+        "store-full",
+        "store",
+    )
+    assert "free some space" in found["hint"]
+
+
+def test_a_rotation_that_was_asked_for_is_seen_before_its_row() -> None:
+    """A destination that hangs at the first read leaves nothing in the store yet."""
+    found = seen(case(S.CURRENT, request=Request()))["rotation"]
+    assert found["state"] == "asked"
+    assert set(found) == set(seen(case(S.CURRENT, rotating={}))["rotation"])

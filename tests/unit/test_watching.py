@@ -13,8 +13,10 @@ import pytest
 from keyturn.core.model import Agent, Case, Credential, VersionState
 from keyturn.daemon.metrics import OUTCOMES, Metrics
 from keyturn.daemon.watching import Watching
+from keyturn.ports import Claim
 from keyturn.wiring import Parts
-from support.stores import rotation, target, version
+from keyturn.world import Carried, Parked
+from support.stores import NOW, rotation, target, version
 
 S = VersionState
 
@@ -57,7 +59,7 @@ def test_each_end_has_one_outcome(
     watching: Watching, step: str, of: Case, code: str, outcome: str
 ) -> None:
     """A rotation or an attempt is counted once, where it ended; what is not there is zero."""
-    watching.step(step=step, case=of, where="", seconds=0.1, code=code)
+    watching.step(step=step, case=of, where="", seconds=0.1, code=code, detail="")
     found = {name: counted(watching, "rotations_total", outcome=name) for name in OUTCOMES}
     assert found == {name: float(name == outcome) for name in OUTCOMES}
 
@@ -71,7 +73,7 @@ def test_only_calls_tell_whether_a_destination_is_up(watching: Watching) -> None
         ("observe", "throttled", 0.0),
         ("observe", "", 1.0),
     ]:
-        watching.step(step=step, case=case(), where="v:p", seconds=0.1, code=code)
+        watching.step(step=step, case=case(), where="v:p", seconds=0.1, code=code, detail="")
         assert counted(watching, "destination_up", destination="v") == up, step
     labels = {"operation": "activate", "result": "denied"}
     assert counted(watching, "destination_requests_total", **labels) == 1.0
@@ -88,3 +90,50 @@ def test_the_end_of_our_own_login_is_shown(watching: Watching) -> None:
     name = "own_credential_expiry_timestamp_seconds"
     assert counted(watching, name, connection="v") == pytest.approx(time.time() + 3600, abs=5)
     assert counted(watching, name, connection="files") is None
+
+
+def test_a_stall_is_logged_for_a_person(
+    watching: Watching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Why and where a rotation stops is in the log, as an error; that it waits, as a warning."""
+    said: list[tuple[str, dict[str, Any]]] = []
+
+    class Log:
+        def __getattr__(self, level: str) -> Any:
+            return lambda event, **named: said.append((level, {"event": event, **named}))
+
+    monkeypatch.setattr("keyturn.daemon.watching._log", Log())
+    for step in ("stall", "wait"):
+        watching.step(
+            step=step, case=case(), where="v:p", seconds=0.1, code="", detail="denied: no read"
+        )
+    levels = [level for level, _ in said]
+    assert levels == ["error", "warning"]
+    assert said[0][1] == {
+        "event": "rotation.stall",
+        "agent": "bot",
+        "where": "v:p",
+        "code": "denied",
+        "detail": "denied: no read",
+    }
+
+
+def test_a_revoke_lets_broken_off_runs_go_on(watching: Watching) -> None:
+    """With the ballast's room the claim goes back, so the successor waits for no claim to run out."""
+    released: list[Any] = []
+    parts = cast("Any", watching)._parts
+    parts.store = SimpleNamespace(
+        release=lambda claim, wake_at: released.append((claim, wake_at)), now=lambda: NOW
+    )
+    parts.carried = Carried()
+    claim = Claim(credential_uid="cred", holder="h", fence=1, incarnation=1, until=NOW)
+    parts.carried.park("cred", Parked(code="store-full", since=NOW, claim=claim))
+
+    for _ in range(2):
+        watching.revocation(
+            {"target": "agent:bot", "versions": [], "incomplete": False, "delay_seconds": 0.0},
+            "command",
+        )
+
+    assert released == [(claim, NOW)]
+    assert parts.carried.parked("cred").code == "store-full"

@@ -100,15 +100,17 @@ def _status_row(row: Row, now: datetime) -> tuple[str, ...]:
         safe(current.get("version")),
         when(current.get("promoted_at"), now),
         f"overdue, {following}" if row.get("overdue") else following,
-        _rotation_words(row.get("rotation")),
+        _rotation_words(row.get("rotation"), now),
         f"{synced}/{len(targets)}",
         when(current.get("last_used_at"), now),
     )
 
 
-def _rotation_words(rotation: Row | None) -> str:
+def _rotation_words(rotation: Row | None, now: datetime) -> str:
     if not rotation:
         return _NONE
+    if _is_trying(rotation, now):
+        return f"trying now, {safe(rotation.get('step'))}"
     words = [rotation.get("state"), rotation.get("step")]
     why = rotation.get("why") or rotation.get("error_code")
     return " ".join(safe(word) for word in words if word) + (f" ({safe(why)})" if why else "")
@@ -119,11 +121,12 @@ def status_of_one(row: Row, now: datetime | None = None) -> str:
     at = now or datetime.now(UTC)
     lines = [
         f"{safe(row.get('agent'))}: {safe(row.get('state'))}",
+        *_suspension_lines(row.get("suspension"), at),
         *_pairs(row, ("login", "owner", "policy", "managed_by")),
         f"  next rotation  {_instant(row.get('next_rotation_at'), at)}"
         + ("  OVERDUE" if row.get("overdue") else ""),
         f"  maximum age    {_instant(row.get('max_age_at'), at)}",
-        *_version_lines("current", row.get("current"), at),
+        *_current_lines(row, at),
         *_version_lines("pending", row.get("pending"), at),
         *(
             line
@@ -172,14 +175,44 @@ def _version_lines(name: str, version: Row | str | None, now: datetime) -> list[
 def _rotation_lines(rotation: Row | None, now: datetime) -> list[str]:
     if not rotation:
         return []
-    facts = [f"{_rotation_words(rotation)}", f"attempt {safe(rotation.get('attempt'))}"]
+    facts = [_rotation_words(rotation, now), f"attempt {safe(rotation.get('attempt'))}"]
     if rotation.get("waiting_since"):
         facts.append(f"since {when(rotation['waiting_since'], now)}")
-    if rotation.get("next_try_at"):
+    if rotation.get("next_try_at") and not _is_trying(rotation, now):
         facts.append(f"next try {when(rotation['next_try_at'], now)}")
     lines = ["  rotation       " + " · ".join(facts)]
     if rotation.get("error_detail"):
         lines.append(f"  because        {safe(rotation['error_detail'])}")
+    return lines
+
+
+def _is_trying(rotation: Row, now: datetime) -> bool:
+    """Whether the next try of what waits has begun: its outcome is not known yet."""
+    next_try = rotation.get("next_try_at")
+    if not next_try or rotation.get("where") == "store":
+        return False
+    try:
+        return datetime.fromisoformat(next_try) <= now
+    except (ValueError, TypeError):
+        return False
+
+
+def _suspension_lines(suspension: Row | None, now: datetime) -> list[str]:
+    if not suspension:
+        return []
+    how = "revoked" if suspension.get("how") == "revoke" else "suspended"
+    facts = [f"{how} by {safe(suspension.get('by'))}", when(suspension.get("at"), now)]
+    facts += [f"reason: {safe(suspension['reason'])}"] if suspension.get("reason") else []
+    return ["  stopped        " + " · ".join(facts)]
+
+
+def _current_lines(row: Row, now: datetime) -> list[str]:
+    if row.get("current"):
+        return _version_lines("current", row["current"], now)
+    others = any(row.get(name) for name in ("pending", "previous", "kept"))
+    lines = ["  current        none" + ("" if others else ": every secret is refused")]
+    if row.get("successor_owed"):
+        lines.append("  successor      owed; a rotation gives it, see below")
     return lines
 
 

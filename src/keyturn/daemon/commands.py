@@ -13,7 +13,15 @@ from typing import Any, Protocol
 
 from keyturn import advice
 from keyturn.administration import Caller, Leak
-from keyturn.core.model import AgentState, Case, Rotation, RotationState, Target, Version
+from keyturn.core.model import (
+    Agent,
+    AgentState,
+    Case,
+    Rotation,
+    RotationState,
+    Target,
+    Version,
+)
 from keyturn.daemon.peer import Peer, Role
 from keyturn.daemon.socket import Command, Progress
 from keyturn.errors import KeyturnError, Refused, UnknownAgent
@@ -89,7 +97,29 @@ class Commands:
         parts = self._parts()
         # A tombstone refuses before the store has it, and without a daemon for as long.
         case = parts.administration.refused_here(case)
-        return describe(case, policy=parts.policy_of(case), now=parts.store.now())
+        return describe(
+            case,
+            policy=parts.policy_of(case),
+            now=parts.store.now(),
+            parked=parts.carried.parked(case.credential.uid),
+            suspension=self._suspension(case.agent),
+        )
+
+    def _suspension(self, agent: Agent) -> dict[str, Any] | None:
+        """Return who suspended an agent, when and why, as the audit has it."""
+        if agent.state is not AgentState.SUSPENDED:
+            return None
+        entries = self._parts().store.audit_entries(agent=agent.name, limit=200)
+        newest = max(
+            (one for one in entries if one.entry.action in ("suspend", "revoke")),
+            key=lambda one: one.at,
+            default=None,
+        )
+        if newest is None:
+            return None
+        found = _recorded(newest)
+        reason = found["detail"].get("reason")
+        return {"by": found["actor"], "at": found["at"], "how": found["action"], "reason": reason}
 
     def names(self, args: Args, peer: Peer, progress: Progress) -> Any:
         """List the names that can be typed, for completion."""
@@ -136,7 +166,8 @@ class Commands:
         del args, peer, progress
         self._running()
         now, jump = self._parts().store_clock.look()
-        return {"now": now.isoformat(), "jump_seconds": jump.total_seconds(), "ok": not jump}
+        shown = now.isoformat().replace("+00:00", "Z")
+        return {"now": shown, "jump_seconds": jump.total_seconds(), "ok": not jump}
 
     # --- change -----------------------------------------------------------------------------
 
@@ -227,7 +258,8 @@ class Commands:
                 return _promoted(case, case.current)
             if case.rotation is not None and case.rotation.state is RotationState.STALLED:
                 return _stalled(name, case.rotation)
-            shown = _tell(name, case, shown, progress)
+            parked = self._parts().carried.parked(case.credential.uid)
+            shown = _tell(name, case, shown, progress, parked.code if parked else "")
             time.sleep(WAIT_POLL)
         return {"agent": name, "outcome": "waiting"}
 
@@ -458,20 +490,25 @@ def _stalled(name: str, rotation: Rotation) -> dict[str, Any]:
     return {"agent": name, "outcome": "stalled", "error": error}
 
 
-def _tell(name: str, case: Case, shown: str, progress: Progress) -> str:
-    """Send an event where the rotation's state has changed since `shown`; return the new one."""
-    rotation = case.rotation
-    if rotation is None or not rotation.open:
+def _tell(name: str, case: Case, shown: str, progress: Progress, parked: str) -> str:
+    """Send an event where the rotation's state has changed since `shown`; return the new one.
+
+    `parked` is the code of the store's that broke the last run off: nothing goes on until it is well.
+    """
+    rotation = case.rotation if case.rotation is not None and case.rotation.open else None
+    if rotation is None and not parked:
         return shown
-    waiting = rotation.waiting
-    state = f"{rotation.state}/{rotation.version_id}/{waiting.reason if waiting else ''}"
+    waiting = rotation.waiting if rotation else None
+    why = parked or (str(waiting.reason) if waiting else "")
+    name_of_state = str(rotation.state) if rotation and not parked else "waiting"
+    state = f"{name_of_state}/{rotation.version_id if rotation else ''}/{why}"
     if state != shown:
         progress(
             {
                 "event": "rotation",
                 "agent": name,
-                "state": str(rotation.state),
-                "why": str(waiting.reason) if waiting else "",
+                "state": name_of_state,
+                "why": why,
                 "target": waiting.where if waiting else "",
             }
         )

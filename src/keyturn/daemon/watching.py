@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -19,7 +20,7 @@ from keyturn.daemon.metrics import (
     VERSION_STATES,
     Metrics,
 )
-from keyturn.errors import StoreUnavailable
+from keyturn.errors import StorageError, StoreUnavailable
 from keyturn.ports import AuditEntry
 from keyturn.storage.migrations import HEAD
 from keyturn.wiring import Parts
@@ -55,12 +56,16 @@ class Watching:
         outcome = "" if code else _outcome(step, case)
         if outcome:
             self.rotation_ended(outcome)
-        level = "warning" if code else "info" if step in _LOUD else "debug"
+        # A stall needs a person, whatever it stalled at; what waits goes on by itself.
+        level = (
+            "error" if step == "stall" else "warning" if code or step == "wait"
+            else "info" if step in _LOUD else "debug"
+        )  # fmt: skip
         getattr(_log, level)(
             f"rotation.{step}",
             agent=case.agent.name,
             where=where or None,
-            code=code or None,
+            code=code or (detail.partition(":")[0] if step in ("stall", "wait") else "") or None,
             detail=detail or None,
         )
 
@@ -80,6 +85,7 @@ class Watching:
             incomplete=result["incomplete"],
             seconds=result["delay_seconds"],
         )
+        self._unpark()  # the ballast has made room, perhaps enough for the successor
 
     def _call(self, name: str, step: str, code: str) -> None:
         self.metrics.destination_requests.labels(step, code or "ok").inc()
@@ -115,12 +121,18 @@ class Watching:
     def measure(self) -> None:
         """Count for the metrics, and say what the sweeps found that is new."""
         self._keep_ballast()
+        self._unpark()
         self._read_logins()
         self.metrics.audit_queue_length.set(self._parts.administration.queued())
         try:
             self._count()
         except StoreUnavailable:
             return  # the tick says so
+
+    def _unpark(self) -> None:
+        """Let credentials go on whose last run the store broke off."""
+        with suppress(StorageError):
+            self._parts.carried.give_back(self._parts.store, self._parts.store.now())
 
     def _count(self) -> None:
         store, metrics = self._parts.store, self.metrics
