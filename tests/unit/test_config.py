@@ -171,6 +171,7 @@ def test_the_smallest_file(write: Write) -> None:
         ("version: 1", "version: 2", "k.yaml:1: version: expected 1"),
         ("version: 1\n", "", "k.yaml:1: version: required: expected 1"),
         ("every: 30d", "every: 30 days", "k.yaml:10: policies.default.every: expected a duration such as 30d, 48h, 1h30m, 2s or 250ms, or manual"),
+        ("connections:", "conections:", "k.yaml:3: conections: unknown key: did you mean connections?"),
         ("every: 30d", "evry: 30d", "k.yaml:10: policies.default.evry: unknown key: did you mean every?"),
         ("every: 30d", "every: 30d\n    cron: 0 3 * * *", "k.yaml:9: policies.default: expected `every` or `cron`, not both"),
         ("0 3 * * tue", "0 3 * * foo", 'k.yaml:16: policies.nightly.cron: expected five fields of a crontab such as "0 3 * * tue" (minute hour day month weekday)'),

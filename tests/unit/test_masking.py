@@ -37,6 +37,24 @@ def test_a_secret_that_was_cut_is_masked(length: int) -> None:
     assert RANDOM_PART[:4] not in mask(f"{head}_{RANDOM_PART[:length]}")
 
 
+@pytest.mark.parametrize("cut", [1, 3, 9, 16])
+def test_a_secret_without_its_beginning_is_masked(cut: int) -> None:
+    """Whoever pastes from the middle of the public id on still pastes all of the secret part."""
+    assert RANDOM_PART not in mask(f"x={CANARY[cut:]} y")
+    assert RANDOM_PART[:8] not in mask(CANARY[cut:])
+
+
+def test_digests_and_ids_of_others_stay() -> None:
+    """Only a whole random part after a `_` looks like ours: other lengths and one case do not."""
+    for text in (
+        "a_" + "0aF" * 13,
+        "a_" + "0af" * 16 + "0",
+        f"x {'aB3' * 16}a",
+        "sha_" + "aB" * 40,
+    ):
+        assert mask(text) == text
+
+
 def test_words_that_are_no_secret_stay() -> None:
     """Ids, times and ordinary words with underscores are not touched."""
     text = f"keyturn_rotations_total {VERSION_ID} 2026-01-01T00:00:00Z vault-eu:a_b"

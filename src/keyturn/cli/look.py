@@ -148,7 +148,8 @@ def metrics(
 ) -> None:
     """Print the metrics in the Prometheus text format."""
     result = ask("metrics", {}, socket=socket, config=config)
-    output.show(result, as_json=json, people=lambda data: str(data["text"]).rstrip("\n"))
+    text = str(result["text"]).rstrip("\n")
+    output.show(result.get("samples", result), as_json=json, people=lambda _data: text)
 
 
 def _version_ids(stream: BinaryIO) -> Iterator[str]:

@@ -391,6 +391,8 @@ class AgentSection(Section):
 class TopSection(Section):
     """The other keys of the main file."""
 
+    beside = ("store", "log", "verifier", "admin", "connections", "policies", "agents")
+
     version: Annotated[Literal[1], Form("1"), Field(description="version of this format")]
     revocations_file: Annotated[
         File, Field(description="file of revocations; polled, and read at SIGUSR1")

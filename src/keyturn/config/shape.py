@@ -18,6 +18,7 @@ from keyturn.config.file import Document, Loc, Problem, did_you_mean
 class Section(BaseModel):
     """A part of the file: frozen, no unknown keys, no conversions between types."""
 
+    beside: ClassVar[tuple[str, ...]] = ()  # keys that stand beside these and are read elsewhere
     rule: ClassVar[str] = "values that fit together"  # what a check of the whole section expects
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
@@ -49,7 +50,7 @@ def _render(
         loc, field, owner = _resolve(model, data, error["loc"])
         place = (*at, *loc)
         if error["type"] == "extra_forbidden":
-            known = owner.model_fields if owner else {}
+            known = {*(owner.model_fields if owner else ()), *getattr(owner, "beside", ())}
             text = f"unknown key: {did_you_mean(loc[-1], known)}"
         elif error["type"] == "missing":
             text = f"required: expected {form_of(field)}"

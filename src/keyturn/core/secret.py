@@ -34,6 +34,13 @@ VERSION_ID = re.compile(rf"[0-9A-Za-z]{{{VERSION_ID_LENGTH}}}")
 # The version id is public and stays; the random part goes, also where a text was cut in the middle
 # of it, and whatever stands in front of it.
 _SECRET_PART = re.compile(rf"(_[0-9A-Za-z]{{{VERSION_ID_LENGTH}}}_)[0-9A-Za-z]{{4,}}")
+# Where the beginning is missing too, the checksum cannot be checked any more: then a whole random part
+# with its checksum goes that follows a `_`, of a length that no usual digest or id has. Without even
+# the `_` it cannot be told from other people's ids, and masking those would blind whoever reads a log.
+_CUT_PART = re.compile(
+    r"_(?=[0-9A-Za-z]*[0-9])(?=[0-9A-Za-z]*[a-z])(?=[0-9A-Za-z]*[A-Z])"
+    rf"[0-9A-Za-z]{{{RANDOM_LENGTH + CHECKSUM_LENGTH}}}(?![0-9A-Za-z])"
+)
 
 
 class Secret:
@@ -110,7 +117,7 @@ def looks_like_ours(value: bytes) -> bool:
 
 def mask(text: str) -> str:
     """Replace the secret part of everything that has the form of a secret of ours."""
-    return _SECRET_PART.sub(r"\1***", text)
+    return _CUT_PART.sub("_***", _SECRET_PART.sub(r"\1***", text))
 
 
 def is_version_id(text: str) -> bool:

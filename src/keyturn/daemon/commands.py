@@ -6,6 +6,7 @@ the daemon (waiting for a saga, reloading) comes in as `Daemon` and is absent th
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -13,10 +14,12 @@ from typing import Any, Protocol
 
 from keyturn import advice
 from keyturn.administration import Caller, Leak
+from keyturn.core.duration import format_duration
 from keyturn.core.model import (
     Agent,
     AgentState,
     Case,
+    Policy,
     Rotation,
     RotationState,
     Target,
@@ -33,6 +36,7 @@ from keyturn.wiring import Parts
 
 Args = dict[str, Any]
 WAIT_POLL = 0.05
+LONGEST_GRACE = timedelta(days=90)  # without --force, where the policy has no maximum age
 WAIT_LIMIT = timedelta(hours=1)
 CLEANUP_LIMIT = timedelta(minutes=2)
 CLOSED = {RotationState.DONE: "promoted", RotationState.CLOSED: "revoked"}
@@ -159,7 +163,8 @@ class Commands:
     def metrics(self, args: Args, peer: Peer, progress: Progress) -> Any:
         """Return the metrics."""
         del args, peer, progress
-        return {"text": self._running().metrics_text()}
+        text = self._running().metrics_text()
+        return {"text": text, "samples": _sampled(text)}
 
     def clock(self, args: Args, peer: Peer, progress: Progress) -> Any:
         """Compare the wall clock with the time since boot."""
@@ -241,6 +246,7 @@ class Commands:
             window = None if grace is None else timedelta(seconds=float(grace))
             if window is not None and not args.get("force"):
                 parts.check_grace(case, window)
+                _refuse_long(window, parts.policy_of(case))
             done = parts.administration.rotate(
                 name, _caller(peer), grace=window, force=bool(args.get("force")), once=once
             )
@@ -403,6 +409,32 @@ class Commands:
     def _kick(self) -> None:
         if self._daemon is not None:
             self._daemon.kick()
+
+
+def _refuse_long(grace: timedelta, policy: Policy) -> None:
+    """Refuse a grace that outlives what the old version may live: most likely a slip of the pen."""
+    longest = policy.max_age or max(policy.grace, LONGEST_GRACE)
+    if grace > longest:
+        raise Refused(
+            f"a grace of {format_duration(grace)} is longer than {format_duration(longest)}, and holds"
+            " one of the few places for accepted versions that long",
+            hint="give a shorter one, or add --force",
+        )
+
+
+def _sampled(text: str) -> list[dict[str, Any]]:
+    """Return the metrics as data for machines; JSON knows no infinity and no NaN."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    return [
+        {
+            "name": sample.name,
+            "labels": dict(sample.labels),
+            "value": sample.value if math.isfinite(sample.value) else None,
+        }
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    ]
 
 
 def _once(command: str, args: Args) -> Once | None:
