@@ -50,6 +50,9 @@ def test_a_grace_below_the_floor_wants_force(keyturn: Keyturn) -> None:
 
     assert (refused.returncode, forced.returncode) == (4, 0)
     assert "--force" in refused.stdout + refused.stderr
+    forever = keyturn.run("rotate", "agent-0", "--grace", "100000d")
+    assert forever.returncode == 4
+    assert "longer than" in forever.stdout + forever.stderr
     keyturn.wait_for(lambda: accepts(verifier, old) is False, seconds=5)
     verifier.close()
 

@@ -164,3 +164,15 @@ def test_what_waits_for_a_locked_store_is_queued(tmp_path: Path) -> None:
         lock.execute("ROLLBACK")
         lock.close()
         keyturn.wait_for(lambda: value(keyturn, "audit_queue_length") == 0)
+
+
+def test_the_metrics_are_data_for_machines(tmp_path: Path) -> None:
+    """`metrics --json` gives samples with name, labels and value, and numbers that JSON knows."""
+    keyturn = Keyturn(tmp_path, agents=1)
+    keyturn.start()
+    samples = keyturn.ask("metrics")[1]
+    up = [one for one in samples if one["name"] == "keyturn_store_up"]
+    assert up == [{"name": "keyturn_store_up", "labels": {}, "value": 1.0}]
+    assert all(set(one) == {"name", "labels", "value"} for one in samples)
+    assert keyturn.ask("clock")[1]["now"].endswith("Z")
+    keyturn.stop()
