@@ -87,6 +87,7 @@ class Vault:
         self.grants: list[tuple[str, frozenset[str], str]] = []  # object id, actions, secret or ""
         self.recovery = 0.0  # seconds that deleting and recovering take
         self.most_writes, self.most_others = 300, 4000  # each ten seconds
+        self.short_pages = 0.2  # how many pages hold fewer versions than were asked for
         self.firewall = False
         self._done: dict[bool, deque[float]] = {True: deque(), False: deque()}
         self._draw = random.Random(base)
@@ -276,7 +277,8 @@ class Vault:
         # No order, but the same one on each page: by id.
         listed = [] if gone or found is None else sorted(found.versions, key=lambda one: one.id)
         # A page may hold fewer than asked for, none as well, though more follow.
-        given = int(size) if self._draw.random() < 0.8 else self._draw.randrange(int(size))
+        short = self._draw.random() < self.short_pages
+        given = self._draw.randrange(int(size)) if short else int(size)
         page, end = listed[int(start) : int(start) + given], int(start) + given
         link = None
         if end < len(listed):
