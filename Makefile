@@ -29,7 +29,7 @@ audit: .venv/bin/python  ## known vulnerabilities of what is installed
 	@$(BIN)/pip-audit --skip-editable --progress-spinner off --timeout 20 || \
 		echo "not audited, or something was found: see the lines above"
 
-bench: .venv/test.stamp  ## rotations per second beside bare hvac, in one run
+bench: .venv/test.stamp  ## rotations per second beside the bare clients, in one run
 	@$(BIN)/python benchmarks/rotations.py
 
 docs: .venv/test.stamp  ## pages that are generated
