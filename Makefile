@@ -12,10 +12,10 @@ demo: .venv/demo.stamp  ## the main job on the embedded defaults; DEST=vault|aws
 	@$(BIN)/keyturn demo --dest $(DEST)
 
 test: .venv/test.stamp  ## the suite, at most 20 minutes on two cores
-	@$(BIN)/python -m pytest -q -m 'not full'
+	@$(BIN)/python tests/run.py -q -m 'not full'
 
 test-full: .venv/test.stamp  ## with the long versions
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python tests/run.py -q -s
 
 check: .venv/lint.stamp  ## style, types, layers
 	@$(BIN)/ruff check .
