@@ -91,11 +91,19 @@ def run(world: World, credential_uid: str, *, holder: str) -> datetime | None:
     except ClaimLost:
         until = None  # the taker starts at its row; what we knew is void
     except StoreUnavailable as error:
-        parked = Parked(code=error.code, since=world.clock.now(), claim=claim)
+        parked = Parked(code=error.code, since=_now_if_known(world), claim=claim)
         world.carried.park(credential_uid, parked)
         raise
     world.carried.unpark(credential_uid)
     return until
+
+
+def _now_if_known(world: World) -> datetime | None:
+    """Return the store's time; a database that is away cannot be asked for it."""
+    try:
+        return world.clock.now()
+    except StoreUnavailable:
+        return None
 
 
 @dataclass(slots=True)

@@ -34,7 +34,7 @@ class Parked:
     """A run that the store broke off: its code, since when, and the claim that it could not give back."""
 
     code: str
-    since: datetime
+    since: datetime | None
     claim: Claim | None = None
 
 
@@ -96,7 +96,7 @@ class Carried:
             before = self._parked.get(credential_uid)
             if before is not None:
                 claim = parked.claim or before.claim
-                parked = replace(parked, since=before.since, claim=claim)
+                parked = replace(parked, since=before.since or parked.since, claim=claim)
             self._parked[credential_uid] = parked
 
     def unpark(self, credential_uid: str) -> None:
