@@ -21,7 +21,6 @@ from keyturn.core import lifecycle
 from keyturn.core.duration import format_duration
 from keyturn.core.model import (
     Agent,
-    AgentState,
     Case,
     ManagedBy,
     Request,
@@ -38,6 +37,21 @@ from keyturn.errors import (
     UnknownAgent,
     UnknownVersion,
 )
+from keyturn.leaks import (
+    NO_TOMBSTONE,
+    STORE_AWAY,
+    Caller,
+    Leak,
+    Order,
+    is_cut,
+    note_of,
+    older,
+    orders_of,
+    revoke_entry,
+    revoked,
+    text_of,
+    warnings_of,
+)
 from keyturn.ports import AuditEntry, Authority, Clock, Saved
 from keyturn.storage.ledger import Ledger
 from keyturn.storage.requests import KEPT, Begun, Once
@@ -49,60 +63,9 @@ VERIFIER_POLL = 0.02
 AGAIN_AT_MOST = 600.0  # seconds until a tombstone of no known version is looked at again
 SPOOL_PATIENCE = 10.0  # seconds for tombstones whose rows the store does not take
 BATCH = 500  # tombstones that one query looks up
-STORE_AWAY = (
-    "the store could not be written: every verifier of this host refuses already, the daemon writes"
-    " the rest as soon as it can"
-)
-
-NO_TOMBSTONE = (
-    "the store has it, but no tombstone could be made: after a restore of the store revoke it again"
-)
 
 T = TypeVar("T")
 _log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Caller:
-    """Who asks, and how it reached us: `socket`, `command`, `signal`, `file` or `reload`."""
-
-    name: str
-    trigger: str = "command"
-
-    def __post_init__(self) -> None:
-        """Replace what is no text: the name goes into the audit."""
-        object.__setattr__(self, "name", _text(self.name))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Leak:
-    """What is to be revoked: an agent or one version, everything minted up to `at`."""
-
-    agent: str | None = None
-    version: str | None = None
-    reissue: bool = False
-    reason: str = ""
-    at: datetime | None = None
-    withhold: tuple[str, ...] = ()  # connections where the successor is not published
-
-    def __post_init__(self) -> None:
-        """Mask a secret that was pasted into the reason, and what is no text: no cause to refuse."""
-        object.__setattr__(self, "reason", mask(_text(self.reason)))
-        object.__setattr__(self, "withhold", tuple(_text(name) for name in self.withhold))
-
-    @property
-    def target(self) -> str:
-        """The typed target, as the revocations file writes it."""
-        return f"agent:{self.agent}" if self.agent else f"version:{self.version}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Order:
-    """One leak to be acted on for a caller."""
-
-    leak: Leak
-    caller: Caller
-    once: Once | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,11 +130,11 @@ class Administration:
             return self._result(leak, ids, began, complete=False, dry_run=True)
         if once is not None:
             self.begun.note(once, ids)
-        note = _note(leak, caller, once)
+        note = note_of(leak, caller, once)
         trouble = self._entomb(ids, note)
         refused_after = time.monotonic() - began
         try:
-            done = self._commit([_Order(leak=leak, caller=caller, once=once)])
+            done = self._commit([Order(leak=leak, caller=caller, once=once)])
         except UnknownVersion:
             # The store has none of that id, and the ledger none that it is about to have.
             for version_id in ids:
@@ -204,7 +167,7 @@ class Administration:
         """Refuse on this host what many lines name, before any of them waits for the store."""
         for leak, caller in leaks:
             with contextlib.suppress(KeyturnError):  # `revoke` says what is wrong with it
-                self._entomb(self._resolve(leak), _note(leak, caller, None))
+                self._entomb(self._resolve(leak), note_of(leak, caller, None))
 
     def refused_here(self, case: Case) -> Case:
         """Return a case as the verifiers of this host see it: what has a tombstone is revoked."""
@@ -265,7 +228,7 @@ class Administration:
         self.unknown.discard(version_id)
         agent, version = known
         try:
-            orders = _orders(version, self.spool.notes(version_id), agent.name, caller)
+            orders = orders_of(version, self.spool.notes(version_id), agent.name, caller)
             if orders:
                 self._apply_orders(orders, version)
         except StoreUnavailable:
@@ -283,7 +246,7 @@ class Administration:
         self.later.pop(version_id, None)
         return 1 if orders else 0
 
-    def _apply_orders(self, orders: Sequence[_Order], version: Version) -> None:
+    def _apply_orders(self, orders: Sequence[Order], version: Version) -> None:
         uid = version.credential_uid
         self._commit(orders, uid=uid, also=version.id)
         found = self.store.find_versions([version.id])[version.id][1]
@@ -364,7 +327,7 @@ class Administration:
         return [i for i in ids if i in minted and minted[i] <= leak.at]
 
     def _commit(
-        self, orders: Sequence[_Order], *, uid: str = "", also: str = ""
+        self, orders: Sequence[Order], *, uid: str = "", also: str = ""
     ) -> _Committed | None:
         """Carry out orders about one credential in one transaction, as if one after the other.
 
@@ -376,21 +339,21 @@ class Administration:
         if found is None:
             return None
         uid, now = found
-        cases, revoked = list[Case](), list[str]()
+        cases, refused = list[Case](), list[str]()
         onces = [order.once for order in orders if order.once is not None]
         once = onces[0] if onces else None
 
         def change(case: Case) -> tuple[Case, Sequence[AuditEntry]]:
             entries = []
-            cases[:], revoked[:] = [case], []
+            cases[:], refused[:] = [case], []
             for order in orders:
-                after = _revoked(case, order.leak, now)
-                cut = [v.id for v in after.versions if _is_cut(case, v)]
-                entries.append(_revoke_entry(case, order, cut))
-                revoked.extend(cut)
+                after = revoked(case, order.leak, now)
+                cut = [v.id for v in after.versions if is_cut(case, v)]
+                entries.append(revoke_entry(case, order, cut))
+                refused.extend(cut)
                 case = after
             for one in onces:
-                one.outcome = {"revoked": list(revoked)}
+                one.outcome = {"revoked": list(refused)}
             return case, entries
 
         saved = self._with_room(lambda: self._amend(uid, change, once, also=also))
@@ -398,15 +361,15 @@ class Administration:
             self._keep(uid, one)
         repeated = once is not None and once.repeated
         if once is not None and repeated:
-            revoked[:] = once.outcome["revoked"]
+            refused[:] = once.outcome["revoked"]
         before = cases[0] if cases and not repeated else saved.case
-        minted = [v.minted_at for v in before.versions if v.id in revoked]
+        minted = [v.minted_at for v in before.versions if v.id in refused]
         return _Committed(
             case=saved.case,
             epoch=saved.epoch,
-            revoked=revoked,
+            revoked=refused,
             until=max([now, *minted]),
-            already=not revoked,
+            already=not refused,
             cancelled=before.credential.successor_owed and not saved.case.credential.successor_owed,
         )
 
@@ -424,7 +387,7 @@ class Administration:
             line = leak.at is not None
             if line and known and known[1].state is VersionState.REVOKED:
                 return None
-            if line and not known and not _older(self._case(leak.agent or ""), leak):
+            if line and not known and not older(self._case(leak.agent or ""), leak):
                 return None
         return uid, self.store.now()
 
@@ -480,13 +443,15 @@ class Administration:
             "state": str(case.agent.state) if case else None,
             "already": done is not None and done.already,
             "warnings": [] if complete or dry_run else [STORE_AWAY],
-        } | ({"warnings": _warnings(leak, done)} if done else {})
+        } | ({"warnings": warnings_of(leak, done.case, cancelled=done.cancelled)} if done else {})
 
     # --- the other verbs --------------------------------------------------------------------
 
     def suspend(self, agent: str, caller: Caller, *, reason: str = "") -> dict[str, Any]:
         """Refuse everything of an agent until it is resumed; returns once verifiers know (I3)."""
-        return self._change(agent, caller, "suspend", lifecycle.suspend, reason=mask(_text(reason)))
+        return self._change(
+            agent, caller, "suspend", lifecycle.suspend, reason=mask(text_of(reason))
+        )
 
     def resume(self, agent: str, caller: Caller) -> dict[str, Any]:
         """Accept again what is still accepted."""
@@ -536,7 +501,9 @@ class Administration:
                 f" now: `keyturn revoke {agent}`",
             )
         for version in case.accepted:
-            self.spool.revoke(version.id, _note(Leak(agent=agent, reason="removed"), caller, None))
+            self.spool.revoke(
+                version.id, note_of(Leak(agent=agent, reason="removed"), caller, None)
+            )
         return self._with_room(
             lambda: self._change(agent, caller, "revoke.removed", lifecycle.remove)
         )
@@ -627,128 +594,6 @@ def _ended(before: Case, after: Case) -> list[RotationState]:
     was, now = before.rotation, after.rotation
     ended = was is not None and was.open and now is not None and now.state in _END
     return [now.state] if ended and now is not None else []
-
-
-def _state(case: Case, version: Version) -> VersionState | None:
-    known = case.version(version.id)
-    return known.state if known else None
-
-
-def _is_cut(before: Case, version: Version) -> bool:
-    """Whether a change revoked a version of the case."""
-    revoked = VersionState.REVOKED
-    return version.state is revoked and _state(before, version) is not revoked
-
-
-def _older(case: Case, leak: Leak) -> list[Version]:
-    """Return what is accepted and was minted up to the leak's time."""
-    return [v for v in case.accepted if leak.at is None or v.minted_at <= leak.at]
-
-
-def _revoked(case: Case, leak: Leak, now: datetime) -> Case:
-    if leak.version is not None:
-        return lifecycle.revoke_version(case, leak.version, reissue=leak.reissue, now=now)
-    older = _older(case, leak)
-    if leak.at is None or (older and len(older) == len(case.accepted)):
-        return lifecycle.revoke_agent(case, reissue=leak.reissue, now=now, withhold=leak.withhold)
-    for version in older:  # a list that stays in place never kills a successor
-        case = lifecycle.revoke_version(case, version.id, reissue=leak.reissue, now=now)
-    if older and leak.withhold:
-        withheld = tuple(sorted({*case.credential.withheld, *leak.withhold}))
-        case = replace(case, credential=replace(case.credential, withheld=withheld))
-    return case
-
-
-def _revoke_entry(case: Case, order: _Order, revoked: Sequence[str]) -> AuditEntry:
-    leak = order.leak
-    return AuditEntry(
-        action="revoke",
-        actor=order.caller.name,
-        agent=case.agent.name,
-        version_id=leak.version or "",
-        detail=(
-            ("reason", leak.reason),
-            ("reissue", leak.reissue),
-            ("revoked", tuple(revoked)),
-            ("trigger", order.caller.trigger),
-            ("withheld", leak.withhold),
-        ),
-    )
-
-
-def _warnings(leak: Leak, done: _Committed) -> list[str]:
-    """Say what a person would not expect of a revoke that was done."""
-    name, found = done.case.agent.name, []
-    if done.cancelled:
-        found.append(
-            f"an earlier revoke of {name} owed it a successor: it gets none now, unless you"
-            f" `keyturn resume {name}`"
-        )
-    if leak.reissue and done.case.agent.state is AgentState.SUSPENDED:
-        found.append(f"{name} is suspended: it gets its successor after `keyturn resume {name}`")
-    if leak.reissue and not done.case.next_targets and done.case.agent.targets:
-        found.append(
-            f"every destination of {name} is left out: a successor is published nowhere before"
-            f" `keyturn resume {name} --destination CONNECTION`"
-        )
-    return found
-
-
-def _note(leak: Leak, caller: Caller, once: Once | None) -> dict[str, Any]:
-    """Write down for the spool what is asked for. Only a line has a time, and that is a person's."""
-    return {
-        "scope": "version" if leak.version else "agent",
-        "agent": leak.agent or "",
-        "actor": caller.name,
-        "reason": leak.reason,
-        "reissue": leak.reissue,
-        "at": leak.at.isoformat() if leak.at else None,
-        "withhold": list(leak.withhold),
-        "request": [once.id, once.digest] if once else None,
-    }
-
-
-def _orders(
-    version: Version, notes: Sequence[dict[str, Any]], agent: str, caller: Caller
-) -> list[_Order]:
-    """Read the notes of a tombstone back; one that was made by hand means that version.
-
-    Nothing where it is over with already. What notes before the last `done` one asked for was done:
-    if that is to do again the store was restored, and what was minted since then is not meant.
-    """
-    if version.state is VersionState.REVOKED:
-        return []
-    for number, note in enumerate(notes):
-        if note.get("done"):
-            notes = notes[number:]
-            break
-    leaks = [(_leak_of(version.id, note, agent=agent), _once_of(note)) for note in notes]
-    orders = [
-        _Order(leak=leak, caller=caller, once=once)
-        for leak, once in leaks or [(Leak(version=version.id), None)]
-    ]
-    # SECURITY: an agent's note on what was replaced since must not replay onto its successor.
-    return orders if version.accepted else [order for order in orders if order.leak.version]
-
-
-def _leak_of(version_id: str, note: dict[str, Any], *, agent: str) -> Leak:
-    reissue, reason = bool(note.get("reissue")), str(note.get("reason", ""))
-    if note.get("scope") != "agent":
-        return Leak(version=version_id, reissue=reissue, reason=reason)
-    at = datetime.fromisoformat(str(note["at"])) if note.get("at") else None
-    withhold = tuple(str(name) for name in note.get("withhold") or ())
-    return Leak(agent=agent, reissue=reissue, reason=reason, at=at, withhold=withhold)
-
-
-def _once_of(note: dict[str, Any]) -> Once | None:
-    """Read the request of a note back: a repeat must find that the daemon completed it."""
-    request = note.get("request")
-    return Once(id=str(request[0]), digest=str(request[1])) if request else None
-
-
-def _text(text: str) -> str:
-    """Return a text that can be stored: an argument may hold bytes that are none."""
-    return text.encode(errors="replace").decode()
 
 
 def _batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:

@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
-from keyturn.administration import Administration, Leak
+from keyturn.administration import Administration
 from keyturn.daemon import service
 from keyturn.daemon.service import Service
 from keyturn.errors import StoreFull, StoreUnavailable
+from keyturn.leaks import Leak
 from keyturn.storage import ballast as module
 from keyturn.storage.ballast import PIECE, PIECES, Ballast
 from keyturn.storage.store import Store

@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 
-from keyturn.administration import Administration, Leak
+from keyturn.administration import Administration
 from keyturn.core.model import AgentState, VersionState
 from keyturn.daemon import service as service_module
 from keyturn.daemon.service import Service, load
 from keyturn.errors import Refused, StoreUnavailable, UnknownVersion
+from keyturn.leaks import Leak
 from keyturn.storage import codec
 from keyturn.storage.requests import Once
 from keyturn.storage.store import Store

@@ -12,8 +12,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from keyturn.administration import Administration, Caller, Leak
+from keyturn.administration import Administration
 from keyturn.errors import StoreUnavailable
+from keyturn.leaks import Caller, Leak
 from keyturn.storage.ledger import Ledger
 from keyturn.storage.requests import Begun
 from keyturn.storage.store import Store

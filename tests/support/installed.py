@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 
 from keyturn import rotation, wiring
-from keyturn.administration import Caller
 from keyturn.core.model import Case
 from keyturn.daemon.service import Service, load
 from keyturn.errors import StoreUnavailable, VerificationFailed
+from keyturn.leaks import Caller
 from keyturn.storage.membership import Membership
 from support.running import QUIET, file_at
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from keyturn.administration import Leak
 from keyturn.core.model import AgentState, Keys
 from keyturn.daemon.commands import Commands
 from keyturn.daemon.peer import local_peer
 from keyturn.errors import ConfigError, Refused, UnknownAgent
+from keyturn.leaks import Leak
 from keyturn.reconcile import Reconciling
 from keyturn.status import describe
 from support.installed import ME, Installed

@@ -13,7 +13,6 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 from keyturn import advice
-from keyturn.administration import Caller, Leak
 from keyturn.core.duration import format_duration
 from keyturn.core.model import (
     Agent,
@@ -28,6 +27,7 @@ from keyturn.core.model import (
 from keyturn.daemon.peer import Peer, Role
 from keyturn.daemon.socket import Command, Progress
 from keyturn.errors import KeyturnError, Refused, UnknownAgent
+from keyturn.leaks import Caller, Leak
 from keyturn.ports import AuditEntry
 from keyturn.status import describe
 from keyturn.storage.audit import MOST, Recorded

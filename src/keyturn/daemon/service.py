@@ -24,7 +24,6 @@ import structlog
 from apscheduler.schedulers.background import BackgroundScheduler
 
 from keyturn import __version__, config, rotation, wiring
-from keyturn.administration import Caller, Leak
 from keyturn.config.file import read_trusted
 from keyturn.core.revocations import RevocationEntry, parse_revocations
 from keyturn.daemon import logs
@@ -36,6 +35,7 @@ from keyturn.daemon.signals import Signals
 from keyturn.daemon.socket import AdminServer
 from keyturn.daemon.watching import Watching
 from keyturn.errors import ClaimLost, ConfigError, KeyturnError, StoreUnavailable
+from keyturn.leaks import Caller, Leak
 from keyturn.ports import AuditEntry
 from keyturn.reconcile import MassChange
 from keyturn.storage.membership import Membership
