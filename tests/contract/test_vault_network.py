@@ -8,7 +8,6 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,40 +20,10 @@ from keyturn.errors import DestinationUnavailable
 from keyturn.testing.certificates import new_authority
 from keyturn.testing.contract import STORE_ID
 from keyturn.testing.fakes import FakeClock
+from support.raw_server import BEGINNINGS, dripping, listening
 
 PLACE = Target(to="v", path="a")
 MISSING = b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\n{}"
-
-
-@contextlib.contextmanager
-def listening(answer: Callable[[socket.socket], None]) -> Iterator[int]:
-    """Answer each connection by a function in a thread of its own."""
-    server = socket.create_server(("127.0.0.1", 0))
-    server.settimeout(0.1)
-    ended = threading.Event()
-    threads: list[threading.Thread] = []
-
-    def handle(line: socket.socket) -> None:
-        with line, contextlib.suppress(OSError):
-            line.settimeout(1.5)
-            answer(line)
-
-    def serve() -> None:
-        while not ended.is_set():
-            with contextlib.suppress(TimeoutError):
-                line, _ = server.accept()
-                threads.append(threading.Thread(target=handle, args=(line,), daemon=True))
-                threads[-1].start()
-
-    accepting = threading.Thread(target=serve, daemon=True)
-    accepting.start()
-    try:
-        yield server.getsockname()[1]
-    finally:
-        ended.set()
-        for one in (accepting, *threads):
-            one.join(12)
-        server.close()
 
 
 def connection(folder: Path, address: str, **options: Any) -> VaultDestination:
@@ -67,26 +36,12 @@ def connection(folder: Path, address: str, **options: Any) -> VaultDestination:
     return VaultDestination(read, name="bao", store_id=STORE_ID, clock=FakeClock())
 
 
-@pytest.mark.parametrize(
-    "begin",
-    [b"", b"HTTP/1.1 200 OK\r\nX-A: ", b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"],
-    ids=["status", "headers", "body"],
-)
+@pytest.mark.parametrize("begin", BEGINNINGS.values(), ids=BEGINNINGS)
 def test_an_answer_that_drips_frees_its_thread(tmp_path: Path, begin: bytes) -> None:
     """A byte now and then keeps no connection: once the server is well, calls are answered again."""
     drips = threading.Event()
     drips.set()
-
-    def answer(line: socket.socket) -> None:
-        while line.recv(65536):
-            if drips.is_set():
-                line.sendall(begin)
-            while drips.is_set():
-                line.sendall(b" " if begin else b"H")
-                time.sleep(0.3)
-            line.sendall(MISSING)
-
-    with listening(answer) as port:
+    with listening(dripping(drips, begin, MISSING)) as port:
         destination = connection(tmp_path, f"http://127.0.0.1:{port}", parallel=2)
         for _ in range(3):
             with pytest.raises(DestinationUnavailable):

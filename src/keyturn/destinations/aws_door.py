@@ -25,10 +25,10 @@ from botocore.credentials import Credentials, ReadOnlyCredentials
 from botocore.httpsession import URLLib3Session
 from botocore.loaders import Loader
 
+from keyturn.destinations.network import POOLS
 from keyturn.errors import DestinationUnavailable
 
 ANSWER_LIMIT = 1024 * 1024
-LONGEST_CONNECT = 5.0
 _CHUNK = 65536
 _LOADER = Loader(
     # SECURITY: by default it looks into ~/.aws/models first, and a model says where to connect to.
@@ -72,25 +72,27 @@ class Door:
         self, *, region: str, ca_file: str | None, timeout: timedelta, parallel: int
     ) -> None:
         seconds = timeout.total_seconds()
-        connect = min(LONGEST_CONNECT, seconds)
         self._region = region
         self._guard = threading.Lock()
         self._config = Config(
             retries={"mode": "standard", "total_max_attempts": 1},  # the saga tries again
             proxies={},
             ignore_configured_endpoint_urls=True,
-            connect_timeout=connect,
+            connect_timeout=seconds,
             read_timeout=seconds,
             max_pool_connections=parallel,
         )
         self._http = URLLib3Session(
             verify=ca_file or True,
             proxies={},
-            timeout=(connect, seconds),
+            timeout=(seconds, seconds),
             max_pool_connections=parallel,
             # As the SDK sets it: without it each request waits for an acknowledgement, 40 ms.
             socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
         )
+        # A server that drips would keep a thread for ever: the time is one of the whole answer. The
+        # SDK's own pools differ from urllib3's in `Expect: 100-continue` alone, which S3 needs.
+        self._http._manager.pool_classes_by_scheme = POOLS  # noqa: SLF001
 
     def client(self, service: str, *, endpoint: str | None, keys: Callable[[], Keys] | None) -> Any:
         """Return a client that signs with what `keys` gives at each call; None: it signs nothing."""

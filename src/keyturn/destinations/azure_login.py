@@ -32,10 +32,10 @@ from azure.identity import (
 )
 from cryptography import x509
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-from requests.adapters import HTTPAdapter
 
 from keyturn.credential_file import read_credential
 from keyturn.destinations.base import Form
+from keyturn.destinations.network import BoundedAdapter
 from keyturn.errors import (
     ConfigError,
     Denied,
@@ -385,8 +385,8 @@ class Session(requests.Session):
         )
 
 
-class _Bounded(HTTPAdapter):
-    """Reads the whole answer, at most so much of it, whatever the SDK does with it later."""
+class _Bounded(BoundedAdapter):
+    """Reads the whole answer in time, at most so much of it, whatever the SDK does with it later."""
 
     def send(self, request: requests.PreparedRequest, *more: Any, **named: Any) -> Any:
         answer = super().send(request, *more, **{**named, "stream": True})

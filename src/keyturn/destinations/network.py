@@ -101,14 +101,16 @@ class _SecurePool(HTTPSConnectionPool):
     ConnectionCls = _Secure
 
 
+POOLS = {"http": _PlainPool, "https": _SecurePool}  # for whatever stands on urllib3
+
+
 class BoundedAdapter(HTTPAdapter):
     """Carries a session's requests: the read timeout is one of the whole answer."""
 
     def init_poolmanager(self, *more: Any, **named: Any) -> None:
         """Make the pools."""
         super().init_poolmanager(*more, **named)
-        pools = {"http": _PlainPool, "https": _SecurePool}
-        self.poolmanager.pool_classes_by_scheme = pools
+        self.poolmanager.pool_classes_by_scheme = POOLS
 
 
 class Trouble(NamedTuple):
