@@ -437,7 +437,7 @@ def test_check_probes_and_says_as_whom(server: StandIn, tmp_path: Path) -> None:
     assert (
         said["connection prod"] == f"{REGION}, account {server.account}: logged in as 'user/root'"
     )
-    assert said["entries prod"] == "1 of 1 can be rotated"
+    assert said["entries prod"] == "1 of 1 can be rotated, as far as it shows without a write"
     assert server.writes() == []
 
 

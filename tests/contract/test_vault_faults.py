@@ -231,7 +231,10 @@ def test_each_fault_at_each_call_ends_well(
     scene.proxy.rule = straight
 
     assert once.hit == 1
-    if (kind, fault) in CAREFUL | SAYS_NOTHING:
+    if fault is truncated and kind in ("mark", "delete"):
+        # Its answer has no body in the best case; the next call may meet the line that was cut.
+        assert {type(error) for error in raised} <= {DestinationUnavailable}
+    elif (kind, fault) in CAREFUL | SAYS_NOTHING:
         assert raised == []
     elif fault is stall:  # on a busy machine a second call can be too late as well
         assert {type(error) for error in raised} == {DestinationUnavailable}
