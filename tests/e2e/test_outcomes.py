@@ -65,7 +65,8 @@ def test_revoke_tells_what_was_cut_and_that_there_is_no_successor(keyturn: Keytu
     assert (place["in_sync"], place["shows_version"]) == (False, None)
 
     (keyturn.folder / "agents" / "agent-0.json").unlink()
-    code, result = keyturn.ask("rotation", "retry", "agent-0", "--wait")
+    code, answer = keyturn.ask("rotation", "retry", "agent-0", "--wait")
+    (result,) = answer["results"]
     assert (code, result["outcome"]) == (0, "promoted")
     assert keyturn.held("agent-0")["version"] == result["version"]
     assert ours not in json.dumps(keyturn.held("agent-0"))
