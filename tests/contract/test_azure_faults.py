@@ -31,6 +31,7 @@ from keyturn.testing.certificates import new_authority
 from keyturn.testing.contract import PLACE, new_entry, parts
 from keyturn.testing.wire import Answer, Call, Forward, HangUp, as_json
 from support.azure import connect, reachable_cloud, root, shown
+from support.faults import Once, far_too_much, reset_after, reset_before, stall
 
 DEADLINE = "700ms"
 OLD, NEW = new_entry(1), new_entry(2)
@@ -99,23 +100,6 @@ def forbidden(call: Call, app: Forward) -> Answer:
     return as_json(403, RBAC)
 
 
-def reset_before(call: Call, app: Forward) -> Answer:
-    """Reset the connection, and do nothing."""
-    raise HangUp
-
-
-def reset_after(call: Call, app: Forward) -> Answer:
-    """Do it, and reset the connection."""
-    app(call)
-    raise HangUp
-
-
-def stall(call: Call, app: Forward) -> Answer:
-    """Answer after the deadline of the call."""
-    time.sleep(1.2)
-    return app(call)
-
-
 def truncated(call: Call, app: Forward) -> Answer:
     """Do it, and stop in the middle of the answer."""
     answer = app(call)
@@ -149,11 +133,6 @@ def somebody_elses(call: Call, app: Forward) -> Answer:
     return as_json(200, {**item, "value": value})
 
 
-def far_too_much(call: Call, app: Forward) -> Answer:
-    """Answer with more than a mebibyte."""
-    return Answer(status=200, body=b"{" + b" " * 1_100_000)
-
-
 def redirect(call: Call, app: Forward) -> Answer:
     """Send the client to another host."""
     place = "https://login.microsoftonline.com/stranger"
@@ -179,19 +158,6 @@ FAULTS: dict[Callable[[Call, Forward], Answer], type[KeyturnError]] = {
 }
 
 
-class Once:
-    """Lets a fault happen to the first call of a kind, and all others pass."""
-
-    def __init__(self, kind: str, fault: Callable[[Call, Forward], Answer]) -> None:
-        self.kind, self.fault, self.hit = kind, fault, 0
-
-    def __call__(self, call: Call, app: Forward) -> Answer:
-        if not self.hit and CALLS[self.kind](call):
-            self.hit += 1
-            return self.fault(call, app)
-        return app(call)
-
-
 def fresh_connection(one: Cloud, **more: Any) -> AzureDestination:
     """Make a connection that has to log in, and to be challenged, before anything else."""
     http_challenge_cache.clear()
@@ -210,7 +176,7 @@ def test_each_fault_at_each_call_ends_well(
     name, prefix = before.place(PLACE), before.options.prefix
     before.close()
     destination = fresh_connection(one, prefix=prefix, **_deadline(fault))
-    one.server.rule = once = Once(kind, fault)
+    one.server.rule = once = Once(CALLS[kind], fault)
     raised: list[KeyturnError] = []
 
     def insist(act: Callable[[], Any]) -> Any:
@@ -273,7 +239,7 @@ def test_each_fault_of_the_metadata_service_ends_well(
     one.vault.grant(identity)
     auth = AuthOptions(client_id=identity.client_id)
     destination = connect(one, auth, **_deadline(fault))
-    one.metadata.rule = once = Once("login", fault)
+    one.metadata.rule = once = Once(CALLS["login"], fault)
 
     with pytest.raises(FAULTS[fault]) as raised:
         destination.observe(PLACE)

@@ -17,7 +17,8 @@ from keyturn.destinations.vault_auth import AuthOptions
 from keyturn.errors import Denied, DestinationUnavailable, KeyturnError, Rejected, Throttled
 from keyturn.testing import openbao
 from keyturn.testing.contract import new_entry, parts
-from keyturn.testing.wire import Answer, Call, Forward, HangUp, as_json, straight
+from keyturn.testing.wire import Answer, Call, Forward, as_json, straight
+from support.faults import Once, far_too_much, reset_after, reset_before, stall
 from support.recording_proxy import Proxy, recording_proxy
 from support.vault import Root, approle, connect, new_prefix, printed_policy, root_of
 
@@ -57,23 +58,6 @@ def forbidden(call: Call, forward: Forward) -> Answer:
     return as_json(403, {"errors": ["1 error occurred:\n\t* permission denied\n\n"]})
 
 
-def reset_before(call: Call, forward: Forward) -> Answer:
-    """Reset the connection, and do nothing."""
-    raise HangUp
-
-
-def reset_after(call: Call, forward: Forward) -> Answer:
-    """Do it, and reset the connection."""
-    forward(call)
-    raise HangUp
-
-
-def stall(call: Call, forward: Forward) -> Answer:
-    """Answer after the deadline of the call."""
-    time.sleep(1.2)
-    return forward(call)
-
-
 def truncated(call: Call, forward: Forward) -> Answer:
     """Do it, and stop in the middle of the answer."""
     answer = forward(call)
@@ -102,11 +86,6 @@ def a_list(call: Call, forward: Forward) -> Answer:
     """Do it, and answer with JSON of another form."""
     forward(call)
     return as_json(200, ["canary"])
-
-
-def far_too_much(call: Call, forward: Forward) -> Answer:
-    """Answer with more than a mebibyte."""
-    return Answer(status=200, body=b"{" + b" " * 1_100_000)
 
 
 def redirect(call: Call, forward: Forward) -> Answer:
@@ -182,19 +161,6 @@ def scene(server: openbao.Server, tmp_path: Path) -> Iterator[Scene]:
         yield Scene(server, proxy, tmp_path)
 
 
-class Once:
-    """Lets a fault happen to the first call of a kind, and all others pass."""
-
-    def __init__(self, kind: str, fault: Callable[[Call, Forward], Answer]) -> None:
-        self.kind, self.fault, self.hit = kind, fault, 0
-
-    def __call__(self, call: Call, forward: Forward) -> Answer:
-        if not self.hit and CALLS[self.kind](call):
-            self.hit += 1
-            return self.fault(call, forward)
-        return forward(call)
-
-
 @pytest.mark.parametrize("kind", CALLS)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_each_fault_at_each_call_ends_well(
@@ -206,7 +172,7 @@ def test_each_fault_at_each_call_ends_well(
     second = before.activate(PLACE, BETWEEN, expected=first)
     before.close()
     destination = scene.connect(**({"call_deadline": "700ms"} if fault is stall else {}))
-    scene.proxy.rule = once = Once(kind, fault)
+    scene.proxy.rule = once = Once(CALLS[kind], fault)
     raised: list[KeyturnError] = []
 
     def insist(act: Callable[[], Any]) -> Any:

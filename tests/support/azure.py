@@ -88,7 +88,8 @@ class AzureContract(DestinationContract):
         self.cloud.vault.add(destination.place(target), json.dumps(dict(values)))
 
     def write_garbage(self, destination: Any, target: Target) -> bool:
-        self.cloud.vault.add(destination.place(target), "no object")
+        text = '{"id": "a", "id": "b"}' if target.merge else "no object"
+        self.cloud.vault.add(destination.place(target), text)
         return True
 
     def sibling(self, destination: Any) -> AzureDestination:

@@ -42,11 +42,10 @@ from keyturn.destinations.aws_secret import (
     AwsSecret,
     made,
     name_of,
-    parsed,
     secret_of,
 )
 from keyturn.destinations.base import LONGEST_PAUSE, DestinationBase, WriteLimit
-from keyturn.destinations.entry import merged, observed, refuse_foreign, without_ours
+from keyturn.destinations.entry import merged, observed, parsed, refuse_foreign, without_ours
 from keyturn.errors import (
     ConfigError,
     Conflict,

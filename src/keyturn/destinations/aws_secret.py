@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import math
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,31 +76,6 @@ def name_of(
     seed = json.dumps(["keyturn-aws-v1", version_id, list(values), public])
     digest = hmac.digest(str(secret).encode(errors="surrogatepass"), seed.encode(), hashlib.sha256)
     return str(uuid.UUID(bytes=digest[:16], version=4))
-
-
-def parsed(text: str) -> dict[str, Any] | None:
-    """Read an entry as any strict reader would, or not at all."""
-    try:
-        found = json.loads(
-            text, object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite
-        )
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """SECURITY: readers differ in which of two equal keys they take; our read-back proves one."""
-    if len(found := dict(pairs)) != len(pairs):
-        raise ValueError
-    return found
-
-
-def _finite(text: str) -> float:
-    """Refuse what could not be written back as it was."""
-    if not math.isfinite(number := float(text)):
-        raise ValueError
-    return number
 
 
 def secret_of(answer: Mapping[str, Any], *, region: str) -> AwsSecret | None:

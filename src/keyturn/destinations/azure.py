@@ -36,7 +36,7 @@ from keyturn.destinations.azure_calls import (
 )
 from keyturn.destinations.azure_login import PUBLIC_CLOUD, AuthOptions, Login, https_origin
 from keyturn.destinations.base import ConnectionOptions, DestinationBase, Form, duration, rate
-from keyturn.destinations.entry import merged, observed, refuse_foreign, without_ours
+from keyturn.destinations.entry import merged, observed, parsed, refuse_foreign, without_ours
 from keyturn.errors import (
     ConfigError,
     Conflict,
@@ -473,13 +473,7 @@ def _age(copy: Copy) -> tuple[datetime, str]:
 
 def _values(copy: Copy) -> Mapping[str, Any] | None:
     """Return what an entry holds; None where it is disabled or no JSON object."""
-    if copy.value is None:
-        return None
-    try:
-        found = json.loads(copy.value)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
+    return None if copy.value is None else parsed(copy.value)
 
 
 def _text(values: Mapping[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,6 +85,34 @@ def refuse_foreign(
         raise Rejected("the entry exists and is not ours", hint="set adopt: true to take it over")
     if not target.merge and any(key not in (keys.id, keys.secret, keys.version) for key in shown):
         raise Rejected("the entry holds other keys", hint="set merge: true to keep them")
+
+
+def parsed(text: str | bytes) -> dict[str, Any] | None:
+    """Read an entry's text as any strict reader would, each key once, or not at all: None."""
+    try:
+        found = json.loads(
+            text.decode() if isinstance(text, bytes) else text,
+            object_pairs_hook=_once,
+            parse_constant=_finite,
+            parse_float=_finite,
+        )
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """SECURITY: readers differ in which of two equal keys they take; our read-back proves one."""
+    if len(found := dict(pairs)) != len(pairs):
+        raise ValueError
+    return found
+
+
+def _finite(text: str) -> float:
+    """Refuse what could not be written back as it was."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError
+    return number
 
 
 def _text(value: object) -> str | None:

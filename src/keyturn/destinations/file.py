@@ -24,7 +24,6 @@ from __future__ import annotations
 import contextlib
 import grp
 import json
-import math
 import os
 import re
 import stat
@@ -39,7 +38,7 @@ from keyturn.core.model import Target, Traits
 from keyturn.destinations import beneath
 from keyturn.destinations.base import ConnectionOptions, DestinationBase, Form
 from keyturn.destinations.beneath import NOTHING, Making
-from keyturn.destinations.entry import merged, observed, refuse_foreign, without_ours
+from keyturn.destinations.entry import merged, observed, parsed, refuse_foreign, without_ours
 from keyturn.errors import (
     ConfigError,
     Conflict,
@@ -293,7 +292,8 @@ class _Place:
             raw, identity = beneath.read(self.folder, self.name)
         except FileNotFoundError:
             return None, NOTHING
-        return (_UNREADABLE if raw is None else _parsed(raw)), identity
+        found = None if raw is None else parsed(raw)
+        return (_UNREADABLE if found is None else found), identity
 
     def side(self) -> _Side:
         if self.side_folder is None:
@@ -316,28 +316,3 @@ class _Place:
 
 def _token(side: _Side, identity: str) -> str:
     return f"{side.generation}/{identity}"
-
-
-def _parsed(raw: bytes) -> dict[str, Any]:
-    """Read an entry as any strict reader would, or not at all."""
-    try:
-        found = json.loads(
-            raw.decode(), object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite
-        )
-    except (ValueError, RecursionError):
-        return _UNREADABLE
-    return found if isinstance(found, dict) else _UNREADABLE
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """SECURITY: readers differ in which of two equal keys they take; our read-back proves one."""
-    if len(found := dict(pairs)) != len(pairs):
-        raise ValueError
-    return found
-
-
-def _finite(text: str) -> float:
-    """Refuse what could not be written back as it was."""
-    if not math.isfinite(number := float(text)):
-        raise ValueError
-    return number
