@@ -40,7 +40,7 @@ def at_aws(folder: Path, port: int) -> AwsDestination:
 def at_azure(folder: Path, port: int, ca_file: Path) -> AzureDestination:
     """Make a connection to Azure whose machine's metadata are led here."""
     del folder, port
-    options = {"vault": "https://example.vault.azure.net", "ca_file": str(ca_file), "parallel": 2,
+    options = {"vault": "https://dripping.vault.azure.net", "ca_file": str(ca_file), "parallel": 2,
                "call_deadline": "1s"}  # fmt: skip
     read = AzureOptions.model_validate(options)
     return AzureDestination(read, name="cloud", store_id=STORE_ID, clock=SystemClock())
@@ -54,10 +54,10 @@ def test_an_answer_that_drips_frees_its_thread(tmp_path: Path, kind: str, begin:
     drips.set()
     authority = new_authority(tmp_path / "tls")
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    tls.load_cert_chain(*authority.issue("azure", "example.vault.azure.net"))
+    tls.load_cert_chain(*authority.issue("azure", "dripping.vault.azure.net"))
     answer = dripping(drips, begin, FAILED)
     with listening(answer, tls=tls if kind == "azure" else None) as port:
-        places = {("example.vault.azure.net", 443): ("127.0.0.1", port)}
+        places = {("dripping.vault.azure.net", 443): ("127.0.0.1", port)}
         with resolving(places):
             destination: Any = (
                 at_azure(tmp_path, port, authority.ca_file)

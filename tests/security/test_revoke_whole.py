@@ -272,7 +272,7 @@ def test_a_version_is_revoked_however_old(scene: Scene) -> None:
     assert not scene.verbs.revoke(Leak(version=first), CALLER)["already"]
     assert scene.verbs.revoke(Leak(version=first), CALLER)["already"]
 
-    scene.raw("UPDATE agents SET state = 'unmanaged' WHERE name = 'a'")
+    scene.raw("UPDATE agents SET listed = 0 WHERE name = 'a'")
     scene.verbs.remove("a", CALLER)
     add(scene.store, "a", uid="another")
     scene.verbs.revoke(Leak(version=f"a{2:013}", reissue=True), CALLER)

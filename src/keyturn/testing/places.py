@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -144,7 +145,8 @@ def _azure(folder: Path) -> Iterator[Place]:
     from keyturn.testing import azure
 
     with (
-        azure.cloud(folder) as cloud,
+        # A name of its own: the SDK remembers challenges by address, for the whole process.
+        azure.cloud(folder, names=(f"place-{secrets.token_hex(4)}",)) as cloud,
         served(cloud.answer, certificate=cloud.certificate) as beside,
         resolver.resolving(dict.fromkeys(cloud.places, beside.place)),
     ):
