@@ -57,7 +57,8 @@ def test_an_answer_that_drips_frees_its_thread(tmp_path: Path, kind: str, begin:
     tls.load_cert_chain(*authority.issue("azure", "dripping.vault.azure.net"))
     answer = dripping(drips, begin, FAILED)
     with listening(answer, tls=tls if kind == "azure" else None) as port:
-        places = {("dripping.vault.azure.net", 443): ("127.0.0.1", port)}
+        led = [("dripping.vault.azure.net", 443), ("169.254.169.254", 80)]
+        places = dict.fromkeys(led, ("127.0.0.1", port))
         with resolving(places):
             destination: Any = (
                 at_azure(tmp_path, port, authority.ca_file)

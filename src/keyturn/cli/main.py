@@ -167,7 +167,7 @@ def reload_(
 ) -> None:
     """Read the configuration again.
 
-    With an error in it the old one stays in force.
+    With an error in it the old one stays in force, and no agent is changed.
     """
     result = ask("reload", {"allow_mass_change": allow_mass_change}, socket=socket, config=config)
     output.show(result, as_json=json, people=render.reloaded)
