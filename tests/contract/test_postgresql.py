@@ -22,7 +22,7 @@ from keyturn.core.secret import mint
 from keyturn.errors import StorageError, StoreUnavailable, VerificationFailed
 from keyturn.storage import decisions
 from keyturn.storage.decisions import DecisionReader
-from keyturn.storage.engine import Database, postgresql_arguments
+from keyturn.storage.engine import PREPARE_AFTER, Database, postgresql_arguments
 from keyturn.storage.store import Store
 from keyturn.testing.certificates import new_authority
 from keyturn.testing.fakes import FakeClock, seeded
@@ -95,6 +95,21 @@ def test_a_server_that_is_away_is_an_error_of_ours(place: Place) -> None:
         with pytest.raises(StorageError):
             store.agent(name)
     assert store.agents() == []
+
+
+def test_the_server_keeps_the_plans_of_a_direct_connection(place: Place) -> None:
+    """Without a pooler in between, what is asked again and again is planned once."""
+    store = place.open()
+    for _ in range(PREPARE_AFTER + 2):
+        kept = store.database.read(_plans)
+    assert kept > 0
+
+
+def _plans(connection: Any) -> int:
+    found: int = connection.exec_driver_sql(
+        "SELECT count(*) FROM pg_prepared_statements"
+    ).scalar_one()
+    return found
 
 
 # --- the verifier -------------------------------------------------------------------------
