@@ -371,7 +371,9 @@ class _Saga(Casework):
         for key, sight in self.seen.sights.items():
             if sight.shown == own:
                 self.case = lifecycle.place(self.case, own, key, sight.locator)
-        held = {v.id for v in self.case.versions if not nowhere(self.case, v, self.seen)}
+        held = {
+            v.id for v in self.case.versions if not nowhere(self.case, v, self.seen, self.plan, now)
+        }
         self.case = lifecycle.promote(
             self.case,
             grace=self.plan.policy.grace if grace is None else grace,

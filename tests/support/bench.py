@@ -112,17 +112,20 @@ class Played:
         self.faults: list[str] = []
         self.read_faults: list[Exception] = []
         self.stale = False
+        self.behind: Observed | None = None  # what it says still, as if nothing had been written
         self.lates: list[tuple[Future[Any], Callable[[], str], datetime]] = []
 
     def observe(self, target: Target) -> Observed:
         """Read, or fail as told."""
         self._reading("observe")
+        if self.behind is not None:
+            return self.behind
         return replace(self.inner._observe(target), fresh=not self.stale)
 
     def read(self, target: Target, version_id: str) -> Observed:
         """Read by version id, or fail as told."""
         self._reading("read")
-        return self.inner._read(target, version_id)
+        return self.inner._read(target, version_id) if self.behind is None else Observed()
 
     def stage(self, target: Target, entry: Entry, *, expected: str) -> str:
         """Stage."""

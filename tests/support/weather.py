@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from keyturn.testing.wire import Answer, Call, Forward, HangUp
 
+BEHIND = 0.9  # s that an answer may be old: with the call deadline, less than `settle_after`
 # Said by each service in its own words; a daemon must understand them all.
 REFUSALS: dict[str, dict[str, Answer]] = {
     "vault": {
@@ -54,7 +55,7 @@ class Weather:
         self._draw = random.Random(f"weather {kind} {seed}")
         self._share, self._stall = share, stall
         self._guard = threading.Lock()
-        self._old: dict[tuple[str, str, bytes], Answer] = {}
+        self._old: dict[tuple[str, str, bytes], tuple[float, Answer]] = {}
         self._faults: dict[str, Callable[[Call, Forward], Answer]] = {
             **{name: self._refused(name) for name in self._refusals},
             "reset before": _reset_before,
@@ -77,7 +78,7 @@ class Weather:
             return self._faults[fault](call, forward)
         answer = forward(call)
         if answer.status == 200:
-            self._old.setdefault((call.method, call.target, call.body), answer)
+            self._old[call.method, call.target, call.body] = time.monotonic(), answer
         return answer
 
     def _refused(self, name: str) -> Callable[[Call, Forward], Answer]:
@@ -89,10 +90,10 @@ class Weather:
         return forward(call)
 
     def _stale(self, call: Call, forward: Forward) -> Answer:
-        """Say once more what was true the last time that somebody was told so."""
+        """Say once more what was said last, if that was true a moment ago."""
         key = call.method, call.target, call.body
-        old = self._old.pop(key, None) if _reads(call) else None
-        return old or forward(call)
+        at, old = self._old.get(key, (0.0, None)) if _reads(call) else (0.0, None)
+        return old if old and time.monotonic() - at < BEHIND else forward(call)
 
 
 def _reads(call: Call) -> bool:

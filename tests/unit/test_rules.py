@@ -86,6 +86,12 @@ PATCHES: dict[str, Patch] = {
         instead="",
         tests="unit/test_saga.py -k stale_read_lets_nothing_go",
     ),
+    "5 a read that is behind lets nothing go": Patch(
+        file="core/decision.py",
+        text="version.landed_at is None or _conclusive_from(version.landed_at, plan) <= now",
+        instead="True",
+        tests="unit/test_saga.py -k answer_from_before",
+    ),
     "5 letting go needs a read that shows it nowhere": Patch(
         file="core/decision.py",
         text="        and run.sights[target.key].shown != version.id\n",

@@ -320,8 +320,8 @@ def _housekeeping(case: Case, run: Run, plan: Plan, now: datetime) -> Action | N
         return None
     return (
         _observe_others(case, run)
-        or _deadline(case, run)
-        or (None if plan.paused else _retirement(case, run, now))
+        or _deadline(case, run, plan, now)
+        or (None if plan.paused else _retirement(case, run, plan, now))
         or _withdrawal(case, run)
         or _cleaning(case, run, plan)
         or _leaving(case, run)
@@ -355,26 +355,49 @@ def _wants_cleaning(case: Case, placement: Placement) -> bool:
     return not placement.gone and version is not None and version.state in DONE_FOR
 
 
-def nowhere(case: Case, version: Version, run: Run) -> bool:
+def nowhere(case: Case, version: Version, run: Run, plan: Plan, now: datetime) -> bool:
     """Whether a fresh read of every destination shows this version nowhere (rule 5)."""
     return all(
         target.key in run.sights
         and run.sights[target.key].fresh
         and run.sights[target.key].shown != version.id
+        and (
+            _has_moved_on(case, version, target, run) or _is_conclusive(version, target, plan, now)
+        )
         for target in case.targets
     )
 
 
-def _deadline(case: Case, run: Run) -> Action | None:
+def _has_moved_on(case: Case, version: Version, target: Target, run: Run) -> bool:
+    """Whether a later version is shown there: nothing is ever moved back."""
+    shown = case.version(run.sights[target.key].shown)
+    return shown is not None and shown.seq > version.seq
+
+
+def _is_conclusive(version: Version, target: Target, plan: Plan, now: datetime) -> bool:
+    """Whether a read that shows something else can no longer be one from before its write.
+
+    An adapter notices answers that are behind its own writes, until it is restarted.
+    """
+    if plan.traits.get(target.key, Traits()).settles_with_writer:
+        return True
+    return version.landed_at is None or _conclusive_from(version.landed_at, plan) <= now
+
+
+def _conclusive_from(landed_at: datetime, plan: Plan) -> datetime:
+    return landed_at + plan.policy.retry.settle_after
+
+
+def _deadline(case: Case, run: Run, plan: Plan, now: datetime) -> Action | None:
     for version in case.versions:
-        if _wants_deadline(case, version) and nowhere(case, version, run):
+        if _wants_deadline(case, version) and nowhere(case, version, run, plan, now):
             return SetDeadline(version_id=version.id)
     return None
 
 
-def _retirement(case: Case, run: Run, now: datetime) -> Action | None:
+def _retirement(case: Case, run: Run, plan: Plan, now: datetime) -> Action | None:
     for version in case.versions:
-        if _is_over(case, version, now) and nowhere(case, version, run):
+        if _is_over(case, version, now) and nowhere(case, version, run, plan, now):
             return Retire(version_id=version.id)
     return None
 
@@ -510,6 +533,8 @@ def _next_look(case: Case, run: Run, plan: Plan, now: datetime) -> datetime | No
     if run.troubles and _needs_look(case, now):
         moments.append(now + plan.policy.retry.max)
     moments.extend(v.deadline for v in case.versions if v.state in ENDING)
+    waiting = (v.landed_at for v in case.versions if _wants_deadline(case, v))
+    moments.extend(_conclusive_from(landed_at, plan) for landed_at in waiting if landed_at)
     moments.append(case.current.not_after if case.current else None)
     moments.extend(_settles_at(i, run, plan) or soon for i in case.intents if i.unresolved)
     later = [moment for moment in moments if moment is not None and moment > now]

@@ -122,6 +122,8 @@ def resolve(
     intent = next(i for i in case.intents if i.uid == intent_uid)
     ended = replace(intent, outcome=outcome, ended_at=now)
     case = replace(case, intents=tuple(ended if i is intent else i for i in case.intents))
+    if outcome is not Outcome.FAILED and intent.effect is Effect.ACTIVATE:
+        case = _edit(case, intent.version_id, landed_at=now)
     if outcome is not Outcome.DONE or intent.effect is Effect.WITHDRAW:
         return case
     if intent.effect is Effect.RETIRE:

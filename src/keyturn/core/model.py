@@ -217,7 +217,8 @@ class Version:
     fence that was journalled at accept: entry bytes are a function of the secret and of fields
     like this one, so that a re-write after a takeover has the same bytes. So is `login`, what the
     agent presents beside it: one that still reads the old entry goes on with its old login.
-    `deadline` ends a grace; `not_after` is the maximum age of a policy that enforces it.
+    `deadline` ends a grace; `not_after` is the maximum age of a policy that enforces it. `landed_at` is
+    when its last activation had surely landed or could land no more: a read soon after may be behind.
     """
 
     id: str
@@ -232,6 +233,7 @@ class Version:
     exposed: bool = False
     fence: int = 0
     minted_at: datetime
+    landed_at: datetime | None = None
     promoted_at: datetime | None = None
     deadline: datetime | None = None
     not_after: datetime | None = None

@@ -179,11 +179,12 @@ def _check_destination(
     policy: Policy, name: str, traits: Traits, lease: timedelta, shortest: timedelta | None
 ) -> list[str]:
     problems = _check_floor(policy, name, traits.staleness, lease)
-    settle_after, deadline = policy.retry.settle_after, traits.call_deadline
-    if settle_after <= deadline:  # a call on its way must never count as settled (rule 2)
+    settle_after, longest = policy.retry.settle_after, traits.call_deadline + traits.staleness
+    if settle_after <= longest:  # a call on its way is not settled, a read behind proves nothing
+        lag = f" + staleness {text(traits.staleness)}" if traits.staleness else ""
         problems.append(
             f"retry: settle_after {text(settle_after)} is not longer than the call_deadline of {name}"
-            f" {text(deadline)}"
+            f" {text(traits.call_deadline)}{lag}"
         )
     if shortest is not None and shortest < traits.minimum_interval:
         problems.append(

@@ -241,6 +241,7 @@ versions = sa.Table(
     _flag("exposed"),
     _number("fence"),
     sa.Column("minted_at", Instant, nullable=False),
+    sa.Column("landed_at", Instant),
     sa.Column("promoted_at", Instant),
     sa.Column("deadline", Instant),
     sa.Column("not_after", Instant),
