@@ -17,6 +17,7 @@ import typer
 from keyturn import __version__
 from keyturn.cli import act, look, options, output, render
 from keyturn.cli.agents import agents, destinations
+from keyturn.cli.health import health
 from keyturn.cli.reach import ask, late
 from keyturn.daemon.masking import render_exception, summary
 from keyturn.errors import KeyturnError
@@ -43,6 +44,7 @@ app.command("identify")(look.identify)
 app.command("audit")(look.audit)
 app.command("clock")(look.clock)
 app.command("metrics")(look.metrics)
+app.command("health")(health)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 
 from keyturn.config.file import Document, Problem, did_you_mean, read_document, refuse
+from keyturn.config.listening import ListenSettings
 from keyturn.config.models import (
     ID_FORM,
     AdminSettings,
@@ -31,7 +32,7 @@ from keyturn.errors import ConfigError
 
 ENVIRONMENT = "KEYTURN_"
 _FROM_ENVIRONMENT = {"store": StoreSettings, "log": LogSettings}
-_MAIN_ONLY = ("store", "log", "verifier", "admin", "connections", "policies")
+_MAIN_ONLY = ("store", "log", "verifier", "admin", "listen", "connections", "policies")
 _SOME_DAY = datetime(2026, 1, 1, tzinfo=UTC)  # `check` gives the same answer every day
 
 
@@ -83,6 +84,7 @@ class Loading:
             log=self._section(LogSettings, "log"),
             verifier=verifier,
             admin=self._section(AdminSettings, "admin"),
+            listen=self._section(ListenSettings, "listen"),
             connections=connections,
             policies=policies,
             policy_places=places,

@@ -88,7 +88,8 @@ def _interval(value: object) -> timedelta | None:
     return None if value == "manual" else _positive(value)
 
 
-def _path(value: object) -> Path:
+def required_path(value: object) -> Path:
+    """Read an absolute path. Raises ValueError."""
     if not isinstance(value, str) or not value.startswith("/") or "\0" in value:
         raise ValueError
     return Path(value)
@@ -144,7 +145,7 @@ def _id(value: object) -> object:
 
 Duration = Annotated[timedelta, BeforeValidator(_positive), Form(DURATION_FORM)]
 AnyDuration = Annotated[timedelta, BeforeValidator(_duration), Form(f"{DURATION_FORM}, or 0s")]
-File = Annotated[Path | None, BeforeValidator(_path), Form("an absolute path")]
+File = Annotated[Path | None, BeforeValidator(required_path), Form("an absolute path")]
 Id = Annotated[str, BeforeValidator(_id), Form(ID_FORM)]
 Group = Annotated[str | None, _matching(_NAME), Form("the name of a unix group")]
 KeyName = Annotated[str, _matching(_NAME), Form("a key of A-Z a-z 0-9 . _ -, each one once")]
@@ -220,7 +221,7 @@ class AdminSettings(Section):
 
     socket: Annotated[
         Path,
-        BeforeValidator(_path),
+        BeforeValidator(required_path),
         Form("an absolute path"),
         Field(description="where commands reach the daemon"),
     ] = Path("/run/keyturn/admin.sock")
@@ -391,7 +392,7 @@ class AgentSection(Section):
 class TopSection(Section):
     """The other keys of the main file."""
 
-    beside = ("store", "log", "verifier", "admin", "connections", "policies", "agents")
+    beside = ("store", "log", "verifier", "admin", "listen", "connections", "policies", "agents")
 
     version: Annotated[Literal[1], Form("1"), Field(description="version of this format")]
     revocations_file: Annotated[

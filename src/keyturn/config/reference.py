@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from keyturn.config import models
+from keyturn.config import listening, models
 from keyturn.config.shape import form_of
 from keyturn.core.duration import format_duration
 
@@ -44,6 +44,8 @@ _SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("`verifier`", models.VerifierSettings),
     ("`admin`", models.AdminSettings),
     ("`admin.groups`", models.GroupSettings),
+    ("`listen`", listening.ListenSettings),
+    ("`listen.tls`", listening.TlsSection),
     ("`agents.ID`", models.AgentSection),
     ("`agents.ID.destinations[]`", models.TargetSection),
     ("`agents.ID.destinations[].keys`", models.KeysSection),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from keyturn.config.listening import ListenSettings
 from keyturn.config.models import AdminSettings, LogSettings, StoreSettings, VerifierSettings
 from keyturn.core.model import Policy, Target
 from keyturn.core.revocations import RevocationEntry
@@ -50,6 +51,7 @@ class Settings:
     log: LogSettings
     verifier: VerifierSettings
     admin: AdminSettings
+    listen: ListenSettings
     connections: Mapping[str, Connection]
     policies: Mapping[str, Policy]
     policy_places: Mapping[str, str]

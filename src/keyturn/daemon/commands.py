@@ -54,6 +54,9 @@ class Daemon(Protocol):
     def metrics_text(self) -> str:
         """Return the metrics as text."""
 
+    def health(self) -> dict[str, Any]:
+        """Tell whether it lives and is ready, and why not."""
+
 
 class Commands:
     """The functions behind the names; every one takes args, peer and progress."""
@@ -86,6 +89,7 @@ class Commands:
             "clock.trust": Command(role=admin, function=self.clock_trust),
             "audit": Command(role=view, function=self.audit),
             "metrics": Command(role=view, function=self.metrics),
+            "health": Command(role=view, function=self.health),
         }
 
     # --- look -------------------------------------------------------------------------------
@@ -165,6 +169,11 @@ class Commands:
         del args, peer, progress
         text = self._running().metrics_text()
         return {"text": text, "samples": _sampled(text)}
+
+    def health(self, args: Args, peer: Peer, progress: Progress) -> Any:
+        """Return whether the daemon lives and is ready."""
+        del args, peer, progress
+        return self._running().health()
 
     def clock(self, args: Args, peer: Peer, progress: Progress) -> Any:
         """Compare the wall clock with the time since boot."""

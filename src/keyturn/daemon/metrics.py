@@ -1,16 +1,19 @@
 """The metrics of operating.md that exist so far, in a registry of their own.
 
 Labels are names from the configuration or words of ours, never an agent, never a caller's text.
+What is not known yet has no sample: a standby's zero would look like an answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.exposition import choose_encoder
 
 from keyturn import __version__
 from keyturn.core.model import OPEN, UNMANAGED, AgentState, VersionState
+from keyturn.daemon.readiness import Readiness, Reason
 
 _STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _REVOKE_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 15, 30, 60)
@@ -19,6 +22,24 @@ AGENT_STATES = (*(state.value for state in AgentState), UNMANAGED)
 VERSION_STATES = tuple(state.value for state in VersionState)
 OUTCOMES = ("promoted", "stalled", "abandoned", "revoked", "kept", "retired")
 DRIFT_KINDS = ("older", "revoked", "unknown", "missing", "unreadable")
+
+
+class Measured(Gauge):
+    """A gauge without labels that has no sample until it was measured once."""
+
+    measured = False
+
+    def set(self, value: float) -> None:
+        """Measure it."""
+        super().set(value)
+        self.measured = True
+
+    def collect(self) -> Iterable[Metric]:
+        """Give the sample if there is one; name and text in any case."""
+        for family in super().collect():
+            if not self.measured:
+                family.samples = []
+            yield family
 
 
 class Metrics:
@@ -40,15 +61,23 @@ class Metrics:
             "step_duration_seconds", "Time of one step", _STEP_BUCKETS, "step", "destination"
         )
         self.agents = self._gauge("agents", "Agents", "state")
-        self.agents_overdue = self._gauge("agents_overdue", "Agents past their next rotation")
-        self.agents_over_max_age = self._gauge(
+        self.agents_overdue = self._measured(
+            "agents_overdue", "Agents whose rotation has been due for more than five minutes"
+        )
+        self.longest_overdue = self._measured(
+            "longest_overdue_seconds", "How long the rotation has been due that is due longest"
+        )
+        self.agents_over_max_age = self._measured(
             "agents_over_max_age", "Agents whose current version is older than their policy allows"
         )
         self.versions = self._gauge("versions", "Versions", "state")
-        self.clock_jump = self._gauge(
+        self.laggards = self._measured(
+            "laggards", "Who uses an old version still; no sample while nothing counts uses"
+        )
+        self.clock_jump = self._measured(
             "clock_jump_seconds", "How far the wall clock is off since it jumped; 0: it is believed"
         )
-        self.last_tick = self._gauge(
+        self.last_tick = self._measured(
             "scheduler_last_tick_timestamp_seconds", "When the due-queue was last looked at"
         )
 
@@ -76,29 +105,54 @@ class Metrics:
         self.revocation_duration = self._histogram(
             "revocation_duration_seconds", "From the request until refused", _REVOKE_BUCKETS
         )
-        self.revocation_cleanup_pending = self._gauge(
+        self.revocation_cleanup_pending = self._measured(
             "revocation_cleanup_pending", "Destinations that hold a revoked version still"
         )
-        self.revocations_file_problems = self._gauge(
+        self.revocations_file_problems = self._measured(
             "revocations_file_problems", "Lines that are not applied; 1 where the file is refused"
         )
 
     def _process(self) -> None:
         self._gauge("build_info", "Version of this build", "version").labels(__version__).set(1)
-        self.store_up = self._gauge("store_up", "1 if the store answers")
-        self.store_ballast = self._gauge(
+        self.store_up = self._measured("store_up", "1 if the store answers")
+        self.store_ballast = self._measured(
             "store_ballast_bytes", "What is kept for a revoke on a full disk; 1 MiB when whole"
         )
-        self.config_last_reload_successful = self._gauge(
+        self.config_last_reload_successful = self._measured(
             "config_last_reload_successful", "1 if the last reload was taken over"
         )
-        self.audit_head_sequence = self._gauge(
+        self.audit_head_sequence = self._measured(
             "audit_head_sequence", "Number of the newest audit entry"
         )
-        self.audit_queue_length = self._gauge(
+        self.audit_queue_length = self._measured(
             "audit_queue_length", "Revocations that wait in the spool for the store and its audit"
         )
-        self.store_schema_version = self._gauge("store_schema_version", "Revision of the schema")
+        self.audit_whole = self._measured(
+            "audit_whole", "1 if the audit's chains were whole when they were last checked"
+        )
+        self.audit_checked = self._measured(
+            "audit_checked_timestamp_seconds", "When the audit's chains were last checked"
+        )
+        self.store_schema_version = self._measured("store_schema_version", "Revision of the schema")
+
+    def follow(self, readiness: Readiness) -> None:
+        """Show at each scrape what this says of the daemon then."""
+        ready = self._gauge("ready", "1 if the daemon leads and nothing holds it back")
+        ready.set_function(lambda: float(readiness.ready))
+        leads = self._gauge("leads", "1 if rotations and revocations are this daemon's")
+        leads.set_function(lambda: float(readiness.leads))
+        held = self._gauge("not_ready", "1 for each reason why it is not ready", "reason")
+        for reason in Reason:
+            held.labels(str(reason)).set_function(
+                lambda one=reason: float(one in readiness.reasons)  # type: ignore[misc]
+            )
+
+    def forget(self, connection: str) -> None:
+        """Drop what is known of a connection that the settings no longer name."""
+        for gauge in (
+            self.destination_up, self.destination_last_success, self.own_credential_expiry
+        ):  # fmt: skip
+            gauge.remove(connection)
 
     def set_states(self, gauge: Gauge, counts: Mapping[str, int], states: tuple[str, ...]) -> None:
         """Set one gauge for all its states, to 0 where `counts` names none."""
@@ -108,6 +162,14 @@ class Metrics:
     def text(self) -> str:
         """Return all of them in the Prometheus text format."""
         return generate_latest(self.registry).decode()
+
+    def page(self, accept: str) -> tuple[bytes, str]:
+        """Return what a scrape that accepts these types gets, and its content type."""
+        encode, kind = choose_encoder(accept)
+        return encode(self.registry), kind
+
+    def _measured(self, name: str, text: str) -> Measured:
+        return Measured(f"keyturn_{name}", text, registry=self.registry)
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(f"keyturn_{name}", text, labels, registry=self.registry)

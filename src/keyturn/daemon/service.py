@@ -29,8 +29,10 @@ from keyturn.core.revocations import RevocationEntry, parse_revocations
 from keyturn.daemon import logs
 from keyturn.daemon.commands import Commands
 from keyturn.daemon.cron import Crontab
+from keyturn.daemon.front import Front
 from keyturn.daemon.metrics import Metrics
 from keyturn.daemon.peer import Roles
+from keyturn.daemon.readiness import Readiness, Reason
 from keyturn.daemon.signals import Signals
 from keyturn.daemon.socket import AdminServer
 from keyturn.daemon.watching import Watching
@@ -47,6 +49,7 @@ MEASURE = 5.0  # seconds between two counts for the metrics
 REVOCATIONS_POLL = 2.0
 REVOCATIONS_PATIENCE = 10.0  # seconds for lines whose rows the store does not take
 FORGET_REQUESTS = 3600.0
+CHECK_AUDIT = 3600.0
 LEAD_TTL = timedelta(seconds=15)
 LEAD_RENEW = 5.0
 LEAD_AWAY = 2.0  # seconds until a standby asks a store again that was away
@@ -100,8 +103,11 @@ class Service:
     def __init__(self, settings: config.Settings, *, socket: Path) -> None:
         self._socket = socket
         self.metrics = Metrics()
+        self.readiness = Readiness()
+        self.metrics.follow(self.readiness)
         self.parts: Parts = wiring.build(settings, cron=Crontab(), create=True)
-        self.watching = Watching(self.metrics, self.parts)
+        self.watching = Watching(self.metrics, self.parts, self.readiness)
+        self.front = Front(settings, socket, roles_of(settings), self.readiness, self.metrics)
         self.parts.on_revocation = self.watching.revocation
         self.parts.on_rotation_end = self.watching.rotation_ended
         self._stop = threading.Event()
@@ -126,11 +132,20 @@ class Service:
 
     def run(self, *, standby: bool) -> int:
         """Lead, work until told to stop, park, and leave."""
+        try:
+            self.front.open()
+            return self._run(standby=standby)
+        finally:
+            self.front.close()
+
+    def _run(self, *, standby: bool) -> int:
         parts = self.parts
         membership = Membership(parts.store)
         if not self._lead(membership, standby=standby):
             parts.close()
             return 0 if self._stop.is_set() else StoreUnavailable.exit_code
+        self.front.confirm()
+        self.readiness.take_lead()
         clock = parts.store_clock
         clock.anchor = membership.anchor(clock.boot_id)
         self._connect()
@@ -145,7 +160,9 @@ class Service:
         server = AdminServer(self._socket, Commands(lambda: parts, self).table(), roles)
         server.start()
         self._server = server
+        self.front.lead()
         self._schedule(membership)
+        self.readiness.release(Reason.STARTING)
         _log.info("daemon.ready", version=__version__, agents=len(parts.store.agents()))
         self._stop.wait()
         self._wind_down(server, membership)
@@ -160,12 +177,17 @@ class Service:
         said, look_at = False, 0.0
         while not self._stop.is_set():
             try:
-                if membership.try_lead(ttl=LEAD_TTL):
+                leads = membership.try_lead(ttl=LEAD_TTL)
+                self.metrics.store_up.set(1)
+                self.readiness.release(Reason.STORE_DOWN)
+                if leads:
                     return True
             except StoreUnavailable as error:
                 # Whoever leads may be away with it: this is the very moment to be a standby.
                 if not standby:
                     raise
+                self.metrics.store_up.set(0)
+                self.readiness.hold(Reason.STORE_DOWN)
                 _log.warning("store.unavailable", code=error.code)
                 self._stop.wait(LEAD_AWAY)
                 continue
@@ -174,6 +196,7 @@ class Service:
                 return False
             if not said:
                 _log.info("daemon.standby")
+                self.readiness.stand_by()
                 said = True
             if time.monotonic() >= look_at:
                 # What was revoked on this host while the store was away stands in no other spool.
@@ -188,11 +211,13 @@ class Service:
         every(self.watching.measure, "interval", seconds=MEASURE, id="measure")
         every(self._poll_revocations, "interval", seconds=REVOCATIONS_POLL, id="revocations")
         every(self._forget_requests, "interval", seconds=FORGET_REQUESTS, id="requests")
+        every(self.watching.check_audit, "interval", seconds=CHECK_AUDIT, id="audit")
         every(self._renew, "interval", seconds=LEAD_RENEW, id="lead", args=[membership])
         self._scheduler.start()
 
     def _wind_down(self, server: AdminServer, membership: Membership) -> None:
         """Let running sagas finish, then park them; nothing is lost where one is cut off."""
+        self.readiness.hold(Reason.STOPPING)
         _log.info("daemon.stopping", running=len(self._running))
         self._scheduler.shutdown(wait=False)
         if not self._wait_idle(FINISH):
@@ -274,11 +299,9 @@ class Service:
             now, jump = self.parts.store_clock.look()
             self.watching.clock(jump)
             self._hand_out(now)
-            self.metrics.last_tick.set(now.timestamp())
-            self.metrics.store_up.set(1)
+            self.watching.looked(now)
         except StoreUnavailable as error:
-            self.metrics.store_up.set(0)
-            _log.warning("store.unavailable", code=error.code)
+            self.watching.store_away(error)
         except Exception:  # noqa: BLE001  # loop top: the next tick must still come
             _log.error("scheduler.tick", exc_info=True)
 
@@ -488,6 +511,7 @@ class Service:
             notes += self._server.regroup(roles)
         changed = (
             ("admin.socket", before.admin.socket != after.admin.socket),
+            ("listen", before.listen != after.listen),
             ("log", before.log != after.log),
         )
         return notes + [
@@ -532,6 +556,10 @@ class Service:
                 "store: cannot be changed while the daemon runs",
                 hint="restart the daemon to use another store",
             )
+
+    def health(self) -> dict[str, Any]:
+        """Return whether the daemon lives and is ready, and why not."""
+        return self.readiness.describe()
 
     def metrics_text(self) -> str:
         """Return the metrics in the Prometheus text format."""

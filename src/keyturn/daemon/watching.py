@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import structlog
@@ -20,8 +20,10 @@ from keyturn.daemon.metrics import (
     VERSION_STATES,
     Metrics,
 )
+from keyturn.daemon.readiness import Readiness
 from keyturn.errors import StorageError, StoreUnavailable
 from keyturn.ports import AuditEntry
+from keyturn.status import OVERDUE_AFTER
 from keyturn.storage.migrations import HEAD
 from keyturn.wiring import Parts
 
@@ -33,8 +35,10 @@ _log = structlog.get_logger(__name__)
 class Watching:
     """Implements `world.Watcher`. Thread-safe; nothing here raises."""
 
-    def __init__(self, metrics: Metrics, parts: Parts) -> None:
+    def __init__(self, metrics: Metrics, parts: Parts, readiness: Readiness | None = None) -> None:
         self.metrics = metrics
+        self._readiness = readiness or Readiness()
+        self._named: frozenset[str] = frozenset()
         self._parts = parts
         self._drifts: set[tuple[str, Drift]] = set()
         self._ballast = 0
@@ -94,6 +98,18 @@ class Watching:
         if not code:
             self.metrics.destination_last_success.labels(name).set(time.time())
 
+    def looked(self, now: datetime) -> None:
+        """Note that the due-queue was looked at."""
+        self.metrics.last_tick.set(now.timestamp())
+        self.metrics.store_up.set(1)
+        self._readiness.looked(store_answers=True)
+
+    def store_away(self, error: StoreUnavailable) -> None:
+        """Note that the store kept somebody from looking at the due-queue."""
+        self.metrics.store_up.set(0)
+        self._readiness.looked(store_answers=False)
+        _log.warning("store.unavailable", code=error.code)
+
     def clock(self, jump: timedelta) -> None:
         """Say once when the wall clock jumps, and once when it is believed again."""
         self.metrics.clock_jump.set(jump.total_seconds())
@@ -137,11 +153,14 @@ class Watching:
     def _count(self) -> None:
         store, metrics = self._parts.store, self.metrics
         policies = self._parts.settings.policies.values()
-        counts = store.counts(max_ages={p.name: p.max_age for p in policies if p.max_age})
+        counts = store.counts(
+            max_ages={p.name: p.max_age for p in policies if p.max_age}, late_by=OVERDUE_AFTER
+        )
         metrics.set_states(metrics.agents, counts.agents, AGENT_STATES)
         metrics.set_states(metrics.versions, counts.versions, VERSION_STATES)
         metrics.set_states(metrics.rotations_open, counts.rotations, OPEN_STATES)
         metrics.agents_overdue.set(counts.overdue)
+        metrics.longest_overdue.set(counts.longest_overdue.total_seconds())
         metrics.agents_over_max_age.set(counts.over_max_age)
         metrics.revocation_cleanup_pending.set(counts.cleanup_pending)
         metrics.audit_head_sequence.set(counts.audit_head)
@@ -152,7 +171,22 @@ class Watching:
             _log.warning("drift.found", agent=agent, where=drift.target, kind=drift.kind)
         self._drifts = found
 
+    def check_audit(self) -> None:
+        """See whether the audit's chains are whole; minutes on a long record, so now and then."""
+        try:
+            problems = self._parts.store.verify_audit()
+        except StoreUnavailable:
+            return  # what was found before stands
+        for problem in problems:
+            _log.error("audit.broken", problem=problem, hint="`keyturn audit --verify` shows it")
+        self.metrics.audit_whole.set(0 if problems else 1)
+        self.metrics.audit_checked.set(time.time())
+
     def _read_logins(self) -> None:
+        named = frozenset(self._parts.destinations)
+        for gone in self._named - named:
+            self.metrics.forget(gone)
+        self._named = named
         for name, destination in self._parts.destinations.items():
             left = destination.login_ends_in
             if left is not None:

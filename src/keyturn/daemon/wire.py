@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from keyturn.errors import KeyturnError
@@ -20,6 +21,11 @@ from keyturn.errors import KeyturnError
 LINE_LIMIT = 64 * 1024  # bytes of a request, its newline included
 CLAIM_LIMIT = 64
 _KEYS = frozenset({"command", "args", "claimed_by"})
+
+
+def waiting_path(admin: Path) -> Path:
+    """Return the socket of a daemon that does not lead: it knows `health` and nothing else."""
+    return admin.with_suffix(".wait")  # no longer than its neighbour: a socket's path has a limit
 
 
 class NotARequest(ValueError):

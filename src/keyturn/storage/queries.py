@@ -148,23 +148,33 @@ def next_wake(connection: Connection) -> datetime | None:
     return connection.execute(query.where(credentials.c.wake_at.is_not(None))).scalar()
 
 
-def counts(connection: Connection, now: datetime, max_ages: Mapping[str, timedelta]) -> Counts:
-    """Return the numbers by state; `max_ages` is the maximum age by policy."""
-    overdue = (
-        sa.select(sa.func.count())
+def counts(
+    connection: Connection,
+    now: datetime,
+    max_ages: Mapping[str, timedelta],
+    late_by: timedelta = timedelta(0),
+) -> Counts:
+    """Return the numbers by state; `max_ages` is the maximum age by policy.
+
+    Overdue is what has been due for longer than `late_by`.
+    """
+    due = credentials.c.next_rotation_at
+    overdue = connection.execute(
+        sa.select(sa.func.count(), sa.func.min(due))
         .select_from(credentials)
         .join(agents_table, credentials.c.agent_uid == agents_table.c.uid)
         .where(
-            credentials.c.next_rotation_at < sa.literal(now, credentials.c.wake_at.type),
+            due < sa.literal(now - late_by, due.type),
             agents_table.c.state == AgentState.ENABLED,
             agents_table.c.listed,
         )
-    )
+    ).one()
     return Counts(
         agents=_agents(connection),
         versions=_by_state(connection, versions),
         rotations=_by_state(connection, rotations, is_open(rotations.c.state)),
-        overdue=connection.execute(overdue).scalar_one(),
+        overdue=overdue[0],
+        longest_overdue=now - overdue[1] if overdue[1] else timedelta(0),
         over_max_age=_over_max_age(connection, now, max_ages),
         cleanup_pending=_cleanup_pending(connection),
         audit_head=connection.execute(sa.select(sa.func.max(audit.c.position))).scalar() or 0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from keyturn.core.model import Rotation, Version
 
@@ -35,6 +35,7 @@ class Counts:
     versions: Mapping[str, int] = field(default_factory=dict)
     rotations: Mapping[str, int] = field(default_factory=dict)
     overdue: int = 0
+    longest_overdue: timedelta = timedelta(0)
     over_max_age: int = 0
     cleanup_pending: int = 0  # destinations that hold a revoked version
     audit_head: int = 0  # number of the newest audit entry

@@ -352,11 +352,19 @@ class Store:
         """Look at a credential at `at` or earlier, also if a run that goes on now says later."""
         self.database.write(lambda connection: claims.wake(connection, credential_uid, at))
 
-    def counts(self, *, max_ages: Mapping[str, timedelta] | None = None) -> Counts:
-        """Return the numbers for metrics; `max_ages` is the maximum age by policy."""
+    def counts(
+        self,
+        *,
+        max_ages: Mapping[str, timedelta] | None = None,
+        late_by: timedelta = timedelta(0),
+    ) -> Counts:
+        """Return the numbers for metrics; `max_ages` is the maximum age by policy.
+
+        Overdue is what has been due for longer than `late_by`.
+        """
         ages = max_ages or {}
         return self.database.read(
-            lambda connection: queries.counts(connection, self.now_in(connection), ages)
+            lambda connection: queries.counts(connection, self.now_in(connection), ages, late_by)
         )
 
     def drifts(self) -> list[tuple[str, Drift]]:

@@ -1,0 +1,72 @@
+"""The pages of the HTTP listener: /healthz, /readyz, /metrics, and nothing else.
+
+They are answered from memory alone: no page asks the store, so a locked one delays no probe.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from keyturn.daemon.listener import Answer
+from keyturn.daemon.metrics import Metrics
+from keyturn.daemon.readiness import Readiness
+
+SAME_FOR = 1.0  # seconds for which a page of metrics is sent again: nobody can keep us rendering
+_KINDS = 8  # pages that are kept; what is accepted is the caller's text
+_METHODS = ("GET", "HEAD")
+
+
+class Pages:
+    """Answers a request by its path. Thread-safe only in so far as one loop uses it."""
+
+    def __init__(self, readiness: Readiness, metrics: Metrics) -> None:
+        self._readiness = readiness
+        self._metrics = metrics
+        self._rendered: dict[str, tuple[float, Answer]] = {}
+
+    def __call__(self, method: str, target: str, accept: str) -> Answer:
+        """Return the page."""
+        pages: dict[str, Callable[[], Answer]] = {
+            "/healthz": self._healthz,
+            "/readyz": self._readyz,
+            "/metrics": lambda: self._metrics_page(accept),
+        }
+        page = pages.get(target.partition("?")[0])
+        if page is None:
+            return _text(404, "nothing here; there are /healthz, /readyz and /metrics\n")
+        if method not in _METHODS:
+            allow = ", ".join(_METHODS)
+            return _text(405, f"only {allow}\n", allow=allow)
+        return page()
+
+    def _healthz(self) -> Answer:
+        found = self._readiness.describe()
+        return _json(found["live"], {"live": found["live"]})
+
+    def _readyz(self) -> Answer:
+        found = self._readiness.describe()
+        return _json(found["ready"], {key: found[key] for key in ("ready", "reasons")})
+
+    def _metrics_page(self, accept: str) -> Answer:
+        now = time.monotonic()
+        kept = self._rendered.get(accept)
+        if kept is None or now - kept[0] > SAME_FOR:
+            body, kind = self._metrics.page(accept)
+            kept = now, Answer(status=200, kind=kind, body=body)
+            if len(self._rendered) >= _KINDS:
+                self._rendered.clear()
+            self._rendered[accept] = kept
+        return kept[1]
+
+
+def _json(good: bool, content: dict[str, Any]) -> Answer:
+    body = json.dumps(content).encode() + b"\n"
+    return Answer(status=200 if good else 503, kind="application/json", body=body)
+
+
+def _text(status: int, text: str, *, allow: str = "") -> Answer:
+    kind = "text/plain; charset=utf-8"
+    return Answer(status=status, kind=kind, body=text.encode(), allow=allow)
