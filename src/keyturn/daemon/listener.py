@@ -219,6 +219,7 @@ class Listener:
         parser = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_LIMIT)
         try:
             request = await _request(parser, reader)
+            more = request is not None and not isinstance(parser.next_event(), h11.EndOfMessage)
         except h11.RemoteProtocolError as error:
             if parser.our_state in (h11.IDLE, h11.SEND_RESPONSE):
                 answer = Answer(status=error.error_status_hint, kind="text/plain", body=b"")
@@ -230,7 +231,7 @@ class Listener:
         accept = b", ".join(value for name, value in request.headers if name == b"accept")
         answer = self._handler(method, target, accept.decode("latin-1"))
         await _send(parser, writer, answer, with_body=method != "HEAD")
-        if parser.their_state is h11.SEND_BODY:
+        if more:
             await _discard(reader, writer)
 
 
