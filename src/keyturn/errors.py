@@ -12,6 +12,8 @@
     ├── StorageError
     │   ├── StoreUnavailable*        locked, unreachable
     │   │   └── StoreFull*           no space left on its disk
+    │   │   └── StoreQuarantined     restored, and not merged yet: nobody can tell
+    │   ├── StoreTooNew, StoreTooOld  its schema and this release do not fit
     │   ├── StaleRevision            somebody else changed the row first
     │   └── ClaimLost                the single-writer right went to another run
     ├── VerificationFailed      one class and one text for unknown, wrong, expired and revoked
@@ -142,6 +144,29 @@ class StoreFull(StoreUnavailable):
 
     code = "store-full"
     default_hint = "free some space where the store is; nothing was changed, nothing is lost"
+
+
+class StoreQuarantined(StoreUnavailable):
+    """The store was restored or replaced, and what it says is not certain yet."""
+
+    code = "store-quarantined"
+    default_hint = "see `keyturn store status`: it says what is undecided and what to type"
+
+
+class StoreTooNew(StorageError):
+    """The store was contracted beyond this release."""
+
+    code = "store-newer"
+    exit_code = 78
+    default_hint = "install that release or a newer one, or restore a backup of this one"
+
+
+class StoreTooOld(StorageError):
+    """The store has an older schema than this release needs."""
+
+    code = "store-older"
+    exit_code = 78
+    default_hint = "run `keyturn store upgrade` first, with the login that may change tables"
 
 
 class StaleRevision(StorageError):

@@ -431,7 +431,7 @@ def build(settings: Settings, *, cron: CronCalculator, create: bool) -> Parts:
             clock=clock,
             random_bytes=secrets.token_bytes,
             writer=writer,
-            password=_password(settings),
+            password=password_of(settings),
             create=create,
         )
 
@@ -490,7 +490,7 @@ def open_verifier(settings: Settings) -> Verifier:
 
     It starts from the time that the daemon goes by: a clock that jumped refuses nobody early.
     """
-    this_boot, password = boot_id(), _password(settings)
+    this_boot, password = boot_id(), password_of(settings)
     reader = DecisionReader.open(settings.store.url, password=password)
 
     def learn() -> Anchor | None:
@@ -504,7 +504,8 @@ def open_verifier(settings: Settings) -> Verifier:
     return Verifier(reader, spool, clock)
 
 
-def _password(settings: Settings) -> Secret | None:
+def password_of(settings: Settings) -> Secret | None:
+    """Return the store's password, where it has one. Raises ConfigError."""
     path = settings.store.password_file
     if path is None:
         return None

@@ -19,6 +19,7 @@ from keyturn.cli import act, look, options, output, render
 from keyturn.cli.agents import agents, destinations
 from keyturn.cli.health import health
 from keyturn.cli.reach import ask, late
+from keyturn.cli.store import store
 from keyturn.daemon.masking import render_exception, summary
 from keyturn.errors import KeyturnError
 
@@ -45,6 +46,7 @@ app.command("audit")(look.audit)
 app.command("clock")(look.clock)
 app.command("metrics")(look.metrics)
 app.command("health")(health)
+app.add_typer(store, name="store")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,6 +25,7 @@ from keyturn.core.model import (
     Version,
 )
 from keyturn.daemon.peer import Peer, Role
+from keyturn.daemon.recovery import Recovery, in_doubt
 from keyturn.daemon.socket import Command, Progress
 from keyturn.errors import KeyturnError, Refused, UnknownAgent
 from keyturn.leaks import Caller, Leak
@@ -32,6 +33,7 @@ from keyturn.ports import AuditEntry
 from keyturn.status import describe
 from keyturn.storage.audit import MOST, Recorded
 from keyturn.storage.requests import Once
+from keyturn.storage.standing import standing
 from keyturn.wiring import Parts
 
 Args = dict[str, Any]
@@ -88,6 +90,8 @@ class Commands:
             "clock": Command(role=view, function=self.clock),
             "clock.trust": Command(role=admin, function=self.clock_trust),
             "audit": Command(role=view, function=self.audit),
+            "store.status": Command(role=view, function=self.store_status),
+            "store.release": Command(role=admin, function=self.store_release),
             "metrics": Command(role=view, function=self.metrics),
             "health": Command(role=view, function=self.health),
         }
@@ -105,13 +109,30 @@ class Commands:
         parts = self._parts()
         # A tombstone refuses before the store has it, and without a daemon for as long.
         case = parts.administration.refused_here(case)
-        return describe(
+        found = describe(
             case,
             policy=parts.policy_of(case),
             now=parts.store.now(),
             parked=parts.carried.parked(case.credential.uid),
             suspension=self._suspension(case.agent),
         )
+        return found | in_doubt(parts.store, case.agent)
+
+    def store_status(self, args: Args, peer: Peer, progress: Progress) -> Any:
+        """Say what the store is, and what is in quarantine."""
+        del args, peer, progress
+        settings, database = self._parts().settings.store, self._parts().store.database
+        return standing(database, settings.url, settings.folder)
+
+    def store_release(self, args: Args, peer: Peer, progress: Progress) -> Any:
+        """Let agents of a restored store go."""
+        del progress
+        self._running()
+        recovery = Recovery(parts=self._parts(), actor=peer.actor)
+        names = [str(name) for name in args.get("agents", ())]
+        done = recovery.release(names, _caller(peer), reissue=bool(args.get("reissue")))
+        self._kick()
+        return done
 
     def _suspension(self, agent: Agent) -> dict[str, Any] | None:
         """Return who suspended an agent, when and why, as the audit has it."""

@@ -33,6 +33,7 @@ from keyturn.daemon.front import Front
 from keyturn.daemon.metrics import Metrics
 from keyturn.daemon.peer import Roles
 from keyturn.daemon.readiness import Readiness, Reason
+from keyturn.daemon.recovery import Recovery
 from keyturn.daemon.signals import Signals
 from keyturn.daemon.socket import AdminServer
 from keyturn.daemon.watching import Watching
@@ -121,6 +122,7 @@ class Service:
         self._revoking = threading.Lock()
         self._applied: set[RevocationEntry] = set()
         self._counted: set[RevocationEntry] = set()
+        self._away = False
         self._problems: tuple[tuple[str, str], ...] = ()
         self._pool = ThreadPoolExecutor(WORKERS_AT_MOST, thread_name_prefix="saga")
         self._scheduler = BackgroundScheduler(
@@ -149,6 +151,10 @@ class Service:
         clock = parts.store_clock
         clock.anchor = membership.anchor(clock.boot_id)
         self._connect()
+        recovery = Recovery(parts=parts, actor="daemon:start")
+        quarantined = recovery.at_start()
+        if quarantined:
+            self.readiness.hold(Reason.QUARANTINED)
         self._apply_spool_alone()
         self._reconcile_at_start()
         self._apply_inline()
@@ -163,6 +169,8 @@ class Service:
         self.front.lead()
         self._schedule(membership)
         self.readiness.release(Reason.STARTING)
+        if quarantined:
+            self._pool.submit(self._let_go, recovery)
         _log.info("daemon.ready", version=__version__, agents=len(parts.store.agents()))
         self._stop.wait()
         self._wind_down(server, membership)
@@ -243,12 +251,36 @@ class Service:
             clock = self.parts.store_clock
             jumped = bool(clock.look()[1])
             membership.renew(ttl=LEAD_TTL, anchor=None if jumped else clock.anchor)
+            if self._away:  # it may be another server now, and one that is behind
+                self._away = False
+                self._pool.submit(self._compare_again)
         except ClaimLost:
             _log.error("daemon.lead-lost", hint="another daemon took over; this one ends")
             self._parked.set()
             self.stop()
         except StoreUnavailable as error:
+            self._away = True
             _log.warning("store.unavailable", code=error.code)
+
+    def _compare_again(self) -> None:
+        """Look whether a store that was away came back as an older one."""
+        recovery = Recovery(parts=self.parts, actor="daemon:failover")
+        try:
+            quarantined = recovery.at_start()
+        except KeyturnError as error:
+            self._away = True
+            _log.error("store.not-compared", code=error.code, hint=error.hint)
+            return
+        if quarantined:
+            self._let_go(recovery)
+
+    def _let_go(self, recovery: Recovery) -> None:
+        """Read the destinations and lift the quarantine; the socket answers meanwhile."""
+        self.readiness.hold(Reason.QUARANTINED)
+        while not self._stop.is_set() and not recovery.let_go_later():
+            self._stop.wait(LEAD_RENEW)
+        self.readiness.release(Reason.QUARANTINED)
+        self.kick()
 
     def _forget_requests(self) -> None:
         try:

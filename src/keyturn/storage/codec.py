@@ -34,6 +34,12 @@ def text(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
+def loads(value: str) -> dict[str, Any]:
+    """Return the object of a JSON text."""
+    found: dict[str, Any] = json.loads(value)
+    return found
+
+
 def detail_text(detail: Iterable[tuple[str, Any]]) -> str:
     """Return the text of an audit entry's details; times become microseconds."""
     return text([[name, _plain(value)] for name, value in detail])

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 from keyturn.core.model import AgentState, VersionState
 from keyturn.core.secret import Secret
 from keyturn.core.timekeeping import Anchor
-from keyturn.errors import StoreUnavailable
+from keyturn.errors import StoreQuarantined, StoreUnavailable
 from keyturn.storage.codec import instant
 from keyturn.storage.engine import code_of, is_sqlite, postgresql_arguments, sqlite_path
 
@@ -37,15 +37,20 @@ ON_POSTGRESQL = 6  # they cost the server a process each
 LOCK_MS = 500
 STATEMENT_MS = 1500
 
+# From the one row of `meta`, so that what is not known comes with whether that counts: in one
+# statement, since a store may be restored, or let go again, between any two.
 _SELECT = (
     "SELECT a.uid, a.name, v.login, a.state, v.credential_uid, v.id, v.state, v.scheme, v.digest,"
-    " v.tag, v.deadline, v.not_after,"
-    " {now} FROM versions v JOIN credentials c ON c.uid = v.credential_uid"
-    " JOIN agents a ON a.uid = c.agent_uid WHERE "
+    " v.tag, v.deadline, v.not_after, {now}, {doubt} FROM meta m LEFT JOIN versions v ON {which}"
+    " LEFT JOIN credentials c ON c.uid = v.credential_uid LEFT JOIN agents a ON a.uid = c.agent_uid"
 )
-_BY_ID = _SELECT + "v.id = {value}"
-_IMPORTED = _SELECT + (
-    "v.login = {value} AND a.state <> 'removed' AND v.origin = 'imported' ORDER BY v.seq DESC"
+_BY_ID = _SELECT.replace("{which}", "v.id = {value}")
+_IMPORTED = _SELECT.replace("{which}", "v.login = {value} AND v.origin = 'imported'") + (
+    " ORDER BY v.seq DESC"
+)
+_DOUBT = (
+    "(SELECT q.reason FROM quarantine q WHERE q.agent_uid = '' OR q.agent_uid = a.uid"
+    " ORDER BY q.agent_uid LIMIT 1)"
 )
 
 _ANCHOR = (
@@ -77,7 +82,8 @@ class DecisionReader:
     """Look-ups in a store for verifiers. Thread-safe.
 
     Both look-ups see every commit that returned before they were called, and raise
-    StoreUnavailable within 100 ms where the store is locked (SQLite).
+    StoreUnavailable within 100 ms where the store is locked (SQLite), StoreQuarantined where it was
+    restored and nobody can tell yet.
     """
 
     def __init__(self, source: Callable[[], _Source], most: int) -> None:
@@ -96,12 +102,13 @@ class DecisionReader:
 
     def lookup(self, version_id: str) -> Decision | None:
         """Return what is known of a version id, whatever its state."""
-        rows = self._rows(_BY_ID, version_id)
+        rows = _certain(self._rows(_BY_ID, version_id))
         return _decision(rows[0]) if rows else None
 
     def imported(self, login: str) -> list[Decision]:
         """Return the imported versions of a login, newest first, refused ones too."""
-        return [_decision(row) for row in self._rows(_IMPORTED, login)]
+        found = [_decision(row) for row in _certain(self._rows(_IMPORTED, login))]
+        return [one for one in found if one.agent_state is not AgentState.REMOVED]
 
     def anchor(self, boot_id: str) -> Anchor | None:
         """Return when a daemon's clock was last believed, on this boot if there was one."""
@@ -154,13 +161,24 @@ class _SqliteSource:
 
     def rows(self, query: str, value: str) -> Sequence[Sequence[Any]]:
         try:
-            return self._connected().execute(_ON_SQLITE[query], (value,)).fetchall()
+            return self._run(query, value)
         except sqlite3.Error as error:
             self.close()
             raise StoreUnavailable(f"the store cannot be read ({code_of(error)})") from None
         except OSError as error:
             self.close()
             raise StoreUnavailable(f"the store's file is not there ({error.errno})") from None
+
+    def _run(self, query: str, value: str) -> Sequence[Sequence[Any]]:
+        connection = self._connected()
+        try:
+            return connection.execute(_ON_SQLITE[query], (value,)).fetchall()
+        except sqlite3.OperationalError as error:
+            if query == _ANCHOR or "no such table: quarantine" not in str(error):
+                raise
+        # The daemon of the release before is still at work: asked anew each time, so that the first
+        # quarantine of the next one is seen.
+        return connection.execute(_BEFORE_SQLITE[query], (value,)).fetchall()
 
     def close(self) -> None:
         if self._connection is not None:
@@ -242,7 +260,15 @@ class _PostgresSource:
         if self._connection is None:
             self._connection = self._open()
         # One message for the four statements: psycopg puts the value in, quoted by libpq.
-        cursor = self._connection.execute(_ON_POSTGRESQL[query], (value,))
+        import psycopg
+
+        try:
+            cursor = self._connection.execute(_ON_POSTGRESQL[query], (value,))
+        except psycopg.errors.UndefinedTable:
+            if query == _ANCHOR:
+                raise
+            self._connection.rollback()  # as on SQLite: a store of the release before
+            cursor = self._connection.execute(_BEFORE_POSTGRESQL[query], (value,))
         while cursor.description is None:
             cursor.nextset()
         rows: Sequence[Sequence[Any]] = cursor.fetchall()
@@ -262,18 +288,33 @@ _QUERIES = (_BY_ID, _IMPORTED, _ANCHOR)
 _TOO_LONG = frozenset(
     {"55P03", "57014"}
 )  # a lock, a statement: a new connection would wait as long
-_ON_SQLITE = {query: query.format(now="NULL", value="?") for query in _QUERIES}
-_ON_POSTGRESQL = {
-    query: (
+
+
+def _on_sqlite(query: str, doubt: str) -> str:
+    return query.format(now="NULL", value="?", doubt=doubt)
+
+
+def _on_postgresql(query: str, doubt: str) -> str:
+    now = "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000 AS BIGINT)"
+    return (
         f"BEGIN READ ONLY; SET LOCAL statement_timeout = {STATEMENT_MS};"
-        f" SET LOCAL lock_timeout = {LOCK_MS}; {{query}}; COMMIT"
-    ).format(
-        query=query.format(
-            now="CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000000 AS BIGINT)", value="%s"
-        )
+        f" SET LOCAL lock_timeout = {LOCK_MS};"
+        f" {query.format(now=now, value='%s', doubt=doubt)}; COMMIT"
     )
-    for query in _QUERIES
-}
+
+
+_ON_SQLITE = {query: _on_sqlite(query, _DOUBT) for query in _QUERIES}
+_ON_POSTGRESQL = {query: _on_postgresql(query, _DOUBT) for query in _QUERIES}
+_BEFORE_SQLITE = {query: _on_sqlite(query, "NULL") for query in _QUERIES}
+_BEFORE_POSTGRESQL = {query: _on_postgresql(query, "NULL") for query in _QUERIES}
+
+
+def _certain(rows: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
+    """Return the rows of versions. Raises StoreQuarantined where one may be wrong, or one missing."""
+    for *_, doubt in rows:
+        if doubt is not None:
+            raise StoreQuarantined
+    return [row[:-1] for row in rows if row[0] is not None]
 
 
 def _decision(row: Sequence[Any]) -> Decision:

@@ -19,7 +19,7 @@ from sqlalchemy.engine import Connection
 
 from keyturn.core.timekeeping import Anchor
 from keyturn.errors import ClaimLost, IllegalTransition, StoreUnavailable
-from keyturn.storage import cases
+from keyturn.storage import cases, migrations
 from keyturn.storage.engine import sqlite_path
 from keyturn.storage.store import Store
 from keyturn.storage.tables import credentials, daemons
@@ -28,13 +28,12 @@ from keyturn.storage.tables import credentials, daemons
 class Membership:
     """This process's place on a store: it leads or stands by."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, lock: FileLock | None = None) -> None:
         self._store = store
         self._database = store.database
-        self._lock: _FileLock | None = None
-        if self._database.is_sqlite:
-            path = sqlite_path(str(store.engine.url))
-            self._lock = _FileLock(path.with_name(path.name + ".lead"))
+        self._lock = lock
+        if lock is None and self._database.is_sqlite:
+            self._lock = lock_of(sqlite_path(str(store.engine.url)))
 
     def try_lead(self, *, ttl: timedelta) -> bool:
         """Take the lead if no living process has it; record who died before.
@@ -94,6 +93,7 @@ class Membership:
                 self._lock.drop()
 
     def _take(self, connection: Connection, ttl: timedelta) -> bool:
+        migrations.check_oldest(connection)  # a standby may have waited through a contraction
         now, me = self._store.now_in(connection), self._store.writer
         others = connection.execute(
             sa.select(daemons)
@@ -106,7 +106,7 @@ class Membership:
             return False
         _bury(connection, dead, now)
         mine = sa.update(daemons).where(daemons.c.writer == me)
-        values = {"leads": True, "until": now + ttl, "died_at": None}
+        values = {"leads": True, "until": now + ttl, "died_at": None, "knows": migrations.HEAD}
         if connection.execute(mine.values(**values)).rowcount == 0:
             connection.execute(sa.insert(daemons).values(writer=me, started_at=now, **values))
         return True
@@ -124,7 +124,12 @@ def _bury(connection: Connection, writers: list[str], now: datetime) -> None:
     )
 
 
-class _FileLock:
+def lock_of(path: Path) -> FileLock:
+    """Return the lock that stands for the lead on an SQLite file; the file itself may be gone."""
+    return FileLock(path.with_name(path.name + ".lead"))
+
+
+class FileLock:
     """An exclusive flock on a file of its own, never inherited by a child that we start."""
 
     def __init__(self, path: Path) -> None:

@@ -15,6 +15,7 @@ from keyturn.core.model import (
     Agent,
     AgentState,
     Case,
+    Credential,
     Drift,
     Rotation,
     RotationState,
@@ -26,7 +27,15 @@ from keyturn.storage.cases import BY_NAME, columns, from_row, is_open, load
 from keyturn.storage.codec import leads_to, micros
 from keyturn.storage.results import Counts, Due, History
 from keyturn.storage.tables import agents as agents_table
-from keyturn.storage.tables import audit, credentials, daemons, placements, rotations, versions
+from keyturn.storage.tables import (
+    audit,
+    credentials,
+    daemons,
+    placements,
+    quarantine,
+    rotations,
+    versions,
+)
 
 _LIVES = agents_table.c.state != AgentState.REMOVED
 
@@ -41,11 +50,34 @@ def claim_free(now: ColumnElement[Any]) -> ColumnElement[bool]:
     )
 
 
+def in_quarantine() -> ColumnElement[bool]:
+    """Return the condition that nobody can tell about an agent, or about any."""
+    mine = quarantine.c.agent_uid.in_(("", agents_table.c.uid))
+    return sa.exists().where(mine).correlate(agents_table)
+
+
 def agents(connection: Connection, *, removed: bool) -> list[Agent]:
     """Return the agents that live, or the removed ones."""
     wanted = ~_LIVES if removed else _LIVES
     query = sa.select(*columns(Agent, agents_table)).where(wanted).order_by(agents_table.c.name)
     return [from_row(Agent, row) for row in connection.execute(query)]
+
+
+def with_credentials(
+    connection: Connection, uids: Sequence[str] | None = None
+) -> list[tuple[Agent, Credential]]:
+    """Return agents, removed ones too, with each of their credentials; without `uids` all."""
+    query = (
+        sa.select(*columns(Agent, agents_table, "a_"), *columns(Credential, credentials))
+        .join_from(credentials, agents_table, credentials.c.agent_uid == agents_table.c.uid)
+        .order_by(agents_table.c.name, credentials.c.name)
+    )
+    wanted = None if uids is None else set(uids)
+    return [
+        (from_row(Agent, row, "a_"), from_row(Credential, row))
+        for row in connection.execute(query)
+        if wanted is None or row.a_uid in wanted
+    ]
 
 
 def agent(connection: Connection, name: str) -> Agent:
@@ -113,6 +145,7 @@ def due(
         .join_from(credentials, agents_table, credentials.c.agent_uid == agents_table.c.uid)
         .outerjoin(rotations, open_one)
         .where(credentials.c.wake_at <= bound, claim_free(sa.literal(micros(now), sa.BigInteger)))
+        .where(~in_quarantine())
         .order_by(credentials.c.wake_at, credentials.c.uid)
         .limit(limit)
     )

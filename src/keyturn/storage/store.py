@@ -22,7 +22,7 @@ from keyturn.ports import AuditEntry, Claim, Clock, Saved
 from keyturn.storage import audit, cases, claims, owners, queries, requests, takeover
 from keyturn.storage.engine import Database, open_database
 from keyturn.storage.ledger import Ledger
-from keyturn.storage.migrations import migrate
+from keyturn.storage.migrations import migrate, oldest_at_head
 from keyturn.storage.requests import Once
 from keyturn.storage.results import Counts, Due, History
 from keyturn.storage.tables import daemons, intents, meta, store_now
@@ -76,6 +76,7 @@ class Store:
             row = connection.execute(sa.select(meta)).first()
             if row is None:
                 values = {"id": 1, "store_id": store_id, "incarnation": 1, "epoch": 0}
+                values["oldest_schema"] = oldest_at_head()
                 connection.execute(sa.insert(meta).values(**values, created_at=clock.now()))
                 row = connection.execute(sa.select(meta)).one()
             return row
@@ -245,10 +246,13 @@ class Store:
         def body(connection: Connection) -> Case:
             owners.add(connection, agent, credential, identities)
             case = Case(agent=agent, credential=credential)
-            self._record(connection, audit)
+            self._announce_agents(connection, [(agent, credential)])
+            self.record_in(connection, audit)
             return case
 
-        return self.database.write(body)
+        added = self.database.write(body)
+        self.ledger.confirm_agents([agent.uid])
+        return added
 
     def amend_agent(
         self,
@@ -270,12 +274,16 @@ class Store:
             now = self.now_in(connection)
             owners.check(connection, agent, identities)
             found, changed = owners.amend(connection, agent_uid, before, agent, identities, now=now)
-            self._record(connection, audit)
+            pairs = [(one.agent, one.credential) for one in changed]
+            self._announce_agents(connection, pairs, bump=1)
+            self.record_in(connection, audit)
             if cases.epoch_moves(found[0], changed[0]):
                 _bump_epoch(connection)
             return [cases.load_one(connection, case.credential.uid) for case in changed]
 
-        return self.database.write(body)
+        amended = self.database.write(body)
+        self.ledger.confirm_agents([agent.uid])
+        return amended
 
     def take_over(self, taken: TakeOver) -> None:
         """Bring every agent in line with the files, all or nothing.
@@ -286,9 +294,12 @@ class Store:
         def body(connection: Connection) -> None:
             now = self.now_in(connection)
             takeover.apply(connection, taken, now=now)
-            self._record(connection, [wanted.audit for wanted in taken.wanted], at=now)
+            uids = [wanted.agent.uid for wanted in taken.wanted]
+            self._announce_agents(connection, queries.with_credentials(connection, uids))
+            self.record_in(connection, [wanted.audit for wanted in taken.wanted], at=now)
 
         self.database.write(body)
+        self.ledger.confirm_agents(wanted.agent.uid for wanted in taken.wanted)
 
     def owned(self) -> list[Owned]:
         """Return every entry that an agent has or is leaving."""
@@ -395,7 +406,7 @@ class Store:
 
     def append_audit(self, entry: AuditEntry) -> None:
         """Record something that changed no row: a reload, a refused command."""
-        self.database.write(lambda connection: self._record(connection, [entry]))
+        self.database.write(lambda connection: self.record_in(connection, [entry]))
 
     # --- inside a transaction -------------------------------------------------------------
 
@@ -415,20 +426,30 @@ class Store:
         case = cases.write(connection, before, after)
         # Under the credential's row lock, so a ledger has the order of the commits; before the
         # locks that everybody shares, so nobody waits for this disk.
-        unsure = self.ledger.announce(before, after, incarnation=self.incarnation, at=now)
-        self._record(connection, entries, at=now)
+        revision = before.credential.revision + 1
+        unsure = self.ledger.announce(
+            before, after, incarnation=self.incarnation, at=now, revision=revision
+        )
+        self.record_in(connection, entries, at=now)
         if cases.epoch_moves(before, after):
             epoch = _bump_epoch(connection)
-        revision = before.credential.revision + 1
         return Saved(case=cases.with_revision(case, revision), epoch=epoch), unsure
 
-    def _record(
+    def _announce_agents(
+        self, connection: Connection, pairs: Sequence[tuple[Agent, Credential]], bump: int = 0
+    ) -> None:
+        if pairs:
+            now = self.now_in(connection)
+            self.ledger.announce_agents(pairs, incarnation=self.incarnation, at=now, bump=bump)
+
+    def record_in(
         self,
         connection: Connection,
         entries: Sequence[AuditEntry],
         *,
         at: datetime | None = None,
     ) -> None:
+        """Append audit entries to whatever else a transaction does."""
         if entries:
             at = at or self.now_in(connection)
             audit.append(connection, entries, writer=self._writer, at=at, heads=self._heads)

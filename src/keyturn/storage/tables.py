@@ -165,6 +165,8 @@ meta = sa.Table(
     _number("incarnation"),
     _number("epoch"),
     sa.Column("created_at", Instant, nullable=False),
+    _text("oldest_schema", server_default="0001"),
+    _text("ledger_id", server_default=""),
     sa.CheckConstraint("id = 1", name="meta_one_row"),
 )
 
@@ -384,5 +386,16 @@ daemons = sa.Table(
     sa.Column("boot_id", sa.Text),
     sa.Column("boottime", Span),
     sa.Column("wall", Instant),
+    sa.Column("knows", sa.Text),  # the schema that its release knows
 )
 _only_where("daemons_one_leader", daemons, "leads", where="leads")
+
+# Agents for which no verifier can tell: "" for all. A row each goes as it is decided.
+quarantine = sa.Table(
+    "quarantine",
+    metadata,
+    sa.Column("agent_uid", sa.Text, primary_key=True),
+    _text("reason"),
+    sa.Column("since", Instant, nullable=False),
+    _text("detail", server_default="{}"),
+)

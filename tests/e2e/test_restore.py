@@ -1,0 +1,132 @@
+"""A store is copied, lost, put back and merged, with the commands that an operator types."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.running import Keyturn, accepts
+
+
+@pytest.fixture
+def keyturn(tmp_path: Path) -> Iterator[Keyturn]:
+    """Give a running installation with two agents."""
+    with Keyturn(tmp_path) as one:
+        one.wait_first()
+        yield one
+
+
+def test_a_backup_is_whole_and_private_while_the_daemon_runs(keyturn: Keyturn) -> None:
+    """It is 0600 whatever the umask says, named in `store status`, and never replaces a file."""
+    place = keyturn.folder / "backup.db"
+    old = os.umask(0)
+    code, made = keyturn.ask("store", "backup", str(place))
+    os.umask(old)
+
+    assert (code, made["agents"], made["file"]) == (0, 2, str(place))
+    assert stat.S_IMODE(place.stat().st_mode) == 0o600
+    with sqlite3.connect(place) as copy:
+        assert copy.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    copy.close()
+    assert keyturn.ask("store", "backup", str(place))[0] == 4
+    code, found = keyturn.ask("store", "status")
+    assert code == 0
+    assert found["last_backup"]["file"] == str(place)
+    assert (found["schema"], found["quarantine"]) == (found["this_release"], [])
+    assert found["ledger"]["state"] == "complete"
+    assert sorted(one.name for one in keyturn.folder.iterdir() if "backup" in one.name) == [
+        "backup.db"
+    ]
+
+
+def test_a_restore_forgets_nothing_that_happened_since(keyturn: Keyturn) -> None:
+    """What was revoked stays refused, what was rotated stays accepted, agents are added and removed."""
+    place = keyturn.folder / "backup.db"
+    old = keyturn.held("agent-0")
+    cut = keyturn.held("agent-1")
+    assert keyturn.ask("store", "backup", str(place))[0] == 0
+    assert keyturn.ask("rotate", "agent-0", "--wait")[0] == 0
+    assert keyturn.ask("agents", "add", "new", "--to", "files:new", "--wait")[0] == 0
+    assert keyturn.ask("revoke", "agent-1")[0] == 0
+    assert keyturn.ask("store", "restore", str(place), "--yes")[0] == 4  # the daemon runs
+    keyturn.stop()
+
+    code, rehearsed = keyturn.ask("store", "restore", str(place), "--dry-run")
+    assert (code, rehearsed["dry_run"]) == (0, True)
+    code, report = keyturn.ask("store", "restore", str(place), "--yes")
+
+    assert code == 0, report
+    assert report["undecided"] == []
+    told = {(one["agent"], one["what"]) for one in report["merged"]}
+    assert {("new", "added"), ("agent-0", "accepted"), ("agent-1", "suspended")} <= told
+    assert rehearsed["merged"] == report["merged"]
+    verifier = keyturn.verifier()
+    assert accepts(verifier, keyturn.held("agent-0")) is True
+    assert accepts(verifier, keyturn.held("new")) is True
+    assert accepts(verifier, old) is True  # its grace goes on
+    assert accepts(verifier, cut) is False
+    verifier.close()
+    keyturn.start()
+    keyturn.wait_first_of("agent-0", "new")
+    assert keyturn.ask("rotate", "agent-0", "new", "--wait")[0] == 0
+    assert keyturn.ask("status", "agent-1")[1][0]["state"] == "suspended"
+
+
+def test_a_file_that_was_copied_back_by_hand_is_noticed(keyturn: Keyturn) -> None:
+    """The ledger is ahead of it: the daemon merges by itself before anybody is let in."""
+    copy = keyturn.folder / "copy.db"
+    cut = keyturn.held("agent-1")
+    assert keyturn.ask("store", "backup", str(copy))[0] == 0
+    assert keyturn.ask("rotate", "agent-0", "--wait")[0] == 0
+    assert keyturn.ask("suspend", "agent-1")[0] == 0
+    keyturn.stop()
+    shutil.copyfile(copy, keyturn.store)
+    keyturn.start()
+    keyturn.wait_for(lambda: keyturn.ask("store", "status")[0] == 0)
+
+    verifier = keyturn.verifier()
+    assert accepts(verifier, keyturn.held("agent-0")) is True
+    assert accepts(verifier, cut) is False
+    verifier.close()
+    actions = {one["action"] for one in keyturn.ask("audit")[1]["entries"]}
+    assert {"store.quarantined", "store.merged", "store.released"} <= actions
+
+
+def test_without_a_ledger_a_person_decides_for_each_agent(keyturn: Keyturn) -> None:
+    """Verifiers answer 503; one agent is accepted as it was, another one gets a new secret."""
+    copy = keyturn.folder / "copy.db"
+    assert keyturn.ask("store", "backup", str(copy))[0] == 0
+    assert keyturn.ask("rotate", "agent-0", "agent-1", "--wait")[0] == 0
+    assert keyturn.ask("rotate", "agent-1", "--wait")[0] == 0
+    keyturn.stop()
+    lost = keyturn.held("agent-1")
+    shutil.rmtree(keyturn.store.parent)
+
+    code, report = keyturn.ask("store", "restore", str(copy), "--yes")
+    assert (code, report["undecided"]) == (75, ["agent-0", "agent-1"])
+    assert {one["what"] for one in report["destinations"]} == {"unknown"}
+    (keyturn.store.parent / "revoked.d").mkdir(mode=0o700, exist_ok=True)
+    verifier = keyturn.verifier()
+    assert accepts(verifier, lost) is None
+    keyturn.start()
+    assert accepts(verifier, lost) is None
+    code, found = keyturn.ask("store", "status")
+    assert code == 75
+    assert [row["agent"] for row in found["quarantine"]] == ["agent-0", "agent-1"]
+    assert "store release agent-0" in keyturn.ask("status", "agent-0")[1][0]["hint"]
+
+    code, done = keyturn.ask("store", "release", "agent-1", "--reissue")
+    assert (code, done["undecided"]) == (0, ["agent-0"])
+    keyturn.wait_for(lambda: keyturn.held("agent-1") != lost)
+    keyturn.wait_for(lambda: accepts(verifier, keyturn.held("agent-1")) is True)
+    assert accepts(verifier, lost) is False
+    assert accepts(verifier, keyturn.held("agent-0")) is None
+    assert keyturn.ask("store", "release", "--all")[0] == 0
+    assert accepts(verifier, keyturn.held("agent-0")) is False  # that is what was decided
+    verifier.close()
