@@ -614,6 +614,25 @@ def test_a_changed_agent_makes_a_running_save_stale(store: Store) -> None:
 # --- audit --------------------------------------------------------------------------------
 
 
+def test_revocations_of_other_processes_can_be_counted(place: Place) -> None:
+    """Those between two positions, by what triggered them; one's own are counted as they happen."""
+    mine, other = place.open("w1"), place.open("w10")
+    mine.append_audit(entry("revoke", detail=(("trigger", "file"),)))
+    before = mine.counts().audit_head
+    for store, action, trigger in (
+        (mine, "revoke", "file"),
+        (other, "revoke", "command"),
+        (other, "suspend", "command"),
+        (other, "revoke", "spool"),
+    ):
+        store.append_audit(entry(action, detail=(("trigger", trigger),)))
+    upto = mine.counts().audit_head
+    assert mine.revocations_of_others(after=before, upto=upto) == ["command", "spool"]
+    assert mine.revocations_of_others(after=before, upto=upto - 1) == ["command"]
+    other.append_audit(entry("revoke"))
+    assert mine.revocations_of_others(after=upto, upto=upto + 1) == [""]
+
+
 def test_revocations_have_a_chain_of_their_own(store: Store) -> None:
     """Entries of revocations never wait for other entries, and an agent's have one order."""
     uid = add(store)
@@ -953,6 +972,10 @@ def test_numbers_by_state(store: Store) -> None:
     assert found.versions == {"current": 1, "pending": 1}
     assert found.rotations == {"running": 1}
     assert found.overdue == 1
+    age = store.now() - NOW
+    assert timedelta(0) <= found.longest_overdue <= age
+    later = store.counts(late_by=age + timedelta(hours=1))
+    assert (later.overdue, later.longest_overdue) == (0, timedelta(0))
 
 
 def test_unknown_names_are_unknown(store: Store) -> None:

@@ -451,3 +451,46 @@ def test_a_missing_library_names_what_to_install(write: Write) -> None:
     path = write("version: 1\nconnections: {a: {type: vault}}\n")
     with pytest.raises(ConfigError, match=r"needs a library \(pip install 'keyturn\[vault\]'\)"):
         load(path, environ={}, adapter=missing)
+
+
+# --- the listener ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        '{address: "127.0.0.1:9464"}',
+        '{address: "127.8.8.8:1"}',
+        '{address: "[::1]:65535"}',
+        '{address: "0.0.0.0:9464", tls: {certificate: /c, key: /k}}',
+        '{address: "[2001:db8::1]:9464", tls: {certificate: /c, key: /k, client_ca: /a}}',
+        "{}",
+    ],
+)
+def test_a_listener_is_closed_or_on_this_host(write: Write, lines: str) -> None:
+    """Loopback as it is, any other address with TLS; without an address nothing listens."""
+    found = read(write(f"{GOOD}listen: {lines}\n")).listen
+    assert (found.address is None) == (lines == "{}")
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ('{address: "0.0.0.0:9464"}', "an address with `tls`, or one of loopback"),
+        ('{address: "[::]:9464"}', "an address with `tls`, or one of loopback"),
+        ('{address: "10.0.0.1:9464"}', "an address with `tls`, or one of loopback"),
+        ("{tls: {certificate: /c, key: /k}}", "an address with `tls`, or one of loopback"),
+        ('{address: "localhost:9464"}', "address: expected IP:PORT"),
+        ('{address: "127.0.0.1"}', "address: expected IP:PORT"),
+        ('{address: "127.0.0.1:0"}', "address: expected IP:PORT"),
+        ('{address: "127.0.0.1:65536"}', "address: expected IP:PORT"),
+        ('{address: "127.1:9464"}', "address: expected IP:PORT"),
+        ('{address: "0.0.0.0:1", tls: {certificate: /c}}', "tls.key: required"),
+        ('{address: "0.0.0.0:1", tls: {certificate: c, key: /k}}', "certificate: expected an abs"),
+    ],
+)
+def test_an_open_listener_is_refused(write: Write, lines: str, expected: str) -> None:
+    """Nobody on the way reads metrics; names are not looked up; the error says what is expected."""
+    with pytest.raises(ConfigError) as found:
+        read(write(f"{GOOD}listen: {lines}\n"))
+    assert expected in str(found.value)

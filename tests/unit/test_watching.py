@@ -13,6 +13,7 @@ import pytest
 from keyturn.core.model import Agent, Case, Credential, VersionState
 from keyturn.daemon.metrics import OUTCOMES, Metrics
 from keyturn.daemon.watching import Watching
+from keyturn.errors import StoreUnavailable
 from keyturn.ports import Claim
 from keyturn.wiring import Parts
 from keyturn.world import Carried, Parked
@@ -137,3 +138,76 @@ def test_a_revoke_lets_broken_off_runs_go_on(watching: Watching) -> None:
 
     assert released == [(claim, NOW)]
     assert parts.carried.parked("cred").code == "store-full"
+
+
+def test_what_is_no_connection_any_more_is_no_alert(watching: Watching) -> None:
+    """A connection that a reload drops takes its samples along; nothing says for ever that it is down."""
+    parts = cast("Any", watching)._parts
+    parts.destinations = {"old": SimpleNamespace(login_ends_in=timedelta(hours=1))}
+    watching.step(
+        step="observe",
+        case=case(),
+        where="old:p",
+        seconds=0.1,
+        code="destination-unavailable",
+        detail="",
+    )
+    watching._read_logins()
+    assert counted(watching, "destination_up", destination="old") == 0
+    assert counted(watching, "own_credential_expiry_timestamp_seconds", connection="old")
+
+    parts.destinations = {"new": SimpleNamespace(login_ends_in=None)}
+    watching._read_logins()
+
+    assert counted(watching, "destination_up", destination="old") is None
+    assert counted(watching, "own_credential_expiry_timestamp_seconds", connection="old") is None
+
+
+def test_a_broken_audit_is_said_and_measured(
+    watching: Watching, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, broken, and unknown while the store is away: then what was found last stands."""
+    said: list[str] = []
+    monkeypatch.setattr(
+        "keyturn.daemon.watching._log.error", lambda event, **more: said.append(event)
+    )
+    parts = cast("Any", watching)._parts
+
+    def away() -> list[str]:
+        raise StoreUnavailable
+
+    answers: list[Any] = [list, lambda: ["w/1: entry 3 was changed"], away]
+    seen = []
+    for answer in answers:
+        parts.store = SimpleNamespace(verify_audit=answer)
+        watching.check_audit()
+        seen.append(counted(watching, "audit_whole"))
+    assert seen == [1, 0, 0]
+    assert said == ["audit.broken"]
+    assert counted(watching, "audit_checked_timestamp_seconds")
+
+
+def test_revocations_of_other_processes_are_counted_once(watching: Watching) -> None:
+    """From this daemon's start on, by triggers that there are."""
+    found = {(7, 9): ["command", "made-up"], (9, 12): ["command"]}
+    asked: list[tuple[int, int]] = []
+
+    def others(*, after: int, upto: int) -> list[str]:
+        asked.append((after, upto))
+        return found[after, upto]
+
+    cast("Any", watching)._parts.store = SimpleNamespace(revocations_of_others=others)
+    for head in (7, 7, 9, 12, 12):
+        watching._count_others(head)
+    assert asked == [(7, 9), (9, 12)]
+    assert counted(watching, "revocations_total", trigger="command") == 2
+    assert counted(watching, "revocations_total", trigger="made-up") is None
+
+
+def test_a_look_that_the_store_refused_is_no_look(watching: Watching) -> None:
+    """The time of the last look stands still, and the daemon lives on."""
+    watching.looked(NOW)
+    watching.store_away(StoreUnavailable())
+    assert counted(watching, "scheduler_last_tick_timestamp_seconds") == NOW.timestamp()
+    assert counted(watching, "store_up") == 0
+    assert watching._readiness.live

@@ -21,6 +21,7 @@ OPEN_STATES = tuple(state.value for state in OPEN)
 AGENT_STATES = (*(state.value for state in AgentState), UNMANAGED)
 VERSION_STATES = tuple(state.value for state in VersionState)
 OUTCOMES = ("promoted", "stalled", "abandoned", "revoked", "kept", "retired")
+TRIGGERS = ("command", "file", "reload", "spool")
 DRIFT_KINDS = ("older", "revoked", "unknown", "missing", "unreadable")
 
 

@@ -219,7 +219,11 @@ class Service:
         every(self.watching.measure, "interval", seconds=MEASURE, id="measure")
         every(self._poll_revocations, "interval", seconds=REVOCATIONS_POLL, id="revocations")
         every(self._forget_requests, "interval", seconds=FORGET_REQUESTS, id="requests")
-        every(self.watching.check_audit, "interval", seconds=CHECK_AUDIT, id="audit")
+        soon = self.parts.clock.now() + timedelta(minutes=1)  # also where it restarts each hour
+        every(
+            self.watching.check_audit, "interval", seconds=CHECK_AUDIT, id="audit",
+            next_run_time=soon,
+        )  # fmt: skip
         every(self._renew, "interval", seconds=LEAD_RENEW, id="lead", args=[membership])
         self._scheduler.start()
 

@@ -17,6 +17,7 @@ from keyturn.daemon.metrics import (
     DRIFT_KINDS,
     OPEN_STATES,
     OUTCOMES,
+    TRIGGERS,
     VERSION_STATES,
     Metrics,
 )
@@ -39,6 +40,7 @@ class Watching:
         self.metrics = metrics
         self._readiness = readiness or Readiness()
         self._named: frozenset[str] = frozenset()
+        self._counted_to: int | None = None
         self._parts = parts
         self._drifts: set[tuple[str, Drift]] = set()
         self._ballast = 0
@@ -46,6 +48,8 @@ class Watching:
         metrics.store_schema_version.set(int(HEAD))
         for outcome in OUTCOMES:  # an alert on a rate needs the zero before the first one
             metrics.rotations.labels(outcome)
+        for trigger in TRIGGERS:
+            metrics.revocations.labels(trigger)
 
     # --- as it happens ----------------------------------------------------------------------
 
@@ -164,12 +168,22 @@ class Watching:
         metrics.agents_over_max_age.set(counts.over_max_age)
         metrics.revocation_cleanup_pending.set(counts.cleanup_pending)
         metrics.audit_head_sequence.set(counts.audit_head)
+        self._count_others(counts.audit_head)
         found = set(store.drifts())
         kinds = Counter(drift.kind for _, drift in found)
         metrics.set_states(metrics.destination_drift, kinds, DRIFT_KINDS)
         for agent, drift in found - self._drifts:
             _log.warning("drift.found", agent=agent, where=drift.target, kind=drift.kind)
         self._drifts = found
+
+    def _count_others(self, head: int) -> None:
+        """Count the revocations of other processes: commands on the bare store, other hosts."""
+        before, self._counted_to = self._counted_to, head
+        if before is None or before >= head:
+            return  # what was before this daemon is not of this count
+        for trigger in self._parts.store.revocations_of_others(after=before, upto=head):
+            if trigger in TRIGGERS:  # written by another process: no label of its making
+                self.metrics.revocations.labels(trigger).inc()
 
     def check_audit(self) -> None:
         """See whether the audit's chains are whole; minutes on a long record, so now and then."""

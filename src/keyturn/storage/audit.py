@@ -159,6 +159,23 @@ def entries(read: Read, *, agent: str | None, limit: int) -> list[Recorded]:
     return found
 
 
+def revocations(
+    connection: Connection, *, after: int, upto: int, but: str
+) -> list[tuple[tuple[str, Any], ...]]:
+    """Return the details of the revocations between two positions that others than `but` wrote."""
+    query = (
+        sa.select(audit.c.detail)
+        .where(
+            audit.c.position > after,
+            audit.c.position <= upto,
+            audit.c.action == "revoke",
+            ~audit.c.chain.startswith(f"{but}/", autoescape=True),
+        )
+        .order_by(audit.c.position)
+    )
+    return list(connection.execute(query).scalars())
+
+
 def problems(read: Read) -> list[str]:
     """Return what is wrong with the chains: edited, swapped, missing or cut entries.
 

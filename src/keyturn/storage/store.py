@@ -396,6 +396,15 @@ class Store:
         """Return the newest audit entries, newest first; never more than `audit.MOST`."""
         return audit.entries(self.database.read, agent=agent, limit=limit)
 
+    def revocations_of_others(self, *, after: int, upto: int) -> list[str]:
+        """Return what triggered the revocations between two audit positions that others wrote."""
+        found = self.database.read(
+            lambda connection: audit.revocations(
+                connection, after=after, upto=upto, but=self._writer
+            )
+        )
+        return [str(dict(detail).get("trigger", "")) for detail in found]
+
     def verify_audit(self) -> list[str]:
         """Return what is wrong with the audit chains; nothing means that they are whole.
 
