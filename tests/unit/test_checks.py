@@ -19,6 +19,7 @@ from keyturn.daemon.checks import check, least_policy
 from keyturn.daemon.cron import Crontab
 from keyturn.daemon.service import load
 from keyturn.errors import ConfigError, Refused
+from keyturn.testing.certificates import new_authority
 
 CONTENT: dict[str, Any] = {
     "version": 1,
@@ -312,3 +313,20 @@ def test_a_group_that_this_host_does_not_have_is_a_note(tmp_path: Path) -> None:
     notes = [row["detail"] for row in report["checks"] if row["name"] == "note"]
     assert report["ok"] is True
     assert notes == ["admin.groups: no group is called no-such-group on this host"]
+
+
+def test_a_probe_looks_at_the_listeners_certificate(tmp_path: Path) -> None:
+    """Before the daemon does not start for it; offline nothing is read, as for every credential."""
+    certificate, key = new_authority(tmp_path / "ca").issue("host")
+    tls = {"certificate": str(certificate), "key": str(key)}
+    listen = {"address": "0.0.0.0:9464", "tls": tls}
+    path = written(tmp_path, {"version": 1, "listen": listen})
+
+    def row(*, probe: bool = True) -> list[tuple[bool, str]]:
+        rows = check(path, probe=probe)["checks"]
+        return [(one["ok"], one["detail"]) for one in rows if one["name"] == "listen"]
+
+    assert row(probe=False) == []
+    assert row() == [(True, "0.0.0.0:9464: certificate and key can be used")]
+    key.chmod(0o644)
+    assert row()[0][0] is False

@@ -113,7 +113,12 @@ def test_what_is_no_request_is_refused(sent: bytes, status: bytes) -> None:
 def test_a_body_is_thrown_away_and_does_not_take_the_answer_along() -> None:
     """Whoever sends more than was asked for still reads the answer."""
     with listening() as listener:
-        assert ask(listener, "/", "POST", body=b"x" * 20_000)[0] == 200
+        head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 50000\r\n\r\n"
+        with connect(listener, head) as client:
+            while client.recv(4096):  # the answer comes first, and ends
+                pass
+            for _ in range(5):
+                client.sendall(b"x" * 10_000)  # a closed connection would refuse the second one
         head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000000\r\n\r\n"
         assert rest(connect(listener, head + b"x" * 60_000)).startswith(b"HTTP/1.1 200")
 

@@ -21,6 +21,7 @@ from keyturn.core.model import Agent, Case, Credential, Target
 from keyturn.core.revocations import parse_revocations
 from keyturn.core.secret import Secret
 from keyturn.credential_file import read_credential
+from keyturn.daemon.certificates import Certificates
 from keyturn.daemon.offline import become_owner
 from keyturn.daemon.service import load, missing_groups, roles_of
 from keyturn.destinations import registry
@@ -75,6 +76,7 @@ def check(path: Path, *, probe: bool = False) -> dict[str, Any]:
         _become_owner(settings)
         row, known = _looked_at_store(settings)
         rows.append(row)
+        rows += _listener(settings)
         destinations = wiring.connect(settings, store_id="", clock=wiring.SystemClock())
         for name, destination in destinations.items():
             rows += _probed(name, destination, _wanted(settings, name), known)
@@ -113,6 +115,19 @@ def _wanted(settings: Settings, connection: str) -> list[_Wanted]:
         for target in agent.targets
         if target.to == connection
     ]
+
+
+def _listener(settings: Settings) -> list[Check]:
+    """See whether certificate and key of the listener can be used, as the daemon's user."""
+    tls, address = settings.listen.tls, settings.listen.address
+    if tls is None:
+        return []
+
+    def attempt() -> str:
+        Certificates(tls)
+        return f"{address}: certificate and key can be used"
+
+    return [_tried("listen", attempt)]
 
 
 def _summary(settings: Settings) -> str:
