@@ -8,16 +8,29 @@ import sqlite3
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from keyturn.cli.client import AdminClient
 from support.running import Keyturn, accepts
+
+
+def tell(keyturn: Keyturn, command: str, **args: Any) -> Any:
+    """Ask the daemon without starting a process for it."""
+    return AdminClient(keyturn.folder / "run" / "admin.sock").call(command, args)
+
+
+def rotate(keyturn: Keyturn, *agents: str) -> None:
+    """Rotate, and wait for that."""
+    done = tell(keyturn, "rotate", agents=agents, wait=True)["results"]
+    assert {one["outcome"] for one in done} == {"promoted"}
 
 
 @pytest.fixture
 def keyturn(tmp_path: Path) -> Iterator[Keyturn]:
     """Give a running installation with two agents."""
-    with Keyturn(tmp_path) as one:
+    with Keyturn(tmp_path, policy={"grace": "30m"}) as one:
         one.wait_first()
         yield one
 
@@ -51,9 +64,10 @@ def test_a_restore_forgets_nothing_that_happened_since(keyturn: Keyturn) -> None
     old = keyturn.held("agent-0")
     cut = keyturn.held("agent-1")
     assert keyturn.ask("store", "backup", str(place))[0] == 0
-    assert keyturn.ask("rotate", "agent-0", "--wait")[0] == 0
-    assert keyturn.ask("agents", "add", "new", "--to", "files:new", "--wait")[0] == 0
-    assert keyturn.ask("revoke", "agent-1")[0] == 0
+    rotate(keyturn, "agent-0")
+    target = {"to": "files", "path": "new", "merge": False, "adopt": False}
+    tell(keyturn, "agents.add", name="new", policy="default", targets=[target], wait=True)
+    tell(keyturn, "revoke", agent="agent-1")
     assert keyturn.ask("store", "restore", str(place), "--yes")[0] == 4  # the daemon runs
     keyturn.stop()
 
@@ -73,9 +87,8 @@ def test_a_restore_forgets_nothing_that_happened_since(keyturn: Keyturn) -> None
     assert accepts(verifier, cut) is False
     verifier.close()
     keyturn.start()
-    keyturn.wait_first_of("agent-0", "new")
-    assert keyturn.ask("rotate", "agent-0", "new", "--wait")[0] == 0
-    assert keyturn.ask("status", "agent-1")[1][0]["state"] == "suspended"
+    rotate(keyturn, "agent-0", "new")
+    assert tell(keyturn, "status", agent="agent-1")[0]["state"] == "suspended"
 
 
 def test_a_file_that_was_copied_back_by_hand_is_noticed(keyturn: Keyturn) -> None:
@@ -83,18 +96,18 @@ def test_a_file_that_was_copied_back_by_hand_is_noticed(keyturn: Keyturn) -> Non
     copy = keyturn.folder / "copy.db"
     cut = keyturn.held("agent-1")
     assert keyturn.ask("store", "backup", str(copy))[0] == 0
-    assert keyturn.ask("rotate", "agent-0", "--wait")[0] == 0
-    assert keyturn.ask("suspend", "agent-1")[0] == 0
+    rotate(keyturn, "agent-0")
+    tell(keyturn, "suspend", agent="agent-1")
     keyturn.stop()
     shutil.copyfile(copy, keyturn.store)
     keyturn.start()
-    keyturn.wait_for(lambda: keyturn.ask("store", "status")[0] == 0)
+    keyturn.wait_for(lambda: not tell(keyturn, "store.status")["quarantine"])
 
     verifier = keyturn.verifier()
     assert accepts(verifier, keyturn.held("agent-0")) is True
     assert accepts(verifier, cut) is False
     verifier.close()
-    actions = {one["action"] for one in keyturn.ask("audit")[1]["entries"]}
+    actions = {one["action"] for one in tell(keyturn, "audit")["entries"]}
     assert {"store.quarantined", "store.merged", "store.released"} <= actions
 
 
@@ -102,8 +115,7 @@ def test_without_a_ledger_a_person_decides_for_each_agent(keyturn: Keyturn) -> N
     """Verifiers answer 503; one agent is accepted as it was, another one gets a new secret."""
     copy = keyturn.folder / "copy.db"
     assert keyturn.ask("store", "backup", str(copy))[0] == 0
-    assert keyturn.ask("rotate", "agent-0", "agent-1", "--wait")[0] == 0
-    assert keyturn.ask("rotate", "agent-1", "--wait")[0] == 0
+    rotate(keyturn, "agent-0", "agent-1")
     keyturn.stop()
     lost = keyturn.held("agent-1")
     shutil.rmtree(keyturn.store.parent)
@@ -119,7 +131,7 @@ def test_without_a_ledger_a_person_decides_for_each_agent(keyturn: Keyturn) -> N
     code, found = keyturn.ask("store", "status")
     assert code == 75
     assert [row["agent"] for row in found["quarantine"]] == ["agent-0", "agent-1"]
-    assert "store release agent-0" in keyturn.ask("status", "agent-0")[1][0]["hint"]
+    assert "store release agent-0" in tell(keyturn, "status", agent="agent-0")[0]["hint"]
 
     code, done = keyturn.ask("store", "release", "agent-1", "--reissue")
     assert (code, done["undecided"]) == (0, ["agent-0"])

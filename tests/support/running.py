@@ -143,10 +143,6 @@ class Keyturn:
         """Wait until every agent has a current version."""
         self.wait_for(lambda: all(row["current"] for row in self.ask("status")[1]))
 
-    def wait_first_of(self, *names: str) -> None:
-        """Wait until these agents have a current version."""
-        self.wait_for(lambda: all(self.ask("status", name)[1][0]["current"] for name in names))
-
     def verifier(self) -> Verifier:
         """Open a verifier as a service would."""
         return Verifier.open(
