@@ -43,6 +43,7 @@ from keyturn.errors import (
     Refused,
     StaleRevision,
     StorageError,
+    StoreTooNew,
     StoreUnavailable,
     UnknownAgent,
     UnknownVersion,
@@ -851,9 +852,11 @@ def test_the_migrations_build_what_the_tables_declare(store: Store) -> None:
 
 
 def test_a_store_of_a_newer_release_is_refused(place: Place) -> None:
-    """It is left as it is, and the message says what to do."""
-    raw(place.open(), "UPDATE alembic_version SET version_num = '9999'")
-    with pytest.raises(StorageError, match="newer release") as caught:
+    """Where it works with newer ones only it is left as it is, and the message says what to do."""
+    store = place.open()
+    raw(store, "UPDATE alembic_version SET version_num = '9999'")
+    raw(store, "UPDATE meta SET oldest_schema = '9998'")
+    with pytest.raises(StoreTooNew, match="releases from schema 9998 on") as caught:
         place.open()
     assert "install" in caught.value.hint
 

@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 
 from keyturn.core.secret import mint
-from keyturn.storage import engine
+from keyturn.storage import copying, engine
 from keyturn.verifier.decision import Verifier
 from keyturn.verifier.hashing import CHEAP_FOR_TESTS, Hashing, tag
 from support.cutter import administration, cut, open_store
@@ -258,6 +258,35 @@ def test_a_replaced_file_is_read_at_once(scene: Scene, rounds: int) -> None:
         replace_by(good)
         assert settled(scene.verifier, shown) is True
         stale += scene.race(shown, lambda: replace_by(revoked))
+    assert stale == 0, f"seed {SEED}: {stale} of {rounds}"
+
+
+@pytest.mark.parametrize(
+    "rounds",
+    [300, pytest.param(10_000, marks=[pytest.mark.full, pytest.mark.timeout(3600)])],
+    ids=["some", "whole"],
+)
+def test_a_restored_store_is_read_at_once(scene: Scene, rounds: int) -> None:
+    """A backup takes the place of the rows, in quarantine: no verification after that says yes."""
+    shown = scene.fresh()
+    good, restored = scene.folder / "good.copy", scene.folder / "restored.copy"
+    copying.snapshot(scene.path, good)
+    copying.snapshot(scene.path, restored)
+    with sqlite3.connect(restored) as copy:
+        copy.execute("INSERT INTO quarantine VALUES ('', 'restored', 1, '{}')")
+        copy.execute("UPDATE meta SET incarnation = incarnation + 1")
+    copy.close()
+
+    def restore() -> float:
+        copying.put_into(restored, scene.path)
+        return time.monotonic()
+
+    stale = 0
+    for _ in range(rounds):
+        copying.put_into(good, scene.path)
+        assert settled(scene.verifier, shown) is True
+        stale += scene.race(shown, restore)
+        assert accepts(scene.verifier, shown) is None
     assert stale == 0, f"seed {SEED}: {stale} of {rounds}"
 
 

@@ -249,4 +249,3 @@ VERBS: list[Callable[[Drill, str], None]] = [
     rotate, rotate, rotate, rotate_and_die, rotate_and_die, begin, revoke, reissue, revoke_version,
     suspend, resume, resume, add, add, remove,
 ]  # fmt: skip
-

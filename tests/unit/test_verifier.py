@@ -35,7 +35,7 @@ class Rows:
         self.rows: dict[str, Decision] = {}
         self.broken = False
 
-    def lookup(self, version_id: str) -> Decision | None:
+    def lookup(self, version_id: str, login: str = "") -> Decision | None:
         if self.broken:
             raise StoreUnavailable
         return self.rows.get(version_id)

@@ -48,9 +48,13 @@ _BY_ID = _SELECT.replace("{which}", "v.id = {value}")
 _IMPORTED = _SELECT.replace("{which}", "v.login = {value} AND v.origin = 'imported'") + (
     " ORDER BY v.seq DESC"
 )
+# A version that was accepted in a life that is lost is known by nobody: its login tells whose it is.
+# Each part goes by an index: whoever asks waits for this one.
 _DOUBT = (
-    "(SELECT q.reason FROM quarantine q WHERE q.agent_uid = '' OR q.agent_uid = a.uid"
-    " ORDER BY q.agent_uid LIMIT 1)"
+    "COALESCE((SELECT q.reason FROM quarantine q WHERE q.agent_uid = ''),"
+    " (SELECT q.reason FROM quarantine q WHERE q.agent_uid = a.uid),"
+    " CASE WHEN v.id IS NULL THEN (SELECT q.reason FROM agents o JOIN quarantine q"
+    " ON q.agent_uid = o.uid WHERE o.login = {login} AND o.state <> 'removed' LIMIT 1) END)"
 )
 
 _ANCHOR = (
@@ -100,14 +104,14 @@ class DecisionReader:
             return cls(lambda: _SqliteSource(path), ON_SQLITE)
         return cls(lambda: _PostgresSource(url, password), ON_POSTGRESQL)
 
-    def lookup(self, version_id: str) -> Decision | None:
-        """Return what is known of a version id, whatever its state."""
-        rows = _certain(self._rows(_BY_ID, version_id))
+    def lookup(self, version_id: str, login: str = "") -> Decision | None:
+        """Return what is known of a version id, whatever its state; `login` presents it."""
+        rows = _certain(self._rows(_BY_ID, version_id, login))
         return _decision(rows[0]) if rows else None
 
     def imported(self, login: str) -> list[Decision]:
         """Return the imported versions of a login, newest first, refused ones too."""
-        found = [_decision(row) for row in _certain(self._rows(_IMPORTED, login))]
+        found = [_decision(row) for row in _certain(self._rows(_IMPORTED, login, login))]
         return [one for one in found if one.agent_state is not AgentState.REMOVED]
 
     def anchor(self, boot_id: str) -> Anchor | None:
@@ -127,7 +131,7 @@ class DecisionReader:
         self._idle.clear()
         self._free.release(self._most)
 
-    def _rows(self, query: str, value: str) -> Sequence[Sequence[Any]]:
+    def _rows(self, query: str, value: str, login: str = "") -> Sequence[Sequence[Any]]:
         if not self._free.acquire(timeout=WAIT):
             raise StoreUnavailable("the store is busy")
         try:
@@ -136,7 +140,7 @@ class DecisionReader:
             except IndexError:
                 source = self._source()
             try:
-                return source.rows(query, value)
+                return source.rows(query, value, login)
             finally:
                 self._idle.append(source)
         finally:
@@ -146,7 +150,7 @@ class DecisionReader:
 class _Source(Protocol):
     """One connection that opens itself when needed."""
 
-    def rows(self, query: str, value: str) -> Sequence[Sequence[Any]]:
+    def rows(self, query: str, value: str, login: str) -> Sequence[Sequence[Any]]:
         """Run one query outside any transaction. Raises StoreUnavailable."""
 
     def close(self) -> None:
@@ -159,9 +163,9 @@ class _SqliteSource:
         self._connection: sqlite3.Connection | None = None
         self._file: tuple[int, int] | None = None
 
-    def rows(self, query: str, value: str) -> Sequence[Sequence[Any]]:
+    def rows(self, query: str, value: str, login: str) -> Sequence[Sequence[Any]]:
         try:
-            return self._run(query, value)
+            return self._run(query, value, login)
         except sqlite3.Error as error:
             self.close()
             raise StoreUnavailable(f"the store cannot be read ({code_of(error)})") from None
@@ -169,10 +173,10 @@ class _SqliteSource:
             self.close()
             raise StoreUnavailable(f"the store's file is not there ({error.errno})") from None
 
-    def _run(self, query: str, value: str) -> Sequence[Sequence[Any]]:
+    def _run(self, query: str, value: str, login: str) -> Sequence[Sequence[Any]]:
         connection = self._connected()
         try:
-            return connection.execute(_ON_SQLITE[query], (value,)).fetchall()
+            return connection.execute(_ON_SQLITE[query], _values(query, value, login)).fetchall()
         except sqlite3.OperationalError as error:
             if query == _ANCHOR or "no such table: quarantine" not in str(error):
                 raise
@@ -233,12 +237,12 @@ class _PostgresSource:
         self._password = password
         self._connection: Any = None
 
-    def rows(self, query: str, value: str) -> Sequence[Sequence[Any]]:
+    def rows(self, query: str, value: str, login: str) -> Sequence[Sequence[Any]]:
         import psycopg
 
         kept = self._connection is not None
         try:
-            return self._run(query, value)
+            return self._run(query, value, login)
         except psycopg.Error as error:
             self.close()
             died = isinstance(error, psycopg.OperationalError) and error.sqlstate not in _TOO_LONG
@@ -246,7 +250,7 @@ class _PostgresSource:
                 raise StoreUnavailable(f"the store cannot be read ({code_of(error)})") from None
         # A connection that was kept may have died since the last look-up: once more with a new one.
         try:
-            return self._run(query, value)
+            return self._run(query, value, login)
         except psycopg.Error as error:
             self.close()
             raise StoreUnavailable(f"the store cannot be read ({code_of(error)})") from None
@@ -256,14 +260,14 @@ class _PostgresSource:
             self._connection.close()
         self._connection = None
 
-    def _run(self, query: str, value: str) -> Sequence[Sequence[Any]]:
+    def _run(self, query: str, value: str, login: str) -> Sequence[Sequence[Any]]:
         if self._connection is None:
             self._connection = self._open()
         # One message for the four statements: psycopg puts the value in, quoted by libpq.
         import psycopg
 
         try:
-            cursor = self._connection.execute(_ON_POSTGRESQL[query], (value,))
+            cursor = self._connection.execute(_ON_POSTGRESQL[query], _values(query, value, login))
         except psycopg.errors.UndefinedTable:
             if query == _ANCHOR:
                 raise
@@ -290,8 +294,13 @@ _TOO_LONG = frozenset(
 )  # a lock, a statement: a new connection would wait as long
 
 
+def _values(query: str, value: str, login: str) -> tuple[str, ...]:
+    """Return the parameters in the order in which a query has them."""
+    return (value,) if query == _ANCHOR else (login, value)
+
+
 def _on_sqlite(query: str, doubt: str) -> str:
-    return query.format(now="NULL", value="?", doubt=doubt)
+    return query.format(now="NULL", value="?", doubt=doubt.format(login="?"))
 
 
 def _on_postgresql(query: str, doubt: str) -> str:
@@ -299,7 +308,7 @@ def _on_postgresql(query: str, doubt: str) -> str:
     return (
         f"BEGIN READ ONLY; SET LOCAL statement_timeout = {STATEMENT_MS};"
         f" SET LOCAL lock_timeout = {LOCK_MS};"
-        f" {query.format(now=now, value='%s', doubt=doubt)}; COMMIT"
+        f" {query.format(now=now, value='%s', doubt=doubt.format(login='%s'))}; COMMIT"
     )
 
 

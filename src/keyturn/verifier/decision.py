@@ -46,8 +46,8 @@ _CANDIDATE = re.compile(r"[0-9A-Za-z]{1,16}_[0-9A-Za-z]{14}_[0-9A-Za-z]{49}")
 class Reader(Protocol):
     """Where decisions are read from; `storage.decisions.DecisionReader` is the real one."""
 
-    def lookup(self, version_id: str) -> Decision | None:
-        """Return the row of a version as it stands now."""
+    def lookup(self, version_id: str, login: str = "") -> Decision | None:
+        """Return the row of a version as it stands now; `login` is whoever presents it."""
 
     def imported(self, login: str) -> Sequence[Decision]:
         """Return the accepted imported secrets of a login."""
@@ -143,7 +143,7 @@ class Verifier:
         # SECURITY: before the store is touched: whoever can lock it must not turn this no into
         # "cannot tell", which some callers let through, nor make it wait for the lock.
         revoked = self._spool.holds(parsed.version_id)
-        row = None if revoked else self._reader.lookup(parsed.version_id)
+        row = None if revoked else self._reader.lookup(parsed.version_id, login)
         good = row is not None and self._stands(login, row)
         # SECURITY: unknown, revoked and wrong all end at a compare of one tag.
         expected = row.tag if row is not None and row.tag else _DUMMY_TAG
@@ -159,7 +159,7 @@ class Verifier:
         return None
 
     def _once_more(self, login: str, row: Decision) -> Decision | None:
-        again = self._reader.lookup(row.version_id)
+        again = self._reader.lookup(row.version_id, login)
         if again is None or again.digest != row.digest or not self._stands(login, again):
             return None
         return again
