@@ -109,36 +109,3 @@ def test_a_file_that_was_copied_back_by_hand_is_noticed(keyturn: Keyturn) -> Non
     verifier.close()
     actions = {one["action"] for one in tell(keyturn, "audit")["entries"]}
     assert {"store.quarantined", "store.merged", "store.released"} <= actions
-
-
-def test_without_a_ledger_a_person_decides_for_each_agent(keyturn: Keyturn) -> None:
-    """Verifiers answer 503; one agent is accepted as it was, another one gets a new secret."""
-    copy = keyturn.folder / "copy.db"
-    assert keyturn.ask("store", "backup", str(copy))[0] == 0
-    rotate(keyturn, "agent-0", "agent-1")
-    keyturn.stop()
-    lost = keyturn.held("agent-1")
-    shutil.rmtree(keyturn.store.parent)
-
-    code, report = keyturn.ask("store", "restore", str(copy), "--yes")
-    assert (code, report["undecided"]) == (75, ["agent-0", "agent-1"])
-    assert {one["what"] for one in report["destinations"]} == {"unknown"}
-    (keyturn.store.parent / "revoked.d").mkdir(mode=0o700, exist_ok=True)
-    verifier = keyturn.verifier()
-    assert accepts(verifier, lost) is None
-    keyturn.start()
-    assert accepts(verifier, lost) is None
-    code, found = keyturn.ask("store", "status")
-    assert code == 75
-    assert [row["agent"] for row in found["quarantine"]] == ["agent-0", "agent-1"]
-    assert "store release agent-0" in tell(keyturn, "status", agent="agent-0")[0]["hint"]
-
-    code, done = keyturn.ask("store", "release", "agent-1", "--reissue")
-    assert (code, done["undecided"]) == (0, ["agent-0"])
-    keyturn.wait_for(lambda: keyturn.held("agent-1") != lost)
-    keyturn.wait_for(lambda: accepts(verifier, keyturn.held("agent-1")) is True)
-    assert accepts(verifier, lost) is False
-    assert accepts(verifier, keyturn.held("agent-0")) is None
-    assert keyturn.ask("store", "release", "--all")[0] == 0
-    assert accepts(verifier, keyturn.held("agent-0")) is False  # that is what was decided
-    verifier.close()

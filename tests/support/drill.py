@@ -64,6 +64,7 @@ class Drill:
         self.random = random.Random(self.seed)
         self.url = self.url or f"sqlite:///{self.folder / 'state' / 'keyturn.db'}"
         self.config = self.folder / "keyturn.yaml"
+        self.folder.mkdir(mode=0o700, exist_ok=True)
         self.write()
         self.parts = self.open()
 
@@ -106,9 +107,10 @@ class Drill:
 
     def kill(self) -> None:
         """End at once: what is not on disk is gone."""
-        lock = self.membership._lock
-        if lock is not None:
-            lock.drop()
+        if self.membership._lock is not None:
+            self.membership._lock.drop()
+        else:
+            self.membership.leave()  # its lease has run out
         self.parts.close()
 
     # --- what happens -----------------------------------------------------------------------

@@ -6,8 +6,8 @@ only read. Three rules make that safe:
   news      a line counts only if its incarnation and revision are later than the row's: what is older
             is in the row already, and an announcement whose commit never came was overtaken by others
   refusals  what either side has revoked stays revoked
-  doubt     an accepted version that the ledger does not know shows that the ledger has a gap: then
-            nobody can tell, and the agent is left to a person
+  doubt     an accepted version that never was, by the ledger, what its row says shows that the ledger
+            has a gap or ends too early: then nobody can tell, and the agent is left to a person
 """
 
 from __future__ import annotations
@@ -112,8 +112,10 @@ def in_doubt(case: Case, known: Known, at: Moment) -> bool:
     """Whether the ledger has a gap for this credential, so that only a person can decide."""
     if not known.agents:
         return True
-    begun = any(one.accepted is not None and one.moment > at for one in known.agents)
-    return not begun and any(v.id not in known.versions for v in case.accepted)
+    if any(one.accepted is not None and one.moment > at for one in known.agents):
+        return False  # it was begun later, with all that was accepted then
+    told = {(v.id, v.state, v.deadline) for v in (one.version for one in known.lines) if v}
+    return any((v.id, v.state, v.deadline) not in told for v in case.accepted)
 
 
 def merged_agent(row: Agent | None, known: Known, at: Moment | None) -> Agent | None:

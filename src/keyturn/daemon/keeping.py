@@ -195,8 +195,7 @@ def restore(path: Path, file: Path | None, *, dry_run: bool, ask: Ask) -> dict[s
             _put_in(settings, copy)
         return _recover(settings, lock, adopt=copy is None, ask=ask)
     finally:
-        if copy is not None:
-            copy.unlink(missing_ok=True)
+        _clear(copy)
         if lock is not None:
             lock.drop()
 
@@ -230,6 +229,13 @@ def _taken(settings: Settings, file: Path) -> Path:
         copy.unlink()
         raise
     return copy
+
+
+def _clear(copy: Path | None) -> None:
+    """Leave nothing of a copy beside the store."""
+    if copy is not None:
+        copy.unlink(missing_ok=True)
+        copy.with_name(copy.name + "-journal").unlink(missing_ok=True)
 
 
 def _put_in(settings: Settings, copy: Path) -> None:
@@ -328,8 +334,7 @@ def _rehearse(settings: Settings, copy: Path | None) -> dict[str, Any]:
         finally:
             parts.close()
     finally:
-        for one in (copy, copy.with_name(copy.name + "-journal")):
-            one.unlink(missing_ok=True)
+        _clear(copy)
 
 
 def _rehearsed(settings: Settings, copy: Path) -> Store:

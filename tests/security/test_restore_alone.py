@@ -1,0 +1,150 @@
+"""A restore without a ledger, or with one that is not whole: nobody is let in before a person decides."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from keyturn.daemon import keeping, logs
+from keyturn.errors import Refused, StorageError
+from keyturn.storage import copying, restoring
+from support.drill import CALLER, Drill, revoke, rotate, suspend
+
+
+@pytest.fixture
+def drill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Drill]:
+    """Give an installation whose two agents have rotated, been copied, and rotated once more."""
+    monkeypatch.setattr(logs, "configure", lambda **_more: None)
+    one = Drill(tmp_path, 1)
+    for name in ("one", "two"):
+        rotate(one, name)
+    copying.snapshot(tmp_path / "state" / "keyturn.db", tmp_path / "backup.db")
+    for name in ("one", "two"):
+        rotate(one, name)
+    yield one
+    one.parts.close()
+
+
+def shown(drill: Drill, name: str) -> str:
+    """Return the version that an agent reads."""
+    found = drill.parts.destinations["files"].observe(
+        drill.parts.store.case_of(name).agent.targets[0]
+    )
+    return found.version_id or ""
+
+
+def restore(drill: Drill) -> dict[str, object]:
+    """Restore as the command does, and start again."""
+    file = drill.folder / "backup.db"
+    found = keeping.restore(drill.config, file, dry_run=False, ask=lambda _report: True)
+    (drill.folder / "state" / "revoked.d").mkdir(mode=0o700, exist_ok=True)
+    drill.parts = drill.open()
+    return found
+
+
+def test_without_a_ledger_a_person_decides_for_each_agent(drill: Drill) -> None:
+    """Verifiers answer 503; one agent gets a new secret, the other one is as the backup had it."""
+    lost = {name: shown(drill, name) for name in ("one", "two")}
+    drill.close()
+    shutil.rmtree(drill.folder / "state")
+    report = restore(drill)
+
+    assert report["undecided"] == ["one", "two"]
+    assert {row["what"] for row in report["destinations"]} == {"unknown"}  # type: ignore[attr-defined]
+    assert set(drill.verdicts().values()) == {None}
+    for _ in range(2):  # no start decides it either
+        drill.close()
+        drill.parts = drill.open()
+        assert set(drill.verdicts().values()) == {None}
+    assert drill.parts.store.due(now=drill.parts.store.now(), limit=9) == []
+
+    done = drill.recovery.release(["two"], CALLER, reissue=True)
+    assert done == {"released": ["two"], "reissue": True, "undecided": ["one"]}
+    drill.run("two")
+    verdicts = drill.verdicts()
+    assert verdicts[shown(drill, "two")] is True
+    assert (verdicts[lost["two"]], verdicts[lost["one"]]) == (False, None)
+
+    drill.recovery.release([], CALLER, reissue=False)
+    verdicts = drill.verdicts()
+    assert verdicts[lost["one"]] is False  # that is what was decided
+    current = drill.parts.store.case_of("one").current
+    assert current is not None
+    assert verdicts[current.id] is True
+    assert restoring.doubts(drill.parts.store) == []
+    actions = [one.entry.action for one in drill.parts.store.audit_entries(agent="one")]
+    assert "store.released" in actions
+
+
+def test_a_ledger_that_ends_before_the_backup_decides_nothing(drill: Drill) -> None:
+    """A copy of the ledger that is older than the backup is no second place."""
+    drill.close()
+    older = drill.folder / "state" / "ledger" / "one.jsonl"
+    lines = older.read_bytes().split(b"\n")
+    older.write_bytes(b"\n".join(lines[: len(lines) // 4]))
+    (drill.folder / "state" / "keyturn.db").unlink()
+    assert restore(drill)["undecided"] == ["one"]
+
+
+def test_a_restore_can_be_looked_at_and_held(drill: Drill) -> None:
+    """A rehearsal changes nothing; an answer of no leaves everybody at 503, whatever starts."""
+    before, file = drill.verdicts(), drill.folder / "backup.db"
+    drill.close()
+    state = drill.folder / "state"
+    content = {one: one.read_bytes() for one in state.rglob("*.jsonl")}
+    rehearsed = keeping.restore(drill.config, file, dry_run=True, ask=lambda _report: True)
+    assert rehearsed["merged"]
+    assert {one: one.read_bytes() for one in state.rglob("*.jsonl")} == content
+    assert drill.verdicts() == before
+
+    held = keeping.restore(drill.config, file, dry_run=False, ask=lambda _report: False)
+    assert held["released"] is False
+    drill.parts = drill.open()
+    assert set(drill.verdicts().values()) == {None}
+    drill.recovery.release([], CALLER, reissue=False)
+    assert drill.verdicts() == before
+    assert not list(state.glob(".restore*"))
+
+
+def test_what_is_no_backup_is_refused(drill: Drill) -> None:
+    """A daemon that runs, a damaged file and that of another store change nothing."""
+    before, file = drill.verdicts(), drill.folder / "backup.db"
+    with pytest.raises(Refused, match="the daemon runs"):
+        keeping.restore(drill.config, file, dry_run=False, ask=lambda _report: True)
+    drill.close()
+    content = bytearray(file.read_bytes())
+    content[5000:9000] = bytes(4000)
+    file.write_bytes(content)
+    with pytest.raises(Refused, match="no copy of a store"):
+        keeping.restore(drill.config, file, dry_run=False, ask=lambda _report: True)
+    other = Drill(drill.folder / "other", 2)
+    file.unlink()
+    copying.snapshot(drill.folder / "other" / "state" / "keyturn.db", file)
+    other.close()
+    with pytest.raises(Refused, match="another store"):
+        keeping.restore(drill.config, file, dry_run=False, ask=lambda _report: True)
+    assert drill.verdicts() == before
+
+
+def test_a_new_store_beside_an_old_ledger_does_not_start(drill: Drill) -> None:
+    """Every agent would be refused: it says to restore a backup, or to begin anew."""
+    drill.close()
+    (drill.folder / "state" / "keyturn.db").unlink()
+    with pytest.raises(StorageError, match="the ledger in .* is that of another one") as caught:
+        drill.open()
+    assert "keyturn store restore" in caught.value.hint
+
+
+def test_a_damaged_store_is_replaced(drill: Drill) -> None:
+    """What is no database any more gives way to the backup, and open verifiers see that."""
+    suspend(drill, "one")
+    revoke(drill, "two")
+    before = drill.verdicts()
+    drill.close()
+    live = drill.folder / "state" / "keyturn.db"
+    live.write_bytes(b"not a database at all" * 1000)
+    assert restore(drill)["undecided"] == []
+    assert drill.verdicts() == before
