@@ -220,3 +220,25 @@ def test_one_agent_in_quarantine_keeps_no_other_from_its_answers(place: Place) -
     assert not restoring.release(store, "a", actor="test")
     assert reader.lookup(ids["a"]) is not None
     reader.close()
+
+
+def test_each_host_that_leads_has_a_ledger_of_its_own(
+    postgres: Cluster,  # noqa: F811 - the fixture
+    tmp_path: Path,
+) -> None:
+    """A second host begins one with all that is accepted, and so does the first when it leads again."""
+    url = postgres.new_database()
+    hosts = [Place(url, tmp_path / name) for name in ("first", "second")]
+    one, two = (host.open(host.state_dir.name) for host in hosts)
+    uid = add(one)
+    restoring.keep_ledger(one)
+    works(one, uid)
+    assert restoring.compare(two) == ""
+    restoring.keep_ledger(two)
+    works(two, uid)
+    assert len(two.ledger.accepted("a")) == 2
+    assert restoring.compare(one) == ""
+    restoring.keep_ledger(one)
+    assert len(one.ledger.accepted("a")) == 2
+    for host in hosts:
+        host.close()

@@ -140,10 +140,15 @@ def merged(case: Case, known: Known, at: Moment, *, now: datetime, schedule: Sch
     is unresolved: nothing gets a deadline before it is settled and seen nowhere.
     """
     news = [one for one in known.lines if one.moment > at]
+    starts = [one for one in known.agents if one.accepted is not None and one.moment > at]
     versions = {version.id: version for version in case.versions}
     intents = {intent.uid: intent for intent in case.intents}
     owed = case.credential.successor_owed
-    for one in news:
+    events: list[News | AgentNews] = [*news, *starts]
+    for one in sorted(events, key=lambda event: event.moment):
+        if isinstance(one, AgentNews):
+            _drop_unlisted(versions, one.accepted or (), one.at)
+            continue
         if one.version is not None:
             _take(versions, one.version, one.at)
         if one.intent is not None and one.intent.version_id in versions:
@@ -151,7 +156,6 @@ def merged(case: Case, known: Known, at: Moment, *, now: datetime, schedule: Sch
             exposed = replace(versions[one.intent.version_id], exposed=True)
             versions[one.intent.version_id] = exposed
         owed = owed if one.owed is None else one.owed
-    _drop_unlisted(versions, known, at, now)
     kept = _one_current([_kept(version) for version in versions.values()])
     changed = replace(
         case,
@@ -205,14 +209,10 @@ def _free_seq(versions: dict[str, Version], told: Version) -> int:
     return max(v.seq for v in versions.values()) + 1
 
 
-def _drop_unlisted(versions: dict[str, Version], known: Known, at: Moment, now: datetime) -> None:
-    """Retire what was not accepted any more when a later ledger was begun."""
-    starts = [one for one in known.agents if one.accepted is not None and one.moment > at]
-    if not starts:
-        return
-    listed = {*(starts[0].accepted or ()), *known.versions}
+def _drop_unlisted(versions: dict[str, Version], listed: Sequence[str], at: datetime) -> None:
+    """Retire what was not accepted any more when a ledger was begun: nothing tells when it ended."""
     for version in [v for v in versions.values() if v.accepted and v.id not in listed]:
-        versions[version.id] = replace(version, state=S.RETIRED, ended_at=now)
+        versions[version.id] = replace(version, state=S.RETIRED, ended_at=at)
 
 
 def _kept(version: Version) -> Version:

@@ -6,6 +6,7 @@ Each works as the store's owner, whoever types it; files of the caller's are ope
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -30,7 +31,8 @@ from keyturn.storage.store import Store
 from keyturn.wiring import Parts, SystemClock
 
 LEAD = timedelta(minutes=10)
-_RUNS = "stop it first: `systemctl stop keyturn`, and every standby"
+LEASE_OVER = 20.0  # seconds: a little more than the lease of a daemon on PostgreSQL
+_RUNS = "stop it first, and every standby: `systemctl stop keyturn`"
 Ask = Callable[[dict[str, Any]], bool]
 
 
@@ -282,10 +284,7 @@ def _facts_of(live: Path) -> Facts | None:
 
 def _recover(settings: Settings, lock: FileLock | None, *, adopt: bool, ask: Ask) -> dict[str, Any]:
     parts = wiring.build(settings, cron=Crontab(), create=False)
-    membership = Membership(parts.store, lock=lock)
-    if not membership.try_lead(ttl=LEAD):
-        parts.close()
-        raise Refused("the daemon runs on this store", hint=_RUNS)
+    membership = _lead(parts, lock)
     try:
         _connect(parts)
         recovery = Recovery(parts=parts, actor="restore")
@@ -303,6 +302,19 @@ def _recover(settings: Settings, lock: FileLock | None, *, adopt: bool, ask: Ask
     finally:
         membership.leave()
         parts.close()
+
+
+def _lead(parts: Parts, lock: FileLock | None) -> Membership:
+    """Take the lead; a dump holds the lease of whoever led when it was made. Raises Refused."""
+    membership = Membership(parts.store, lock=lock)
+    patience = 0.0 if parts.store.database.is_sqlite else LEASE_OVER
+    until = time.monotonic() + patience
+    while not membership.try_lead(ttl=LEAD):
+        if time.monotonic() >= until:
+            parts.close()
+            raise Refused("the daemon runs on this store", hint=_RUNS)
+        time.sleep(0.2)
+    return membership
 
 
 def _rehearse(settings: Settings, copy: Path | None) -> dict[str, Any]:
@@ -357,10 +369,7 @@ def release(path: Path, names: list[str], *, reissue: bool, actor: str) -> dict[
     logs.configure(level="error", form=settings.log.format)
     offline.become_owner(settings.store.folder)
     parts = wiring.build(settings, cron=Crontab(), create=False)
-    membership = Membership(parts.store)
-    if not membership.try_lead(ttl=LEAD):
-        parts.close()
-        raise Refused("the daemon runs on this store", hint="reach it at its socket: --socket")
+    membership = _lead(parts, None)
     try:
         _connect(parts)
         recovery = Recovery(parts=parts, actor=caller.name)

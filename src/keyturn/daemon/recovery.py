@@ -69,7 +69,10 @@ class Recovery:
         if self.everybody is None:
             self._compare()
         if self.everybody is None:
-            restoring.keep_ledger(self.parts.store)
+            try:
+                restoring.keep_ledger(self.parts.store)
+            except StoreUnavailable as error:  # a full disk: the next start begins it
+                _log.error("ledger.not-begun", code=error.code)
             return False
         self.merge()
         return True

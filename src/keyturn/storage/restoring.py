@@ -80,7 +80,8 @@ def compare(store: Store) -> str:
     """Return why this store cannot be believed, "" if it can. Raises StoreUnavailable."""
     belongs, ledger_id = store.ledger.belongs(), store.database.read(_kept_ledger)
     if not belongs:
-        return MISSING if ledger_id else ""
+        # On PostgreSQL another host may have led, which has a ledger of its own.
+        return MISSING if ledger_id and store.database.is_sqlite else ""
     if belongs["store"] != store.store_id:
         return FOREIGN
     known = reading.read(store.ledger, whole=False)
@@ -268,19 +269,21 @@ def keep_ledger(store: Store, *, without: Iterable[str] = ()) -> None:
     """Begin the ledger of a store that has none, with all that is accepted now."""
     belongs = store.ledger.belongs()
     known = store.database.read(_kept_ledger)
-    if belongs.get("store") == store.store_id:
-        if known != belongs["ledger"]:
-            _note_ledger(store, belongs["ledger"])
+    here = belongs.get("store") == store.store_id
+    if here and known in ("", belongs["ledger"]):
+        _note_ledger(store, belongs["ledger"])
         return
+    # There is none yet, or another host has led meanwhile, and this one lacks what happened there.
     left_out = set(without)
     _start_ledger(store, [one.name for one in store.agents() if one.name not in left_out])
-    ledger_id = f"{store.store_id[:8]}-{store.incarnation}-{codec.micros(store.now())}"
+    ledger_id = f"{store.writer}-{codec.micros(store.now())}"
     store.ledger.begin(store=store.store_id, ledger=ledger_id, at=store.now())
     _note_ledger(store, ledger_id)
 
 
 def _note_ledger(store: Store, ledger_id: str) -> None:
-    store.database.write(lambda c: c.execute(sa.update(meta).values(ledger_id=ledger_id)))
+    if store.database.read(_kept_ledger) != ledger_id:
+        store.database.write(lambda c: c.execute(sa.update(meta).values(ledger_id=ledger_id)))
 
 
 def _start_ledger(store: Store, names: Sequence[str]) -> None:
