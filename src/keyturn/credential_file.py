@@ -15,6 +15,7 @@ from keyturn.errors import ConfigError
 LONGEST = 64 * 1024
 OPEN_TO_OTHERS = 0o037  # a group may read: that is how systemd and Kubernetes hand credentials over
 READ_BY_OTHERS = 0o004
+MOST_LINKS = 40  # as many as the kernel follows
 
 
 def read_credential(path: Path, *, anybody_may_read: bool = False) -> str:
@@ -70,13 +71,54 @@ def plain_file(path: Path) -> Iterator[tuple[BinaryIO, os.stat_result]]:
 
 
 def changeable_by_others(path: Path, found: os.stat_result) -> Iterator[str]:
-    """Name what somebody else can write: the file, or a folder on the way (links resolved or not)."""
+    """Name what somebody else can write: the file, or a folder or link on the way to it.
+
+    Raises OSError where the way is gone meanwhile.
+    """
     ours = {0, os.geteuid()}
     if found.st_uid not in ours or found.st_mode & 0o022:
         yield str(path)
-    folders = {*path.absolute().parents, *path.resolve().parents}
-    for folder in sorted(folders):
-        mode = folder.stat()
-        # A sticky folder (/tmp) lets nobody replace what belongs to another.
-        if mode.st_uid not in ours or (mode.st_mode & 0o022 and not mode.st_mode & stat.S_ISVTX):
-            yield str(folder)
+    shared = False  # whether the folder lets others put things beside what is ours
+    for one, status in way_to(path):
+        if stat.S_ISDIR(status.st_mode):
+            open_to_others = bool(status.st_mode & 0o022) and not _is_read_only(one)
+            # A sticky folder (/tmp) lets nobody replace what belongs to another.
+            shared = open_to_others and bool(status.st_mode & stat.S_ISVTX)
+            if status.st_uid not in ours or (open_to_others and not shared):
+                yield str(one)
+        elif stat.S_ISLNK(status.st_mode) and shared and status.st_uid not in ours:
+            yield str(one)
+
+
+def way_to(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Yield each name that is looked up on the way to a file, links as links, the file last.
+
+    Raises OSError where it leads nowhere.
+    """
+    at, links = Path("/"), 0
+    yield at, at.lstat()
+    ahead = list(reversed(path.absolute().parts[1:]))
+    while ahead:
+        name = ahead.pop()
+        if name == "..":
+            at = at.parent
+            continue
+        one = at / name
+        found = one.lstat()
+        yield one, found
+        if not stat.S_ISLNK(found.st_mode):
+            at = one
+            continue
+        if (links := links + 1) > MOST_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        target = one.readlink()
+        at = Path("/") if target.is_absolute() else at
+        ahead += reversed([part for part in target.parts if part != "/"])
+
+
+def _is_read_only(folder: Path) -> bool:
+    """Whether nobody can write there: Kubernetes makes the folder of a ConfigMap 0777, and mounts it so.
+
+    Only root of this host, whom we trust, can have another way to the same folder.
+    """
+    return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)

@@ -18,7 +18,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from keyturn.config.file import Problem, refuse
+from keyturn.config.file import BadFiles, Problem, refuse
 from keyturn.config.loading import Adapter, Loading, check_policy
 from keyturn.config.models import ID_FORM, is_id
 from keyturn.config.settings import AgentDefinition, Connection, Settings
@@ -26,16 +26,21 @@ from keyturn.core.model import Agent, Target, Traits
 from keyturn.core.policy import CronCalculator
 from keyturn.errors import ConfigError
 
+READ_TRIES = 8
 __all__ = [
     "ID_FORM",
     "AgentDefinition",
+    "BadFiles",
     "Connection",
+    "Problem",
     "Settings",
     "check_owners",
     "check_policies",
     "is_id",
     "load",
+    "load_all",
     "load_store",
+    "refuse",
     "store_alone",
 ]
 
@@ -54,10 +59,43 @@ def load(
     without `now` inline revocations may lie in the future; `adapter` finds an adapter's class by its
     type (default: the registry of installed ones).
     """
-    loading = Loading(path, cron=cron, now=now, adapter=adapter or _registered)
-    settings = loading.run(environ)
-    refuse(loading.problems)
+    settings, problems = load_all(path, environ=environ, cron=cron, now=now, adapter=adapter)
+    refuse(problems)
     return settings
+
+
+def load_all(
+    path: Path,
+    *,
+    environ: Mapping[str, str],
+    cron: CronCalculator | None = None,
+    now: datetime | None = None,
+    adapter: Callable[[str], Adapter] | None = None,
+    in_checkout: bool = False,
+) -> tuple[Settings, list[Problem]]:
+    """Return the settings as far as they can be understood, and all that is wrong with them.
+
+    They are those of one generation of the files: where one is replaced meanwhile, all are read
+    again. `in_checkout`: nothing runs from these files, so it does not matter who may write them,
+    and an include that matches nothing is a problem. Raises ConfigError where there is nothing to be
+    understood.
+    """
+    for _ in range(READ_TRIES):
+        loading = Loading(
+            path, cron=cron, now=now, adapter=adapter or _registered, in_checkout=in_checkout
+        )
+        try:
+            settings = loading.run(environ)
+        except ConfigError:
+            if loading.is_steady:
+                raise
+            continue
+        if loading.is_steady:
+            return settings, loading.problems
+    raise ConfigError(
+        f"{path}: the files are being written to, again and again",
+        hint="repeat this when they are whole",
+    )
 
 
 def load_store(path: Path, *, environ: Mapping[str, str]) -> Settings:
@@ -108,12 +146,16 @@ def check_owners(settings: Settings, identity: Callable[[Target], str]) -> None:
             try:
                 entry = identity(target)
             except ConfigError as error:
-                problems.append(Problem(where=where, key=f"{key}.path", text=str(error)))
+                problems.append(
+                    Problem(where=where, key=f"{key}.path", text=str(error), code="value")
+                )
                 continue
             first = owners.setdefault(entry, f"{key} ({where})")
             if not first.startswith(f"{key} "):
                 text = f"expected an entry of its own: {first} is the same one"
-                problems.append(Problem(where=where, key=f"{key}.path", text=text))
+                problems.append(
+                    Problem(where=where, key=f"{key}.path", text=text, code="shared-entry")
+                )
     refuse(problems)
 
 

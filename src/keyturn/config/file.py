@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
@@ -42,16 +42,43 @@ _NOT_TEXT = re.compile(
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}", re.ASCII)
 
 
+class Place(str):
+    """`file:line` of a key; the parts of it, with the column, for programs that mark the place."""
+
+    __slots__ = ("column", "file", "line")
+    file: str
+    line: int
+    column: int
+
+    def __new__(cls, file: object, line: int, column: int = 1) -> Self:
+        """Lines and columns count from 1."""
+        made = super().__new__(cls, f"{file}:{line}")
+        made.file, made.line, made.column = str(file), line, column
+        return made
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One thing that is wrong: `where` is `file:line`, `text` names the expected form."""
+    """One thing that is wrong: `where` is `file:line`, `text` names the expected form.
+
+    `code` is one stable word for its kind.
+    """
 
     where: str
     key: str
     text: str
+    code: str = "value"
 
     def __str__(self) -> str:
         return f"{self.where}: {self.key}: {self.text}"
+
+
+class BadFiles(ConfigError):
+    """Configuration files that cannot be used; `problems` has all that is wrong with them."""
+
+    def __init__(self, problems: Collection[Problem]) -> None:
+        super().__init__("\n".join(dict.fromkeys(map(str, problems))))
+        self.problems = tuple(dict.fromkeys(problems))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,11 +94,11 @@ class Document:
         for end in range(len(loc), -1, -1):
             if loc[:end] in self.lines:
                 return self.lines[loc[:end]]
-        return f"{self.path}:1"
+        return Place(self.path, 1)
 
-    def problem(self, loc: Loc, text: str) -> Problem:
+    def problem(self, loc: Loc, text: str, code: str = "value") -> Problem:
         """Return a problem of this key."""
-        return Problem(where=self.where(loc), key=key_name(loc), text=text)
+        return Problem(where=self.where(loc), key=key_name(loc), text=text, code=code)
 
 
 def key_name(loc: Loc) -> str:
@@ -99,46 +126,54 @@ def did_you_mean(found: object, known: Collection[str]) -> str:
 def refuse(problems: Collection[Problem]) -> None:
     """Raise one ConfigError for all problems, a line each; nothing where there are none."""
     if problems:
-        raise ConfigError("\n".join(dict.fromkeys(map(str, problems))))
+        raise BadFiles(problems)
 
 
-def read_document(path: Path, problems: list[Problem]) -> Document:
+def read_document(path: Path, problems: list[Problem], *, judge_writers: bool = True) -> Document:
     """Return the data of a file; what is wrong with it is added to the problems.
 
-    The file and all folders above it must belong to root or to this uid and be writable by nobody
-    else: whoever can write it decides where secrets go.
+    The file and all folders on the way must belong to root or to this uid and be writable by nobody
+    else: whoever can write it decides where secrets go. Without `judge_writers` that is not looked
+    at: for a checkout that nothing runs from.
     """
     document = Document(path=path)
-    text = _read_text(document, problems)
+    text = _read_text(document, problems, judge_writers=judge_writers)
     if text is not None:
         _Builder(document, problems).build(text)
     return document
 
 
-def _read_text(document: Document, problems: list[Problem]) -> str | None:
+def _read_text(document: Document, problems: list[Problem], *, judge_writers: bool) -> str | None:
     path = document.path
+    writable: list[str] = []
     try:
         with plain_file(path) as (file, status):
             raw = file.read(MAX_BYTES + 1)
+            if judge_writers:
+                writable += changeable_by_others(path, status)
     except OSError as error:
-        problems.append(document.problem((), f"expected a readable file ({error.strerror})"))
+        text = f"expected a readable file ({error.strerror})"
+        problems.append(document.problem((), text, "unreadable"))
         return None
     if len(raw) > MAX_BYTES:
-        problems.append(document.problem((), f"expected a file of at most {MAX_BYTES >> 20} MiB"))
+        text = f"expected a file of at most {MAX_BYTES >> 20} MiB"
+        problems.append(document.problem((), text, "unreadable"))
         return None
-    problems.extend(
+    problems += [
         document.problem(
             (),
             f"{name} is writable by others: expected owner root or the daemon's uid "
             "and no write permission for group and others",
+            "writable-by-others",
         )
-        for name in changeable_by_others(path, status)
-    )
+        for name in writable
+    ]
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        problems.append(Problem(where=f"{path}:{line}", key="(file)", text="expected UTF-8"))
+        where = Place(path, line)
+        problems.append(Problem(where=where, key="(file)", text="expected UTF-8", code="syntax"))
         return None
 
 
@@ -178,12 +213,12 @@ class _Builder:
             pass
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-            line = (
-                mark.line
-                if mark is not None
-                else text.count("\n", 0, getattr(error, "position", None) or 0)
-            )
-            self._problem(line, "expected valid YAML here (see indentation, quotes and colons)")
+            words = "expected valid YAML here (see indentation, quotes and colons)"
+            if mark is not None:
+                self._problem(mark, words)
+            else:  # a character that YAML does not have
+                line = text.count("\n", 0, getattr(error, "position", None) or 0)
+                self._add(Place(self._document.path, line + 1), words, "syntax")
 
     def _root(self) -> None:
         next(self._events)  # stream start
@@ -191,24 +226,28 @@ class _Builder:
         if isinstance(event, yaml.DocumentStartEvent):
             event = next(self._events)
         if not isinstance(event, yaml.MappingStartEvent):
-            self._problem(0, "expected a mapping at the top")
+            empty = isinstance(event, yaml.StreamEndEvent) or getattr(event, "value", "-") == ""
+            words = "expected a mapping at the top"
+            # A file that is being written, or was lost, must not mean that its agents are gone.
+            words += ": the file is empty (`agents: {}` says that there are none)" if empty else ""
+            self._add(Place(self._document.path, 1), words, "syntax")
             raise _Stop
         self._document.data = self._node(event, ())
         next(self._events)  # document end
         event = next(self._events)
         if not isinstance(event, yaml.StreamEndEvent):
-            self._problem(event.start_mark.line, "expected one document")
+            self._problem(event.start_mark, "expected one document")
 
     def _node(self, event: Any, loc: Loc) -> Any:
         self._at = loc
-        line = event.start_mark.line
-        self._document.lines.setdefault(loc, f"{self._document.path}:{line + 1}")
+        mark = event.start_mark
+        self._document.lines.setdefault(loc, self._place(mark))
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            self._problem(line, "expected no anchor and no alias (& and *): write it out")
+            self._problem(mark, "expected no anchor and no alias (& and *): write it out")
         if getattr(event, "tag", None) is not None:
-            self._problem(line, "expected no tag (!)")
+            self._problem(mark, "expected no tag (!)")
         if len(loc) > _MAX_DEPTH:
-            self._problem(line, f"expected at most {_MAX_DEPTH} levels")
+            self._problem(mark, f"expected at most {_MAX_DEPTH} levels")
             raise _Stop
         if isinstance(event, yaml.ScalarEvent):
             return event.value if event.style else _plain(event.value)
@@ -229,32 +268,38 @@ class _Builder:
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
             key = self._key(event, loc)
             place = (*loc, key)
-            line = event.start_mark.line
+            mark = event.start_mark
             if key in found:
                 self._at = place
                 first = self._document.lines[place].rpartition(":")[2]
-                self._problem(line, f"expected this key once; it is also in line {first}")
-            self._document.lines.setdefault(place, f"{self._document.path}:{line + 1}")
+                words = f"expected this key once; it is also in line {first}"
+                self._problem(mark, words, "duplicate-key")
+            self._document.lines.setdefault(place, self._place(mark))
             value = self._node(next(self._events), place)
             found.setdefault(key, value)
         return found
 
     def _key(self, event: Any, loc: Loc) -> str:
         self._at = loc
-        line = event.start_mark.line
+        mark = event.start_mark
         if not isinstance(event, yaml.ScalarEvent):
-            self._problem(line, "expected text as a key")
+            self._problem(mark, "expected text as a key")
             raise _Stop
         if event.anchor is not None or event.tag is not None:
-            self._problem(line, "expected a key without anchor and tag")
+            self._problem(mark, "expected a key without anchor and tag")
         if not event.style and _is_not_text(event.value):
             self._at = (*loc, event.value)
-            self._problem(line, "expected text as a key: put it in quotes")
+            self._problem(mark, "expected text as a key: put it in quotes")
         return str(event.value)
 
-    def _problem(self, line: int, text: str) -> None:
-        where = f"{self._document.path}:{line + 1}"
-        self._problems.append(Problem(where=where, key=key_name(self._at), text=text))
+    def _place(self, mark: Any) -> Place:
+        return Place(self._document.path, mark.line + 1, mark.column + 1)
+
+    def _problem(self, mark: Any, text: str, code: str = "syntax") -> None:
+        self._add(self._place(mark), text, code)
+
+    def _add(self, where: Place, text: str, code: str) -> None:
+        self._problems.append(Problem(where=where, key=key_name(self._at), text=text, code=code))
 
 
 def _plain(text: str) -> Any:

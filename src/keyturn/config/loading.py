@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 
 from keyturn.config.file import Document, Problem, did_you_mean, read_document, refuse
+from keyturn.config.generation import Generation, Include, Seen, look
 from keyturn.config.listening import ListenSettings
 from keyturn.config.models import (
     ID_FORM,
@@ -17,6 +18,7 @@ from keyturn.config.models import (
     AgentSection,
     LogSettings,
     PolicySection,
+    ReloadSettings,
     StoreSettings,
     TargetSection,
     TopSection,
@@ -32,7 +34,7 @@ from keyturn.errors import ConfigError
 
 ENVIRONMENT = "KEYTURN_"
 _FROM_ENVIRONMENT = {"store": StoreSettings, "log": LogSettings}
-_MAIN_ONLY = ("store", "log", "verifier", "admin", "listen", "connections", "policies")
+_MAIN_ONLY = ("store", "log", "verifier", "admin", "listen", "reload", "connections", "policies")
 _SOME_DAY = datetime(2026, 1, 1, tzinfo=UTC)  # `check` gives the same answer every day
 
 
@@ -54,15 +56,19 @@ class Loading:
         cron: CronCalculator | None,
         now: datetime | None,
         adapter: Callable[[str], Adapter],
+        in_checkout: bool = False,
     ) -> None:
         self._path, self._cron, self._now, self._adapter = path, cron, now, adapter
+        self._in_checkout = in_checkout
         self.problems: list[Problem] = []
         self._notes: list[str] = []
+        self._include: Include | None = None
+        self._seen: list[tuple[Path, Seen]] = []
 
     def run(self, environ: Mapping[str, str], *, without_file: bool = False) -> Settings:
         """Return settings that are only good if there are no problems."""
         empty = Document(path=self._path)
-        self._main = main = empty if without_file else read_document(self._path, self.problems)
+        self._main = main = empty if without_file else self._read(self._path)
         refuse(self.problems if not main.data else [])
         self._overlay(environ)
         sections = ("agents", *_MAIN_ONLY)
@@ -88,12 +94,28 @@ class Loading:
             connections=connections,
             policies=policies,
             policy_places=places,
+            reload=self._section(ReloadSettings, "reload"),
             agents=self._agents([main, *self._includes(top.include)]),
             revocations_file=top.revocations_file,
             revocations=tuple(self._revocations(top.revocations)),
             lease=lease,
             notes=tuple(self._notes),
+            generation=self.generation,
         )
+
+    @property
+    def generation(self) -> Generation:
+        """The files as they were before they were read."""
+        return Generation(main=self._path, include=self._include, files=tuple(self._seen))
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether no file was replaced, added or written to while they were read."""
+        return self.generation.again() == self.generation
+
+    def _read(self, path: Path) -> Document:
+        self._seen.append((path, look(path)))
+        return read_document(path, self.problems, judge_writers=not self._in_checkout)
 
     # --- environment and sections ----------------------------------------------------------
 
@@ -209,7 +231,8 @@ class Loading:
             if following not in sections:
                 if following not in self._policy_names:  # else its own problem has been reported
                     text = did_you_mean(following, self._policy_names)
-                    self.problems.append(self._main.problem(at, f"unknown policy: {text}"))
+                    problem = self._main.problem(at, f"unknown policy: {text}", "unknown-name")
+                    self.problems.append(problem)
                 return None
             chain.append(following)
             following = sections[following].extends
@@ -223,23 +246,40 @@ class Loading:
     def _includes(self, pattern: str | None) -> list[Document]:
         if pattern is None:
             return []
-        folder, rest = self._path.absolute().parent, pattern
-        if pattern.startswith("/"):
-            folder, rest = Path("/"), pattern.lstrip("/")
+        include = Include.of(pattern, self._path)
         try:
-            paths = sorted(folder.glob(rest))
-        except (ValueError, NotImplementedError):
-            self.problems.append(self._main.problem(("include",), "expected a file pattern"))
+            paths, closed = include.files(), sorted(include.closed())
+        except ValueError:
+            text = "expected a file pattern"
+            self.problems.append(self._main.problem(("include",), text, "include"))
             return []
+        self._include = include
+        for folder in closed:
+            text = f"expected folders that can be looked into: {folder} is closed to this user"
+            self.problems.append(self._main.problem(("include",), text, "unreadable"))
         if not paths:
-            self._notes.append(f"{self._main.where(('include',))}: include matches no file")
-        documents = [read_document(path, self.problems) for path in paths]
+            self._matched_nothing(pattern)
+        documents = [self._read(path) for path in paths]
         for document in documents:
             for key in document.data.keys() - {"agents", "version"}:
                 # SECURITY: who may write agents must not be able to send secrets elsewhere.
                 text = "expected agents only: the rest stands in the main file"
-                self.problems.append(document.problem((key,), text))
+                self.problems.append(document.problem((key,), text, "main-file-only"))
+            if document.data and "agents" not in document.data:
+                # A file that is cut short must not mean that its agents are gone.
+                text = (
+                    "required: expected a mapping by name (`agents: {}` says that there are none)"
+                )
+                self.problems.append(document.problem(("agents",), text, "required"))
         return documents
+
+    def _matched_nothing(self, pattern: str) -> None:
+        if self._in_checkout:
+            text = "expected a pattern that matches files here too: one relative to this file"
+            self.problems.append(self._main.problem(("include",), text, "include"))
+        else:
+            where = self._main.where(("include",))
+            self._notes.append(f"{where}: include matches no file")
 
     def _agents(self, documents: list[Document]) -> dict[str, AgentDefinition]:
         agents: dict[str, AgentDefinition] = {}
@@ -253,25 +293,25 @@ class Loading:
                 agent = self._agent(name, section, document)
                 if name in agents:
                     text = f"expected this agent once; it is also at {agents[name].where}"
-                    self.problems.append(document.problem(at, text))
+                    self.problems.append(document.problem(at, text, "duplicate-agent"))
                     continue
                 agents[name] = agent
                 first = agents[logins.setdefault(agent.login, name)]
                 if first is not agent:
                     text = f"expected a login of its own; the agent at {first.where} has it"
-                    self.problems.append(document.problem((*at, "login"), text))
+                    self.problems.append(document.problem((*at, "login"), text, "duplicate-login"))
         return agents
 
     def _agent(self, name: str, section: AgentSection, document: Document) -> AgentDefinition:
         at = ("agents", name)
         if section.policy not in self._policy_names:
             text = f"unknown policy: {did_you_mean(section.policy, self._policy_names)}"
-            self.problems.append(document.problem((*at, "policy"), text))
+            self.problems.append(document.problem((*at, "policy"), text, "unknown-name"))
         places = [(*at, "destinations", number) for number in range(len(section.destinations))]
         for place, target in zip(places, section.destinations, strict=True):
             if target.to not in self._connection_names:
                 text = f"unknown connection: {did_you_mean(target.to, self._connection_names)}"
-                self.problems.append(document.problem((*place, "to"), text))
+                self.problems.append(document.problem((*place, "to"), text, "unknown-name"))
         return AgentDefinition(
             name=name,
             login=section.login or name,
@@ -289,7 +329,8 @@ class Loading:
             try:
                 entry = parse_line(line, number=number + 1, now=self._now)
             except ValueError as error:
-                self.problems.append(self._main.problem(("revocations", number), str(error)))
+                at = ("revocations", number)
+                self.problems.append(self._main.problem(at, str(error), "revocation"))
             else:
                 yield from [entry] if entry else []
 
@@ -351,10 +392,9 @@ def check_policy(
         try:
             interval = shortest_interval(policy, now=_SOME_DAY, cron=cron)
         except ValueError as error:
-            return [Problem(where=where, key=f"{key}.cron", text=str(error))]
+            return [Problem(where=where, key=f"{key}.cron", text=str(error), code="policy")]
         if cron.next(policy.cron, zone=policy.zone, after=_SOME_DAY) is None:
-            return [
-                Problem(where=where, key=f"{key}.cron", text="expected a line that comes round")
-            ]
+            text = "expected a line that comes round"
+            return [Problem(where=where, key=f"{key}.cron", text=text, code="policy")]
     texts = check(policy, traits, lease, interval=interval)
-    return [Problem(where=where, key=key, text=text) for text in texts]
+    return [Problem(where=where, key=key, text=text, code="policy") for text in texts]

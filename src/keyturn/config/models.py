@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import parse_qsl, urlsplit
@@ -61,13 +62,15 @@ def is_words(text: str) -> bool:
     return _WORDS.fullmatch(text) is not None
 
 
-def _matching(pattern: re.Pattern[str]) -> BeforeValidator:
-    def check(value: object) -> object:
-        if isinstance(value, str) and not pattern.fullmatch(value):
-            raise ValueError
-        return value
+def matches(pattern: re.Pattern[str], value: object) -> object:
+    """Refuse a text of another form; what is no text is refused by its type."""
+    if isinstance(value, str) and not pattern.fullmatch(value):
+        raise ValueError
+    return value
 
-    return BeforeValidator(check)
+
+def _matching(pattern: re.Pattern[str]) -> BeforeValidator:
+    return BeforeValidator(partial(matches, pattern))  # the schema reads the pattern there
 
 
 def _duration(value: object) -> timedelta:
@@ -84,7 +87,8 @@ def _positive(value: object) -> timedelta:
     return found
 
 
-def _interval(value: object) -> timedelta | None:
+def read_interval(value: object) -> timedelta | None:
+    """Read a duration, or `manual`."""
     return None if value == "manual" else _positive(value)
 
 
@@ -228,6 +232,18 @@ class AdminSettings(Section):
     groups: Annotated[GroupSettings, Form("a mapping")] = GroupSettings()
 
 
+class ReloadSettings(Section):
+    """When the files are read again without being asked."""
+
+    on_change: Annotated[
+        Flag,
+        Field(
+            description="read them again once they have changed and were still for two seconds, "
+            "also by the swap of a link, as a ConfigMap's"
+        ),
+    ] = False
+
+
 class RetrySection(Section):
     """How retryable errors of destinations are met."""
 
@@ -267,7 +283,7 @@ class PolicySection(Section):
     ] = None
     every: Annotated[
         timedelta | None,
-        BeforeValidator(_interval),
+        BeforeValidator(read_interval),
         Form(f"{DURATION_FORM}, or manual"),
         Field(description="interval; manual: only people rotate"),
     ] = timedelta(days=30)
@@ -392,7 +408,17 @@ class AgentSection(Section):
 class TopSection(Section):
     """The other keys of the main file."""
 
-    beside = ("store", "log", "verifier", "admin", "listen", "connections", "policies", "agents")
+    beside = (
+        "store",
+        "log",
+        "verifier",
+        "admin",
+        "listen",
+        "reload",
+        "connections",
+        "policies",
+        "agents",
+    )
 
     version: Annotated[Literal[1], Form("1"), Field(description="version of this format")]
     revocations_file: Annotated[

@@ -46,6 +46,7 @@ _SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("`admin.groups`", models.GroupSettings),
     ("`listen`", listening.ListenSettings),
     ("`listen.tls`", listening.TlsSection),
+    ("`reload`", models.ReloadSettings),
     ("`agents.ID`", models.AgentSection),
     ("`agents.ID.destinations[]`", models.TargetSection),
     ("`agents.ID.destinations[].keys`", models.KeysSection),
@@ -73,11 +74,12 @@ def _rule(model: type[BaseModel]) -> str:
 
 
 def _row(name: str, field: FieldInfo) -> str:
-    cells = (f"`{name}`", form_of(field), _default(field), field.description or "")
+    cells = (f"`{name}`", form_of(field), default_of(field), field.description or "")
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _default(field: FieldInfo) -> str:
+def default_of(field: FieldInfo) -> str:
+    """Return the default as it would be written."""
     if field.is_required():
         return "required"
     return ", ".join(_values(field.get_default(call_default_factory=True)))

@@ -9,8 +9,15 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from keyturn.config.generation import Generation
 from keyturn.config.listening import ListenSettings
-from keyturn.config.models import AdminSettings, LogSettings, StoreSettings, VerifierSettings
+from keyturn.config.models import (
+    AdminSettings,
+    LogSettings,
+    ReloadSettings,
+    StoreSettings,
+    VerifierSettings,
+)
 from keyturn.core.model import Policy, Target
 from keyturn.core.revocations import RevocationEntry
 
@@ -37,6 +44,11 @@ class AgentDefinition:
     where: str
     at: tuple[str, ...]
 
+    @property
+    def file(self) -> str:
+        """The file that it belongs to, by the name that the main file gives it."""
+        return str(Path(self.where.rpartition(":")[0]).absolute())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -59,4 +71,6 @@ class Settings:
     revocations_file: Path | None
     revocations: tuple[RevocationEntry, ...]
     lease: timedelta
+    generation: Generation
+    reload: ReloadSettings
     notes: tuple[str, ...] = ()

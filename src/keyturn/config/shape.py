@@ -51,14 +51,14 @@ def _render(
         place = (*at, *loc)
         if error["type"] == "extra_forbidden":
             known = {*(owner.model_fields if owner else ()), *getattr(owner, "beside", ())}
-            text = f"unknown key: {did_you_mean(loc[-1], known)}"
+            text, code = f"unknown key: {did_you_mean(loc[-1], known)}", "unknown-key"
         elif error["type"] == "missing":
-            text = f"required: expected {form_of(field)}"
+            text, code = f"required: expected {form_of(field)}", "required"
         elif error["type"] == "value_error" and (rule := _rule(model if not loc else field)):
-            text = f"expected {rule}"
+            text, code = f"expected {rule}", "together"
         else:
-            text = f"expected {form_of(field)}"
-        yield document.problem(place, text)
+            text, code = f"expected {form_of(field)}", "value"
+        yield document.problem(place, text, code)
 
 
 def _resolve(
