@@ -50,6 +50,7 @@ def describe(
         "owner": agent.owner,
         "policy": agent.policy,
         "managed_by": str(agent.managed_by),
+        "file": agent.file,
         "state": agent.shown_state,
         "suspension": suspension,
         # Of the others it is the time to go on from, and nothing rotates then.

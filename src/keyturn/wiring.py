@@ -46,7 +46,7 @@ from keyturn.destinations import registry
 from keyturn.destinations.base import DestinationBase
 from keyturn.errors import ConfigError, Refused, StaleRevision, StoreUnavailable
 from keyturn.ports import AuditEntry, Clock
-from keyturn.reconcile import SWEEP_EVERY, Reconciling, check_use, credential_of
+from keyturn.reconcile import SWEEP_EVERY, Change, Reconciling, check_use, credential_of, undone
 from keyturn.storage.ballast import Ballast
 from keyturn.storage.decisions import DecisionReader
 from keyturn.storage.engine import is_sqlite, refuse_open
@@ -300,12 +300,16 @@ class Parts:
         leave_agents: bool = False,
         settings: Settings | None = None,
         destinations: Mapping[str, DestinationBase] | None = None,
+        take_over: frozenset[str] = frozenset(),
+        rehearse: Callable[[list[Change]], object] | None = None,
     ) -> dict[str, int]:
         """Bring the store's agents in line with the files, all or none.
 
         `settings` and `destinations` are those that are to come, if others than the ones in force.
-        With `leave_agents` the files' agents are only looked at where their connections moved.
-        Raises Refused, ConfigError; then nothing was changed.
+        With `leave_agents` the files' agents are only looked at where their connections moved. The
+        agents of the command line that `take_over` names go to the files that name them. With
+        `rehearse` nothing is changed: it is given what would become of each agent, before anything
+        is refused for it. Raises Refused, ConfigError; then nothing was changed.
         """
         settings = settings or self.settings
         places = self.destinations if destinations is None else destinations
@@ -318,13 +322,19 @@ class Parts:
                 owned=owned,
                 now=self.store.now(),
                 actor=actor,
+                take_over=take_over,
             )
             taken, done = one.plan(leave_agents=leave_agents)
+            if rehearse is not None:
+                rehearse(one.changes)
             self._check_use(settings, places, one.after)
             if not allow_mass_change and not leave_agents:
                 one.refuse_mass_change()
             with suppress(StaleRevision):  # an agent was suspended or left a place meanwhile
-                self.store.take_over(taken)
+                if rehearse is not None:
+                    undone(self.store, taken)
+                else:
+                    self.store.take_over(taken)
                 return done
         raise Refused("the agents change too fast", hint="repeat this in a moment")
 
@@ -521,9 +531,18 @@ def check_settings(settings: Settings, *, cron: CronCalculator) -> None:
     Raises ConfigError.
     """
     destinations = connect(settings, store_id="", clock=SystemClock())
+    problems: list[config.Problem] = []
+
+    def collect(check: Callable[..., None], *args: Any, **more: Any) -> None:
+        try:
+            check(settings, *args, **more)
+        except config.BadFiles as error:
+            problems.extend(error.problems)
+
     try:
-        config.check_owners(settings, lambda target: destinations[target.to].identity(target))
-        config.check_policies(settings, lambda name: destinations[name].traits, cron=cron)
+        collect(config.check_owners, lambda target: destinations[target.to].identity(target))
+        collect(config.check_policies, lambda name: destinations[name].traits, cron=cron)
+        config.refuse(problems)
     finally:
         for destination in destinations.values():
             destination.close()

@@ -131,7 +131,8 @@ class Agent:
     """A workload that holds a credential. `uid` is the surrogate key, `name` what people type.
 
     `listed` is False for one that disappeared from the files: accepted still, rotated no more. It is
-    a mark beside the state, so that no reload can lift a suspension (I3).
+    a mark beside the state, so that no reload can lift a suspension (I3). `file` is the one that it
+    belongs to, or belonged to last.
     """
 
     uid: str
@@ -143,6 +144,7 @@ class Agent:
     state: AgentState = AgentState.ENABLED
     targets: tuple[Target, ...] = ()
     listed: bool = True
+    file: str | None = None
 
     @property
     def rotates(self) -> bool:

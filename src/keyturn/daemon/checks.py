@@ -22,7 +22,7 @@ from keyturn.core.revocations import parse_revocations
 from keyturn.core.secret import Secret
 from keyturn.credential_file import read_credential
 from keyturn.daemon.certificates import Certificates
-from keyturn.daemon.offline import become_owner
+from keyturn.daemon.checking import become_daemon, settings_of
 from keyturn.daemon.service import load, missing_groups, roles_of
 from keyturn.destinations import registry
 from keyturn.destinations.base import DestinationBase
@@ -63,17 +63,25 @@ class _Known:
     cases: Mapping[str, Case] = field(default_factory=dict)
 
 
-def check(path: Path, *, probe: bool = False) -> dict[str, Any]:
-    """Return one row per check. Raises ConfigError where the files cannot be used at all."""
-    settings = load(path)
-    rows = [_good("configuration", _summary(settings))]
+def check(path: Path, *, probe: bool = False, in_checkout: bool = False) -> dict[str, Any]:
+    """Return one row per check. Raises ConfigError where the files cannot be used at all.
+
+    `in_checkout`: nothing of this host is looked at, and it does not matter who may write the files.
+    """
+    user = "" if in_checkout else become_daemon(path)
+    settings = settings_of(path, in_checkout=in_checkout)
+    by = f"; looked at as the user {user}" if user else ""
+    rows = [_good("configuration", _summary(settings) + by)]
+    if in_checkout:
+        return {"ok": True, "checks": rows + [_good("note", note) for note in settings.notes]}
     if not probe:
         rows.append(_tried("store", lambda: f"{_store(settings)}; not opened"))
     rows += _revocations_file(settings)
     notes = [*settings.notes, *_missing(settings), *missing_groups(roles_of(settings))]
+    if settings.generation.is_mounted and not settings.reload.on_change:
+        notes.append("changes of this volume are taken over with `reload: {on_change: true}` only")
     rows += [_good("note", note) for note in notes]
     if probe:
-        _become_owner(settings)
         row, known = _looked_at_store(settings)
         rows.append(row)
         rows += _listener(settings)
@@ -177,14 +185,6 @@ def _revocations_file(settings: Settings) -> list[Check]:
         for one in problems
     ]
     return bad or [_good(name, f"{len(lines)} lines")]
-
-
-def _become_owner(settings: Settings) -> None:
-    """As root: look with the eyes of the daemon's user, as the store's folder tells who that is."""
-    with suppress(
-        KeyturnError
-    ):  # there is none yet, or it is somebody else's: said where it matters
-        become_owner(settings.store.folder)
 
 
 def _looked_at_store(settings: Settings) -> tuple[Check, _Known | None]:

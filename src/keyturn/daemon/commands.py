@@ -24,6 +24,7 @@ from keyturn.core.model import (
     Target,
     Version,
 )
+from keyturn.daemon import names
 from keyturn.daemon.peer import Peer, Role
 from keyturn.daemon.recovery import Recovery, in_doubt
 from keyturn.daemon.socket import Command, Progress
@@ -50,8 +51,13 @@ class Daemon(Protocol):
     def kick(self) -> None:
         """Look at the due-queue now."""
 
-    def reload(self, *, allow_mass_change: bool, actor: str) -> dict[str, Any]:
+    def reload(
+        self, *, allow_mass_change: bool, actor: str, take_over: frozenset[str]
+    ) -> dict[str, Any]:
         """Validate the files, then swap."""
+
+    def rehearse(self, *, allow_mass_change: bool, take_over: frozenset[str]) -> dict[str, Any]:
+        """Tell what a reload would do."""
 
     def metrics_text(self) -> str:
         """Return the metrics as text."""
@@ -84,6 +90,7 @@ class Commands:
             "resume": Command(role=respond, function=self.resume),
             "revoke": Command(role=respond, function=self.revoke),
             "reload": Command(role=admin, function=self.reload),
+            "reload.rehearsed": Command(role=respond, function=self.rehearse),
             "rotation.retry": Command(role=respond, function=self.retry),
             "rotation.abandon": Command(role=admin, function=self.abandon),
             "identify": Command(role=view, function=self.identify),
@@ -102,8 +109,8 @@ class Commands:
         """Describe one agent or all of them."""
         del peer, progress
         parts = self._parts()
-        names = [_text(args, "agent")] if args.get("agent") else _names(parts)
-        return [self._describe(parts.store.case_of(name)) for name in names]
+        wanted = [_text(args, "agent")] if args.get("agent") else _names(parts)
+        return [self._describe(parts.store.case_of(name)) for name in wanted]
 
     def _describe(self, case: Case) -> dict[str, Any]:
         parts = self._parts()
@@ -153,8 +160,7 @@ class Commands:
     def names(self, args: Args, peer: Peer, progress: Progress) -> Any:
         """List the names that can be typed, for completion."""
         del args, peer, progress
-        parts = self._parts()
-        return {"agents": _names(parts), "connections": sorted(parts.settings.connections)}
+        return names.offered(self._parts())
 
     def agents_list(self, args: Args, peer: Peer, progress: Progress) -> Any:
         """List the definitions."""
@@ -254,8 +260,8 @@ class Commands:
         return self._rotate(args | {"force": True}, peer, progress)
 
     def _rotate(self, args: Args, peer: Peer, progress: Progress) -> Any:
-        names = [str(name) for name in args.get("agents", ())]
-        results = [self._ask_rotation(name, args, peer, _once("rotate", args)) for name in names]
+        wanted = [str(name) for name in args.get("agents", ())]
+        results = [self._ask_rotation(name, args, peer, _once("rotate", args)) for name in wanted]
         self._kick()
         if args.get("wait"):
             results = [
@@ -386,8 +392,8 @@ class Commands:
 
     def retry(self, args: Args, peer: Peer, progress: Progress) -> Any:
         """Retry rotations, of some agents or all that stopped at a connection; `wait` follows them."""
-        names = [str(name) for name in args.get("agents", ())] or self._stopped(args)
-        results = [self._retry(name, peer) for name in names]
+        wanted = [str(name) for name in args.get("agents", ())] or self._stopped(args)
+        results = [self._retry(name, peer) for name in wanted]
         self._kick()
         for one in results:
             after = one.pop("after", None)
@@ -418,8 +424,19 @@ class Commands:
     def reload(self, args: Args, peer: Peer, progress: Progress) -> Any:
         """Read the configuration again."""
         del progress
-        allowed = bool(args.get("allow_mass_change"))
-        return self._running().reload(allow_mass_change=allowed, actor=peer.actor)
+        return self._running().reload(
+            allow_mass_change=bool(args.get("allow_mass_change")),
+            actor=peer.actor,
+            take_over=frozenset(map(str, args.get("take_over", ()))),
+        )
+
+    def rehearse(self, args: Args, peer: Peer, progress: Progress) -> Any:
+        """Tell what a reload would do."""
+        del peer, progress
+        return self._running().rehearse(
+            allow_mass_change=bool(args.get("allow_mass_change")),
+            take_over=frozenset(map(str, args.get("take_over", ()))),
+        )
 
     def clock_trust(self, args: Args, peer: Peer, progress: Progress) -> Any:
         """Believe the wall clock as it is now."""
@@ -524,6 +541,7 @@ def _definition(case: Case) -> dict[str, Any]:
         "owner": agent.owner,
         "policy": agent.policy,
         "managed_by": str(agent.managed_by),
+        "file": agent.file,
         "state": agent.shown_state,
         "targets": [
             {"to": t.to, "path": t.path, "merge": t.merge, "adopt": t.adopt} for t in agent.targets

@@ -26,7 +26,7 @@ from apscheduler.schedulers.background import BackgroundScheduler
 from keyturn import __version__, config, rotation, wiring
 from keyturn.config.file import read_trusted
 from keyturn.core.revocations import RevocationEntry, parse_revocations
-from keyturn.daemon import logs
+from keyturn.daemon import filewatch, logs, rehearsal
 from keyturn.daemon.commands import Commands
 from keyturn.daemon.cron import Crontab
 from keyturn.daemon.front import Front
@@ -37,10 +37,9 @@ from keyturn.daemon.recovery import Recovery
 from keyturn.daemon.signals import Signals
 from keyturn.daemon.socket import AdminServer
 from keyturn.daemon.watching import Watching
-from keyturn.errors import ClaimLost, ConfigError, KeyturnError, StoreUnavailable
+from keyturn.errors import ClaimLost, ConfigError, KeyturnError, Refused, StoreUnavailable
 from keyturn.leaks import Caller, Leak
 from keyturn.ports import AuditEntry
-from keyturn.reconcile import MassChange
 from keyturn.storage.membership import Membership
 from keyturn.storage.results import Due
 from keyturn.wiring import Parts
@@ -124,6 +123,10 @@ class Service:
         self._counted: set[RevocationEntry] = set()
         self._away = False
         self._problems: tuple[tuple[str, str], ...] = ()
+        self._files = filewatch.FileWatch(
+            lambda: self.parts.settings,
+            lambda: self.reload(allow_mass_change=False, actor="daemon:files"),
+        )
         self._pool = ThreadPoolExecutor(WORKERS_AT_MOST, thread_name_prefix="saga")
         self._scheduler = BackgroundScheduler(
             timezone="UTC",
@@ -224,6 +227,7 @@ class Service:
             self.watching.check_audit, "interval", seconds=CHECK_AUDIT, id="audit",
             next_run_time=soon,
         )  # fmt: skip
+        every(self._files.look, "interval", seconds=filewatch.POLL, id="files")
         every(self._renew, "interval", seconds=LEAD_RENEW, id="lead", args=[membership])
         self._scheduler.start()
 
@@ -299,15 +303,16 @@ class Service:
         )
 
     def _reconcile_at_start(self) -> None:
-        """Take the files over. Where too many agents left them, go on with those of the store.
+        """Take the files over. Where they are refused, go on with the agents of the store.
 
-        Whoever cut the file too short must not find that nothing rotates and no list of revocations
-        is applied, since the next start may be that of the standby at night.
+        Whoever cut the file too short, or named an agent of the command line in it, must not find
+        that nothing rotates and no list of revocations is applied, since the next start may be that
+        of the standby at night.
         """
         actor = "daemon:start"
         try:
             done = self.parts.reconcile(actor=actor)
-        except MassChange as error:
+        except Refused as error:
             self.parts.reconcile(actor=actor, leave_agents=True)
             _log.error(
                 "config.rejected",
@@ -516,7 +521,17 @@ class Service:
             for line in str(error).splitlines():
                 _log.error("config.rejected", problem=line, hint=error.hint)
 
-    def reload(self, *, allow_mass_change: bool, actor: str) -> dict[str, Any]:
+    def rehearse(self, *, allow_mass_change: bool, take_over: frozenset[str]) -> dict[str, Any]:
+        """Tell what a reload would do now."""
+        settings = load(self.parts.settings.path)
+        self._same_store(self.parts.settings, settings)
+        return rehearsal.rehearse(
+            self.parts, settings, allow_mass_change=allow_mass_change, take_over=take_over
+        )
+
+    def reload(
+        self, *, allow_mass_change: bool, actor: str, take_over: frozenset[str] = frozenset()
+    ) -> dict[str, Any]:
         """Check the files and every agent, then swap; on any error all stays as it was."""
         with self._reloading:
             before = self.parts.settings
@@ -525,7 +540,9 @@ class Service:
                 self._same_store(before, settings)
                 # Revoked first: no other line of the file may keep a revocation from working.
                 self._apply_entries(settings.revocations, trigger="reload")
-                done = self._take_over(settings, actor, allow_mass_change=allow_mass_change)
+                done = self._take_over(
+                    settings, actor, allow_mass_change=allow_mass_change, take_over=take_over
+                )
             except KeyturnError as error:
                 self.metrics.config_last_reload_successful.set(0)
                 self._note_reload(actor, error.code)
@@ -555,7 +572,12 @@ class Service:
         ]
 
     def _take_over(
-        self, settings: config.Settings, actor: str, *, allow_mass_change: bool
+        self,
+        settings: config.Settings,
+        actor: str,
+        *,
+        allow_mass_change: bool,
+        take_over: frozenset[str],
     ) -> dict[str, Any]:
         """Put settings in force. What a connection has open stays open where its lines are the same."""
         parts, old = self.parts, self.parts.destinations
@@ -573,6 +595,7 @@ class Service:
                     allow_mass_change=allow_mass_change,
                     settings=settings,
                     destinations=fresh,
+                    take_over=take_over,
                 )
                 parts.settings, parts.destinations = settings, fresh
         finally:

@@ -182,6 +182,7 @@ agents = sa.Table(
     sa.Column("state", Word(model.AgentState), nullable=False),
     sa.Column("targets", TARGETS, nullable=False),
     sa.Column("listed", sa.Boolean, nullable=False),
+    sa.Column("file", sa.Text),
     sa.CheckConstraint(_one_of("state", model.AgentState), name="agents_state"),
     sa.CheckConstraint(_one_of("managed_by", model.ManagedBy), name="agents_managed_by"),
 )

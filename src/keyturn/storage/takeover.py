@@ -90,9 +90,12 @@ def apply(connection: Connection, taken: TakeOver, *, now: datetime) -> None:
 def _rewrite(connection: Connection, old: Agent, agent: Agent, now: datetime) -> None:
     """Write what changed where no destination did; a run that goes on loads again."""
     same = agents.c.uid == old.uid, agents.c.state == old.state
-    changed = sa.update(agents).where(*same).values(**cases.changes(old, agent))
+    values = cases.changes(old, agent)
+    changed = sa.update(agents).where(*same).values(**values)
     if old != agent and connection.execute(changed).rowcount != 1:
         raise StaleRevision
+    if values.keys() == {"file"}:
+        return  # nothing that a rotation goes by
     mine = sa.update(credentials).where(credentials.c.agent_uid == old.uid)
     connection.execute(mine.values(revision=credentials.c.revision + 1, wake_at=now))
 
