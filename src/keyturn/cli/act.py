@@ -96,7 +96,10 @@ def revoke(
             metavar="AGENT", help="Everything of this agent.", autocompletion=complete.agents
         ),
     ] = "",
-    version: Annotated[str, typer.Option("--version", help="Only this version.")] = "",
+    version: Annotated[
+        str,
+        typer.Option("--version", help="Only this version.", autocompletion=complete.versions),
+    ] = "",
     reissue: Annotated[
         bool, typer.Option("--reissue", help="Give the agent a new secret at once.")
     ] = False,

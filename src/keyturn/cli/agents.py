@@ -34,8 +34,12 @@ def add(
         ),
     ],
     login: Annotated[str, typer.Option(help="What it presents; its id by default.")] = "",
-    owner: Annotated[str, typer.Option(help="Who answers for it.")] = "",
-    policy: Annotated[str, typer.Option(help="The policy's name.")] = "default",
+    owner: Annotated[
+        str, typer.Option(help="Who answers for it.", autocompletion=complete.owners)
+    ] = "",
+    policy: Annotated[
+        str, typer.Option(help="The policy's name.", autocompletion=complete.policies)
+    ] = "default",
     merge: Annotated[
         bool, typer.Option("--merge", help="Keep keys of an entry that are not ours.")
     ] = False,
@@ -107,7 +111,12 @@ def forget(
     *,
     agent: options.AgentName,
     destination: Annotated[
-        str, typer.Argument(metavar="DESTINATION", help="As `status` shows it: CONNECTION:PATH.")
+        str,
+        typer.Argument(
+            metavar="DESTINATION",
+            help="As `status` shows it: CONNECTION:PATH.",
+            autocompletion=complete.destinations,
+        ),
     ],
     yes: Yes = False,
     json: options.Json = False,

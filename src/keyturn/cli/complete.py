@@ -1,4 +1,4 @@
-"""What the shell offers after TAB: agents and connections, from the daemon, or nothing.
+"""What the shell offers after TAB: agents, connections, policies …, from the daemon, or nothing.
 
 Quiet and quick whatever happens: no text of ours may get into the line that somebody types.
 """
@@ -30,6 +30,45 @@ def connections(context: typer.Context, incomplete: str) -> list[str]:
 def places(context: typer.Context, incomplete: str) -> list[str]:
     """Offer `CONNECTION:`, the beginning of a place."""
     return [f"{name}:" for name in _names(context, "connections", incomplete)]
+
+
+def policies(context: typer.Context, incomplete: str) -> list[str]:
+    """Offer the names of policies."""
+    return _names(context, "policies", incomplete)
+
+
+def owners(context: typer.Context, incomplete: str) -> list[str]:
+    """Offer who owns agents already."""
+    return _names(context, "owners", incomplete)
+
+
+def logins(context: typer.Context, incomplete: str) -> list[str]:
+    """Offer what agents present."""
+    return _names(context, "logins", incomplete)
+
+
+def versions(context: typer.Context, incomplete: str) -> list[str]:
+    """Offer the versions that are accepted."""
+    return _names(context, "versions", incomplete)
+
+
+def destinations(context: typer.Context, incomplete: str) -> list[str]:
+    """Offer `CONNECTION:PATH` of every agent, or of the one that was typed."""
+    agent = context.params.get("agent")
+    found = _names(context, "destinations", f"{agent}=" if agent else "")
+    offered = {one.partition("=")[2] for one in found}
+    return sorted(one for one in offered if one.startswith(incomplete))
+
+
+def types(incomplete: str) -> list[str]:
+    """Offer the types of destinations that have policies of their own."""
+    return [one for one in ("aws", "azure", "vault") if one.startswith(incomplete)]
+
+
+def demos(incomplete: str) -> list[str]:
+    """Offer what the demo can show."""
+    offered = ("all", "aws", "azure", "file", "vault")
+    return [one for one in offered if one.startswith(incomplete)]
 
 
 def _names(context: typer.Context, kind: str, incomplete: str) -> list[str]:

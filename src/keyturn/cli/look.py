@@ -100,7 +100,12 @@ def clock(
 
 
 def verify(
-    login: Annotated[str, typer.Argument(metavar="LOGIN", help="What the agent presents.")],
+    login: Annotated[
+        str,
+        typer.Argument(
+            metavar="LOGIN", help="What the agent presents.", autocompletion=complete.logins
+        ),
+    ],
     json: options.Json = False,
     config: options.Config = options.CONFIG,
 ) -> None:

@@ -15,10 +15,10 @@ from typing import Annotated
 import typer
 
 from keyturn import __version__
-from keyturn.cli import act, look, options, output, render
+from keyturn.cli import act, complete, files, init, look, options, output, render
 from keyturn.cli.agents import agents, destinations
 from keyturn.cli.health import health
-from keyturn.cli.reach import ask, late
+from keyturn.cli.reach import late
 from keyturn.cli.store import store
 from keyturn.daemon.masking import render_exception, summary
 from keyturn.errors import KeyturnError
@@ -47,6 +47,10 @@ app.command("clock")(look.clock)
 app.command("metrics")(look.metrics)
 app.command("health")(health)
 app.add_typer(store, name="store")
+app.command("init")(init.init)
+app.command("check")(files.check)
+app.command("reload")(files.reload)
+app.add_typer(files.config_, name="config")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,7 +129,11 @@ def run(
 @app.command()
 def demo(
     dest: Annotated[
-        str, typer.Option(help="Where the demo publishes: file, vault, aws, azure or all.")
+        str,
+        typer.Option(
+            help="Where the demo publishes: file, vault, aws, azure or all.",
+            autocompletion=complete.demos,
+        ),
     ] = "file",
 ) -> None:
     """Show it all on this machine, in a minute.
@@ -136,52 +144,21 @@ def demo(
     output.end_with(late("keyturn.cli.demo", "demo")(dest))
 
 
-@app.command()
-def check(
-    config: options.Config = options.CONFIG,
-    probe: Annotated[
-        bool,
-        typer.Option(
-            "--probe",
-            help="Also log in to the destinations and look at each entry; changes nothing.",
-        ),
-    ] = False,
-    json: options.Json = False,
-) -> None:
-    """Check a configuration.
-
-    Offline and without credentials, for pull requests; exit 78 if it cannot be used.
-    """
-    report = late("keyturn.daemon.checks", "check")(config, probe=probe)
-    output.show(report, as_json=json, people=render.checks)
-    output.end_with(0 if report["ok"] else 1)
-
-
-@app.command("reload")
-def reload_(
-    allow_mass_change: Annotated[
-        bool,
-        typer.Option(
-            "--allow-mass-change", help="Even if more than a tenth, and more than one, disappears."
-        ),
-    ] = False,
-    json: options.Json = False,
-    config: options.ConfigOfDaemon = options.CONFIG,
-    socket: options.Socket = options.SOCKET,
-) -> None:
-    """Read the configuration again.
-
-    With an error in it the old one stays in force, and no agent is changed.
-    """
-    result = ask("reload", {"allow_mass_change": allow_mass_change}, socket=socket, config=config)
-    output.show(result, as_json=json, people=render.reloaded)
-
-
 @app.command("policy")
 def policy_(
-    kind: Annotated[str, typer.Argument(metavar="TYPE", help="The type of destination.")],
+    kind: Annotated[
+        str,
+        typer.Argument(
+            metavar="TYPE", help="The type of destination.", autocompletion=complete.types
+        ),
+    ],
     connection: Annotated[
-        str, typer.Option("--connection", help="Only this one, where there are several.")
+        str,
+        typer.Option(
+            "--connection",
+            help="Only this one, where there are several.",
+            autocompletion=complete.connections,
+        ),
     ] = "",
     config: options.Config = options.CONFIG,
 ) -> None:

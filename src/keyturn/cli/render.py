@@ -122,7 +122,7 @@ def status_of_one(row: Row, now: datetime | None = None) -> str:
     lines = [
         f"{safe(row.get('agent'))}: {safe(row.get('state'))}",
         *_suspension_lines(row.get("suspension"), at),
-        *_pairs(row, ("login", "owner", "policy", "managed_by")),
+        *_pairs(row, ("login", "owner", "policy", "managed_by", "file")),
         f"  next rotation  {_instant(row.get('next_rotation_at'), at)}"
         + ("  OVERDUE" if row.get("overdue") else ""),
         f"  maximum age    {_instant(row.get('max_age_at'), at)}",
@@ -232,12 +232,12 @@ def agents(rows: Sequence[Row]) -> str:
     """Return one line per agent definition."""
     if not rows:
         return status([])
-    headings = ("AGENT", "LOGIN", "OWNER", "POLICY", "MANAGED BY", "STATE", "DESTINATIONS")
+    headings = ("AGENT", "LOGIN", "OWNER", "POLICY", "MANAGED BY", "FILE", "STATE", "DESTINATIONS")
     return table(headings, (_agent_row(row) for row in rows))
 
 
 def _agent_row(row: Row) -> tuple[str, ...]:
-    names = ("agent", "login", "owner", "policy", "managed_by", "state")
+    names = ("agent", "login", "owner", "policy", "managed_by", "file", "state")
     places = ", ".join(f"{one['to']}:{one['path']}" for one in row.get("targets") or ())
     return (*(safe(row.get(name)) for name in names), safe(places))
 
@@ -356,16 +356,6 @@ def changed(result: Row) -> str:
     """Return `agent: state` after suspend, resume, remove, retry and abandon."""
     line = f"{safe(result.get('agent'))}: {safe(result.get('state'))}"
     return line if result.get("changed", True) else f"{line} (it was so already)"
-
-
-def reloaded(result: Row) -> str:
-    """Return what a reload changed."""
-    counts = ("added", "changed", "unmanaged", "unchanged")
-    line = ", ".join(f"{result.get(name, 0)} {name}" for name in counts)
-    moved = result.get("moved", 0)
-    notes = [f"{moved} agents have entries at another place now"] if moved else []
-    notes += result.get("notes", ())
-    return "\n".join([f"configuration taken over: {line}", *(f"note: {safe(n)}" for n in notes)])
 
 
 def clock(result: Row) -> str:
