@@ -34,6 +34,7 @@ bench: .venv/test.stamp  ## rotations per second beside the bare clients, in one
 
 docs: .venv/test.stamp  ## pages that are generated
 	@$(BIN)/python -m keyturn.config.reference > docs/reference/configuration.md
+	@$(BIN)/python -m keyturn.config.schema > docs/reference/keyturn.schema.json
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
