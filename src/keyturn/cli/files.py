@@ -105,7 +105,8 @@ def reload(
 
     With an error in it the old one stays in force, and no agent is changed.
     """
-    args: dict[str, Any] = {"allow_mass_change": allow_mass_change, "take_over": take_over or []}
+    args: dict[str, Any] = {"allow_mass_change": allow_mass_change}
+    args |= {"take_over": take_over} if take_over else {}
     if not dry_run:
         result = ask("reload", args, socket=socket, config=config)
         output.show(result, as_json=json, people=render_files.reloaded)
