@@ -282,6 +282,7 @@ def test_root_looks_as_the_daemons_user(tmp_path: Path) -> None:
             (home / name).mkdir()
             (home / name).chmod(mode)
             os.chown(home / name, 65534, 65534)
+        os.chown(path, 65534, 65534)  # judged by its own user, root would call it a stranger's
         code = "from keyturn.daemon.checks import check; from pathlib import Path; import json;"
         code += f"print(json.dumps(check(Path({str(path)!r}), probe=True)))"
         done = subprocess.run(
@@ -289,6 +290,11 @@ def test_root_looks_as_the_daemons_user(tmp_path: Path) -> None:
         )
         report = json.loads(done.stdout)
         assert [row for row in report["checks"] if not row["ok"]] == []
+        assert "looked at as the user nobody" in report["checks"][0]["detail"]
+
+        os.chown(path, 0, 0)  # 0600: the daemon could not read it
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert "expected a readable file" in done.stderr
     finally:
         shutil.rmtree(home)
 

@@ -355,7 +355,7 @@ def test_a_file_of_somebody_else_is_refused(write: Write) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", "k.yaml:1: (file): expected a mapping at the top"),
+        (b"", "k.yaml:1: (file): expected a mapping at the top: the file is empty (`agents: {}` says that there are none)"),
         (b"- x\n", "k.yaml:1: (file): expected a mapping at the top"),
         (b"version: 1\nowner: \xff\n", "k.yaml:2: (file): expected UTF-8"),
         (b"version: 1\n---\nversion: 1\n", "k.yaml:2: version: expected one document"),

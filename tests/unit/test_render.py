@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from keyturn.cli import output, render
+from keyturn.cli import output, render, render_files
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 CANARY = "kt_" + "A" * 14 + "_" + "b" * 49
@@ -240,7 +240,7 @@ def test_a_reload_says_what_is_left_to_do() -> None:
         "moved": 3,
         "notes": ["x\x1b"],
     }
-    lines = render.reloaded(found).splitlines()
+    lines = render_files.reloaded(found).splitlines()
 
     assert lines[0] == "configuration taken over: 1 added, 0 changed, 0 unmanaged, 2 unchanged"
     assert lines[1:] == ["note: 3 agents have entries at another place now", "note: x\\x1b"]

@@ -69,8 +69,12 @@ def check(path: Path, *, probe: bool = False, in_checkout: bool = False) -> dict
     `in_checkout`: nothing of this host is looked at, and it does not matter who may write the files.
     """
     user = "" if in_checkout else become_daemon(path)
-    settings = settings_of(path, in_checkout=in_checkout)
     by = f"; looked at as the user {user}" if user else ""
+    try:
+        settings = settings_of(path, in_checkout=in_checkout)
+    except ConfigError as error:
+        error.hint += by
+        raise
     rows = [_good("configuration", _summary(settings) + by)]
     if in_checkout:
         return {"ok": True, "checks": rows + [_good("note", note) for note in settings.notes]}
