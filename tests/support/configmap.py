@@ -6,7 +6,6 @@ volume leads to `..data/NAME`; a new content is a new folder, and one rename.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +31,7 @@ class ConfigMap:
             path.chmod(0o644)
         waiting = self.folder / "..data_tmp"
         waiting.symlink_to(fresh)
-        os.replace(waiting, data)
+        waiting.replace(data)
         for name in files:
             if not (self.folder / name).is_symlink():
                 (self.folder / name).symlink_to(f"..data/{name}")

@@ -220,12 +220,11 @@ def test_nothing_is_watched_unless_it_is_asked_for(tmp_path: Path) -> None:
 def test_a_daemon_takes_200_swaps_over_without_a_mixture(tmp_path: Path) -> None:
     """Commands ask all the time; in the store all agents are of one generation, at the end the last."""
     tmp_path.chmod(0o700)
-    volume, keyturn = ConfigMap(tmp_path / "config"), Keyturn(tmp_path / "unused", agents=0)
+    volume, keyturn = ConfigMap(tmp_path / "config"), Keyturn(tmp_path, agents=0)
     keyturn.config = volume.folder / "keyturn.yaml"
     on = {"reload": {"on_change": True}}
     volume.swap(generation(1, tmp_path, **on))
     seen: list[set[str]] = []
-    keyturn.log = tmp_path / "daemon.log"
     with keyturn:
         for number in range(2, 202):
             volume.swap(generation(number, tmp_path, agents=3 + number % 2, **on))

@@ -223,9 +223,7 @@ def test_a_rehearsal_says_what_would_be_and_changes_nothing(keyturn: Split) -> N
 
 def test_a_rehearsal_shows_what_the_store_would_refuse(keyturn: Split) -> None:
     """A login that another agent has is known to the store alone."""
-    keyturn.command(
-        "agents.add", name="x", login="taken", targets=[{"to": "files", "path": "x"}]
-    )
+    keyturn.command("agents.add", name="x", login="taken", targets=[{"to": "files", "path": "x"}])
     keyturn.write()
     text = keyturn.path("two").read_text().replace("  d:\n", "  d:\n    login: taken\n")
     keyturn.path("two").write_text(text)
