@@ -47,8 +47,9 @@ def check(
         Format,
         typer.Option(
             "--format",
-            help="json: file, line, column, key, code and message of each problem; github: workflow"
-            " commands; gitlab: a code quality report.",
+            metavar="FORMAT",
+            help="text; json: file, line, column, key, code and message of each problem; github:"
+            " workflow commands; gitlab: a code quality report.",
         ),
     ] = Format.TEXT,
     json: options.Json = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,15 +71,20 @@ def gitlab(report: Row) -> str:
         {
             "description": f"{one['key']}: {one['message']}",
             "check_name": f"keyturn-{one['code']}",
-            "fingerprint": hashlib.sha256(
-                f"{_here(one['file'])}\0{one['key']}\0{one['code']}\0{one['message']}".encode()
-            ).hexdigest(),
+            "fingerprint": _fingerprint(one),
             "severity": "blocker",
             "location": {"path": _here(one["file"]), "lines": {"begin": one["line"]}},
         }
         for one in report.get("problems") or ()
     ]
     return render.as_json(rows)
+
+
+def _fingerprint(one: Row) -> str:
+    """Return what stays the same while lines above a problem come and go."""
+    message = re.sub(r":[0-9]+", "", one["message"])
+    parts = (_here(one["file"]), one["key"], one["code"], message)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def _here(file: str) -> str:
