@@ -252,6 +252,11 @@ LINES = [
     ("keyturn resume agent-0 --destination ", ["files", "leaky"]),
     ("keyturn agents add x --to f", ["files:"]),
     ("keyturn agents remove ", ["agent-0"]),
+    ("keyturn agents add x --to files:x --policy d", ["default"]),
+    ("keyturn destinations forget agent-0 l", ["leaky:agent-0"]),
+    ("keyturn verify ", ["agent-0"]),
+    ("keyturn reload --take-over a", ["agent-0"]),
+    ("keyturn policy a", ["aws", "azure"]),
 ]
 
 

@@ -47,6 +47,22 @@ def test_every_command_and_option_stands_on_the_page(name: str) -> None:
             assert f"| {options} | {' '.join(param.help.split())} |" in text, name
 
 
+NAMES = {
+    "agent", "agents", "connection", "destination", "leave_out", "login", "owner", "policy",
+    "take_over", "to", "version",
+}  # fmt: skip
+ELSEWHERE = {("agents add", "login"), ("init", "agent")}  # these are new
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_whatever_names_something_completes(name: str) -> None:
+    """TAB offers what there is wherever an agent, a connection, a policy … is typed."""
+    for param in ALL[name].params:
+        if param.name in NAMES and not getattr(param, "is_flag", False):
+            completes = param._custom_shell_complete is not None
+            assert completes != ((name, param.name) in ELSEWHERE), param.name
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_between_pages_resolve(page: Path) -> None:
     """No relative link leads nowhere."""

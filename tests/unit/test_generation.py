@@ -240,6 +240,26 @@ def test_a_daemon_takes_200_swaps_over_without_a_mixture(tmp_path: Path) -> None
     assert "config.rejected" not in keyturn.log.read_text()
 
 
+def test_a_revocations_file_in_a_volume_is_read_anew_after_a_swap(keyturn: Installed) -> None:
+    """Its link leads to another file then, and the line that came with it is applied."""
+    keyturn.run("a", "b")
+    held = {name: keyturn.held(name) for name in "ab"}
+    volume = ConfigMap(keyturn.folder / "lists")
+    line = "agent:{} at=2020-01-01T00:00:00Z\n"
+    volume.swap({"revocations": line.format("a")})
+    keyturn.content["revocations_file"] = str(volume.folder / "revocations")
+    keyturn.reload()
+    now = keyturn.parts.clock.now().isoformat().replace("+00:00", "Z")
+    assert [entry.agent for entry in keyturn.service._read_file()] == ["a"]
+
+    volume.swap({"revocations": line.format("a") + f"agent:b at={now}\n"})
+    entries = keyturn.service._read_file()
+    keyturn.service._apply_entries(entries, trigger="file")
+
+    assert [entry.agent for entry in entries] == ["a", "b"]
+    assert (keyturn.accepts(held["a"]), keyturn.accepts(held["b"])) == (True, False)
+
+
 # --- which files -------------------------------------------------------------------------------
 
 

@@ -18,12 +18,29 @@ from keyturn.credential_file import way_to
 Seen = tuple[tuple[object, ...], ...]
 
 
-def look(path: Path) -> Seen:
-    """Return what tells one content of a path from another: its file, and every link on the way."""
-    try:
-        return tuple(_identity(one, found) for one, found in way_to(path))
-    except OSError as error:
-        return ((error.errno,),)
+class Looks:
+    """One look at many files: each folder on the way to them is looked up once."""
+
+    def __init__(self) -> None:
+        self._folders: dict[Path, Seen] = {}
+
+    def at(self, path: Path) -> Seen:
+        """Return what tells one content of a path from another: its file, and every link on the way."""
+        path = path.absolute()
+        folder = path.parent
+        try:
+            found = path.lstat()
+            if stat.S_ISLNK(found.st_mode):
+                return _way(path)
+            if folder not in self._folders:
+                self._folders[folder] = _way(folder)
+        except OSError as error:
+            return ((error.errno,),)
+        return (*self._folders[folder], _identity(path, found))
+
+
+def _way(path: Path) -> Seen:
+    return tuple(_identity(one, found) for one, found in way_to(path))
 
 
 def _identity(path: Path, found: os.stat_result) -> tuple[object, ...]:
@@ -94,7 +111,8 @@ class Generation:
     def again(self) -> Generation:
         """Look at the same places as they are now."""
         included: list[Path] = self.include.files() if self.include else []
-        files = tuple((path, look(path)) for path in (self.main, *included))
+        looks = Looks()
+        files = tuple((path, looks.at(path)) for path in (self.main, *included))
         return Generation(main=self.main, include=self.include, files=files)
 
     @property

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel
 
 from keyturn.config.file import Document, Problem, did_you_mean, read_document, refuse
-from keyturn.config.generation import Generation, Include, Seen, look
+from keyturn.config.generation import Generation, Include, Looks, Seen
 from keyturn.config.listening import ListenSettings
 from keyturn.config.models import (
     ID_FORM,
@@ -64,6 +64,7 @@ class Loading:
         self._notes: list[str] = []
         self._include: Include | None = None
         self._seen: list[tuple[Path, Seen]] = []
+        self._looks = Looks()
 
     def run(self, environ: Mapping[str, str], *, without_file: bool = False) -> Settings:
         """Return settings that are only good if there are no problems."""
@@ -114,7 +115,7 @@ class Loading:
         return self.generation.again() == self.generation
 
     def _read(self, path: Path) -> Document:
-        self._seen.append((path, look(path)))
+        self._seen.append((path, self._looks.at(path)))
         return read_document(path, self.problems, judge_writers=not self._in_checkout)
 
     # --- environment and sections ----------------------------------------------------------
