@@ -141,6 +141,12 @@ def _percent(value: object) -> float:
     return float(found[1]) / 100
 
 
+def _number(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError  # noqa: TRY004  # pydantic turns only a ValueError into a problem
+    return value
+
+
 def _id(value: object) -> object:
     if not isinstance(value, str) or not is_id(value):
         raise ValueError
@@ -420,7 +426,12 @@ class TopSection(Section):
         "agents",
     )
 
-    version: Annotated[Literal[1], Form("1"), Field(description="version of this format")]
+    version: Annotated[
+        Literal[1],
+        BeforeValidator(_number),  # to Python `true` is 1
+        Form("1"),
+        Field(description="version of this format"),
+    ]
     revocations_file: Annotated[
         File, Field(description="file of revocations; polled, and read at SIGUSR1")
     ] = None

@@ -141,7 +141,7 @@ def _value(annotation: Any, notes: list[Any]) -> Schema:
         found = [_value(one, notes) for one in get_args(annotation) if one is not type(None)]
         return found[0] if len(found) == 1 else {"anyOf": found}
     read_by = [note.func for note in notes if isinstance(note, BeforeValidator)]
-    if read_by:
+    if read_by and get_origin(annotation) is not Literal:
         return _read_by(annotation, read_by)
     return _plain(annotation, notes)
 
