@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 import yaml
 
 from keyturn.core.model import ManagedBy
@@ -232,3 +233,20 @@ def test_a_rehearsal_shows_what_the_store_would_refuse(keyturn: Split) -> None:
 
     assert "taken" in found["refused"]["message"]
     assert rows(found) == {"d": "changed"}
+
+
+def test_a_store_of_the_release_before_learns_the_files_at_the_next_start(keyturn: Split) -> None:
+    """Its agents have no file yet; none of them counts as new, and nothing is rotated."""
+    keyturn.run("a")
+    held, before = keyturn.held("a"), keyturn.case("a")
+    with keyturn.parts.store.engine.connect() as connection, connection.begin():
+        connection.execute(sa.text("ALTER TABLE agents DROP COLUMN file"))
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '0001'"))
+    keyturn.end()
+
+    keyturn.begin()
+
+    after = keyturn.case("a")
+    assert after.agent.file == str(keyturn.path("one"))
+    assert (after.versions, keyturn.held("a")) == (before.versions, held)
+    assert keyturn.accepts(held)

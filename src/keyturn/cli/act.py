@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
+from datetime import timedelta
 from typing import Annotated, Any
 
 import typer
 
-from keyturn.cli import complete, options, output, render
+from keyturn.cli import complete, options, output, render, waves
 from keyturn.cli.reach import ask
 
 rotation = typer.Typer(
@@ -18,9 +20,23 @@ rotation = typer.Typer(
 def rotate(
     *,
     agents: Annotated[
-        list[str],
-        typer.Argument(metavar="AGENT", help="The agents' ids.", autocompletion=complete.agents),
-    ],
+        list[str] | None,
+        typer.Argument(
+            metavar="[AGENT]...", help="The agents' ids.", autocompletion=complete.agents
+        ),
+    ] = None,
+    owner: Annotated[
+        str,
+        typer.Option(help="Every agent of this owner's.", autocompletion=complete.owners),
+    ] = "",
+    wave: Annotated[
+        str,
+        typer.Option(
+            metavar="SIZES",
+            help="In groups such as 3,30,rest; after one that fails none follows. Needs --wait.",
+        ),
+    ] = "",
+    pause: Annotated[str, typer.Option(metavar="TIME", help="Between two waves, such as 1h.")] = "",
     grace: Annotated[
         str, typer.Option(help="How long the old version is still accepted, such as 15m.")
     ] = "",
@@ -36,19 +52,29 @@ def rotate(
     """Give agents a new secret now, and the old one its grace.
 
     `keyturn rotate billing-bot --wait` publishes first and cuts later. To cut first: `revoke`.
+    `keyturn rotate --owner team-billing --wave 3,30,rest --pause 1h --wait` goes by growing groups.
     """
-    args: dict[str, Any] = {
-        "agents": agents,
-        "wait": wait,
-        "request_id": request_id or uuid.uuid4().hex,
-    }
-    if grace:
-        args["grace_seconds"] = options.duration(grace).total_seconds()
+    if bool(agents) == bool(owner):
+        raise typer.BadParameter("name agents or an --owner, one of them")
+    if (wave and not wait) or (pause and not wave):
+        raise typer.BadParameter("--wave goes with --wait, and --pause with --wave")
+    names = agents or waves.owned(ask("agents.list", {}, socket=socket, config=config), owner)
+    one_id = request_id or uuid.uuid4().hex
+    given = {"grace_seconds": options.duration(grace).total_seconds()} if grace else {}
     shown = output.progress(as_json=json) if wait else None
     command = "rotate.forced" if force else "rotate"  # the second one needs the role admin
-    result = ask(command, args, socket=socket, config=config, on_progress=shown)
-    output.show(result, as_json=json, people=lambda data: render.rotations(data["results"]))
-    output.end_with(output.code_of(result["results"]))
+
+    def rotated(number: int, part: Sequence[str]) -> list[dict[str, Any]]:
+        named = f"{one_id}.{number}" if wave else one_id
+        args = {"agents": list(part), "wait": wait, "request_id": named} | given
+        result = ask(command, args, socket=socket, config=config, on_progress=shown)
+        return list(result["results"])
+
+    parts = waves.split(names, wave) if wave else [names]
+    between = options.duration(pause) if pause else timedelta(0)
+    results = waves.rotate(parts, rotated, pause=between, told=bool(wave) and not json)
+    output.show({"results": results}, as_json=json, people=lambda d: render.rotations(d["results"]))
+    output.end_with(output.code_of(results))
 
 
 def suspend(
