@@ -36,6 +36,7 @@ from keyturn.daemon.readiness import Readiness, Reason
 from keyturn.daemon.recovery import Recovery
 from keyturn.daemon.signals import Signals
 from keyturn.daemon.socket import AdminServer
+from keyturn.daemon.supervision import Supervisor, beating
 from keyturn.daemon.watching import Watching
 from keyturn.errors import ClaimLost, ConfigError, KeyturnError, Refused, StoreUnavailable
 from keyturn.leaks import Caller, Leak
@@ -65,7 +66,9 @@ def run(path: Path, *, socket: Path | None = None, standby: bool = True) -> int:
     """Run the daemon until it is told to stop. Returns the exit code."""
     settings = load(path)
     logs.configure(level=settings.log.level, form=settings.log.format)
-    service = Service(settings, socket=socket or settings.admin.socket)
+    supervisor = Supervisor.take(os.environ, pid=os.getpid())
+    supervisor.starting("opening the store")
+    service = Service(settings, socket=socket or settings.admin.socket, supervisor=supervisor)
     # Before anything can start a thread: a signal goes to any thread that lets it.
     signals = Signals(
         revoke=service.apply_revocations, reload=service.reload_by_signal, stop=service.stop
@@ -100,8 +103,11 @@ def missing_groups(roles: Roles) -> list[str]:
 class Service:
     """One daemon process."""
 
-    def __init__(self, settings: config.Settings, *, socket: Path) -> None:
+    def __init__(
+        self, settings: config.Settings, *, socket: Path, supervisor: Supervisor | None = None
+    ) -> None:
         self._socket = socket
+        self._supervisor = supervisor or Supervisor()
         self.metrics = Metrics()
         self.readiness = Readiness()
         self.metrics.follow(self.readiness)
@@ -147,12 +153,14 @@ class Service:
         parts = self.parts
         membership = Membership(parts.store)
         if not self._lead(membership, standby=standby):
+            self._supervisor.stopping()
             parts.close()
             return 0 if self._stop.is_set() else StoreUnavailable.exit_code
         self.front.confirm()
         self.readiness.take_lead()
         clock = parts.store_clock
         clock.anchor = membership.anchor(clock.boot_id)
+        self._supervisor.starting("taking the configuration over")
         self._connect()
         recovery = Recovery(parts=parts, actor="daemon:start")
         quarantined = recovery.at_start()
@@ -162,6 +170,7 @@ class Service:
         self._reconcile_at_start()
         self._apply_inline()
         self._ready.set()
+        self._supervisor.starting("applying revocations")
         self.apply_revocations()
         roles = roles_of(parts.settings)
         for name in roles.missing:
@@ -174,7 +183,9 @@ class Service:
         self.readiness.release(Reason.STARTING)
         if quarantined:
             self._pool.submit(self._let_go, recovery)
-        _log.info("daemon.ready", version=__version__, agents=len(parts.store.agents()))
+        agents = len(parts.store.agents())
+        _log.info("daemon.ready", version=__version__, agents=agents)
+        self._supervisor.ready(f"leads, {agents} agents")
         self._stop.wait()
         self._wind_down(server, membership)
         return 0
@@ -200,6 +211,7 @@ class Service:
                 self.metrics.store_up.set(0)
                 self.readiness.hold(Reason.STORE_DOWN)
                 _log.warning("store.unavailable", code=error.code)
+                self._supervisor.starting("standby: the store is away")
                 self._stop.wait(LEAD_AWAY)
                 continue
             if not standby:
@@ -209,6 +221,7 @@ class Service:
                 _log.info("daemon.standby")
                 self.readiness.stand_by()
                 said = True
+            self._supervisor.starting("standby: another daemon leads on this store")
             if time.monotonic() >= look_at:
                 # What was revoked on this host while the store was away stands in no other spool.
                 self._apply_spool_alone()
@@ -218,7 +231,8 @@ class Service:
 
     def _schedule(self, membership: Membership) -> None:
         every = self._scheduler.add_job
-        every(self._tick, "interval", seconds=TICK, id="tick")
+        tick = beating(self._tick, self._supervisor)
+        every(tick, "interval", seconds=TICK, id="tick")
         every(self.watching.measure, "interval", seconds=MEASURE, id="measure")
         every(self._poll_revocations, "interval", seconds=REVOCATIONS_POLL, id="revocations")
         every(self._forget_requests, "interval", seconds=FORGET_REQUESTS, id="requests")
@@ -233,6 +247,7 @@ class Service:
 
     def _wind_down(self, server: AdminServer, membership: Membership) -> None:
         """Let running sagas finish, then park them; nothing is lost where one is cut off."""
+        self._supervisor.stopping()
         self.readiness.hold(Reason.STOPPING)
         _log.info("daemon.stopping", running=len(self._running))
         self._scheduler.shutdown(wait=False)
@@ -533,7 +548,7 @@ class Service:
         self, *, allow_mass_change: bool, actor: str, take_over: frozenset[str] = frozenset()
     ) -> dict[str, Any]:
         """Check the files and every agent, then swap; on any error all stays as it was."""
-        with self._reloading:
+        with self._reloading, self._supervisor.reloading():
             before = self.parts.settings
             try:
                 settings = load(before.path)
