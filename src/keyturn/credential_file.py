@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,31 @@ from typing import BinaryIO
 from keyturn.errors import ConfigError
 
 LONGEST = 64 * 1024
+# What systemd hands over by LoadCredential=, and where it does that for our unit (systemd.exec(5)).
+HANDED_OVER = "credential:"
+CREDENTIALS = "/run/credentials/keyturn.service"
+CREDENTIAL_FORM = "an absolute path, or credential:NAME for what systemd hands over"
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}", re.ASCII)
+
 OPEN_TO_OTHERS = 0o037  # a group may read: that is how systemd and Kubernetes hand credentials over
 READ_BY_OTHERS = 0o004
 MOST_LINKS = 40  # as many as the kernel follows
+
+
+def credential_path(value: object) -> Path:
+    """Read how a file names a credential: an absolute path, or `credential:NAME`.
+
+    The second is a file in the folder that systemd hands over; without `$CREDENTIALS_DIRECTORY`
+    that of our unit, so that `check --probe` by root finds it. Raises ValueError.
+    """
+    text = value if isinstance(value, str) else ""
+    if text.startswith("/"):
+        return Path(text)
+    name = text.removeprefix(HANDED_OVER)
+    if name == text or not _NAME.fullmatch(name):
+        raise ValueError
+    folder = os.environ.get("CREDENTIALS_DIRECTORY", "")
+    return Path(folder if folder.startswith("/") else CREDENTIALS, name)
 
 
 def read_credential(path: Path, *, anybody_may_read: bool = False) -> str:

@@ -41,7 +41,7 @@ from keyturn.core.policy import CronCalculator
 from keyturn.core.secret import Secret
 from keyturn.core.steps import ACCEPTED_LIMIT, Plan
 from keyturn.core.timekeeping import Anchor, judge
-from keyturn.credential_file import read_credential
+from keyturn.credential_file import credential_path, read_credential
 from keyturn.destinations import registry
 from keyturn.destinations.base import DestinationBase
 from keyturn.errors import ConfigError, Refused, StaleRevision, StoreUnavailable
@@ -130,11 +130,14 @@ class GuardedClock:
 
 
 def boot_id() -> str:
-    """Return what names this boot of the host; another one each time where it does not say."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return uuid.uuid4().hex
+    """Return what names this boot of the host; another one each time where it does not say.
+
+    Under `ProcSubset=pid` the kernel's file is hidden, and our unit hands it over as a credential.
+    """
+    for place in (Path("/proc/sys/kernel/random/boot_id"), credential_path("credential:boot-id")):
+        with suppress(OSError):
+            return place.read_text().strip()
+    return uuid.uuid4().hex
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,11 +1,12 @@
-"""A daemon under a small supervisor that does what systemd does with `Type=notify`: it hears READY,
-WATCHDOG and the rest at a datagram socket, kills what misses its beat, and starts again what ended.
+"""A daemon under a small supervisor that does what systemd does with `Type=notify`.
+
+It hears READY, WATCHDOG and the rest at a datagram socket, kills what misses its beat, and starts
+again what ended.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Self
 
 Said = dict[str, str]
+CONFIGURATION = 78  # RestartPreventExitStatus=
 
 
 class Supervised:
@@ -56,7 +58,10 @@ class Supervised:
     def wait(self, condition: Callable[[], bool], seconds: float = 60.0) -> None:
         """Wait until something is so that the supervisor has heard; fail with the daemon's log."""
         with self._guard:
-            if not self._guard.wait_for(condition, seconds):
+            until = time.monotonic() + seconds
+            while not condition() and time.monotonic() < until and self._thread.is_alive():
+                self._guard.wait(0.5)
+            if not condition():
                 raise AssertionError(self.said[-5:], self._log.read_text()[-3000:])
 
     def wait_ready(self, number: int = 1) -> float:
@@ -97,17 +102,19 @@ class Supervised:
             self._hear()
             if self.process.poll() is not None:
                 self._hear()
-                if self._ended:
+                if self._ended or self.process.returncode == CONFIGURATION:
                     return
                 self._start()
-            elif self._watchdog and self._ready and not self._ended:
-                if time.monotonic() - self._beat > self._watchdog:
-                    with self._guard:
-                        self.watchdog_kills += 1
-                        self._ready = False
-                        self._guard.notify_all()
-                    os.kill(self.process.pid, signal.SIGABRT)
-                    os.kill(self.process.pid, signal.SIGKILL)
+            elif self._missed() and not self._ended:
+                with self._guard:
+                    self.watchdog_kills += 1
+                    self._ready = False
+                    self._guard.notify_all()
+                self.process.kill()
+
+    def _missed(self) -> bool:
+        late = time.monotonic() - self._beat > self._watchdog
+        return bool(self._watchdog and self._ready and late)
 
     def _hear(self) -> None:
         with contextlib.suppress(TimeoutError):

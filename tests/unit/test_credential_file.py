@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from keyturn.config.file import Problem, read_document
-from keyturn.credential_file import read_credential
+from keyturn.credential_file import credential_path, read_credential
 from keyturn.errors import ConfigError
 
 ROOT = os.geteuid() == 0
@@ -106,3 +106,47 @@ def test_pipes_and_folders_are_refused_at_once(file: Path, tmp_path: Path) -> No
     thread.join(5)
     assert ended
     assert ["no plain file" in problem.text for problem in problems] == [True, True]
+
+
+def test_a_credential_of_systemds_is_named_and_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As systemd makes it: a read-only folder, a file that nobody else reads, replaced as a whole."""
+    folder = tmp_path / "keyturn.service"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(folder))
+    path = credential_path("credential:vault-token")
+    assert path == folder / "vault-token"
+    # 0440 is 0400 with an access control list: its mask shows as the rights of the group.
+    for mode, text in [(0o400, "first"), (0o440, "second")]:
+        folder.chmod(0o700)
+        (folder / "new").write_text(text)
+        (folder / "new").chmod(mode)
+        (folder / "new").rename(path)
+        folder.chmod(0o500)
+        assert read_credential(path) == text
+    folder.chmod(0o700)
+
+
+def test_without_systemd_it_is_looked_for_where_our_unit_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So root's `keyturn check --probe` finds it, and `check` in a pull request needs none."""
+    for folder in (None, "relative"):
+        monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+        if folder:
+            monkeypatch.setenv("CREDENTIALS_DIRECTORY", folder)
+        found = credential_path("credential:vault-token")
+        assert found == Path("/run/credentials/keyturn.service/vault-token")
+    assert credential_path("/etc/keyturn/token") == Path("/etc/keyturn/token")
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", "token", "credential:", "credential:..", "credential:../x", "credential:a/b",
+     "credential:.a", "credential:a\n", "Credential:a", 7, None],
+)  # fmt: skip
+def test_what_names_no_credential(value: object) -> None:
+    """No name leads out of the folder."""
+    with pytest.raises(ValueError):
+        credential_path(value)

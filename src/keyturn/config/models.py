@@ -18,6 +18,7 @@ from keyturn.config.shape import Section
 from keyturn.core.duration import FORM as DURATION_FORM
 from keyturn.core.duration import parse_duration
 from keyturn.core.walltime import WINDOW_FORM, ZONE_FORM, parse_window, zone_of
+from keyturn.credential_file import CREDENTIAL_FORM, credential_path
 from keyturn.destinations.base import Form
 
 CRON_FORM = 'a crontab line of five fields such as "0 3 * * tue"'
@@ -156,6 +157,7 @@ def _id(value: object) -> object:
 Duration = Annotated[timedelta, BeforeValidator(_positive), Form(DURATION_FORM)]
 AnyDuration = Annotated[timedelta, BeforeValidator(_duration), Form(f"{DURATION_FORM}, or 0s")]
 File = Annotated[Path | None, BeforeValidator(required_path), Form("an absolute path")]
+CredentialFile = Annotated[Path | None, BeforeValidator(credential_path), Form(CREDENTIAL_FORM)]
 Id = Annotated[str, BeforeValidator(_id), Form(ID_FORM)]
 Group = Annotated[str | None, _matching(_NAME), Form("the name of a unix group")]
 KeyName = Annotated[str, _matching(_NAME), Form("a key of A-Z a-z 0-9 . _ -, each one once")]
@@ -175,7 +177,9 @@ class StoreSettings(Section):
         ),
         Field(description="the database"),
     ] = "sqlite:////var/lib/keyturn/keyturn.db"
-    password_file: Annotated[File, Field(description="file that holds the password")] = None
+    password_file: Annotated[CredentialFile, Field(description="file that holds the password")] = (
+        None
+    )
     state_dir: Annotated[
         File,
         Field(

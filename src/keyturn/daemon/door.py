@@ -93,6 +93,9 @@ class Door:
                 ) from error
             folder.chmod(_FOLDER_MODE)
             self._made_folder = True
+        elif str(folder) in os.environ.get("RUNTIME_DIRECTORY", "").split(":"):
+            self._made_folder = True  # systemd made it for this process: so it is ours to give
+        if self._made_folder:
             self._give_to_group(folder)
         found = folder.stat()
         # SECURITY: whoever can write here can put a socket of their own in our place.

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from keyturn import ambient
-from keyturn.credential_file import read_credential
+from keyturn.credential_file import CREDENTIAL_FORM, credential_path, read_credential
 from keyturn.destinations.aws_door import ANSWER_LIMIT, Keys
 from keyturn.destinations.aws_errors import understand
 from keyturn.destinations.base import Form
@@ -44,12 +44,6 @@ _FORBIDDEN = ("credential_process", "sso_session", "sso_start_url", "credential_
               "web_identity_token_file", "login_session")  # fmt: skip
 
 
-def _file(value: object) -> Path:
-    if not isinstance(value, str) or not value.startswith("/"):
-        raise ValueError
-    return Path(value)
-
-
 def _agent(value: object) -> object:
     if not isinstance(value, str) or not is_agent_address(value):
         raise ValueError
@@ -64,7 +58,7 @@ def is_agent_address(address: str) -> bool:
     return plain and safe and bool(parts.hostname)
 
 
-CredentialFile = Annotated[Path | None, BeforeValidator(_file), Form("an absolute path")]
+CredentialFile = Annotated[Path | None, BeforeValidator(credential_path), Form(CREDENTIAL_FORM)]
 
 
 class AuthOptions(BaseModel):

@@ -33,7 +33,7 @@ from azure.identity import (
 from cryptography import x509
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from keyturn.credential_file import read_credential
+from keyturn.credential_file import CREDENTIAL_FORM, credential_path, read_credential
 from keyturn.destinations.base import Form
 from keyturn.destinations.network import BoundedAdapter
 from keyturn.errors import (
@@ -100,13 +100,7 @@ def https_origin(value: object) -> str:
     return f"https://{parts.hostname}{port}"
 
 
-def _file(value: object) -> Path:
-    if not isinstance(value, str) or not value.startswith("/"):
-        raise ValueError
-    return Path(value)
-
-
-CredentialFile = Annotated[Path | None, BeforeValidator(_file), Form("an absolute path")]
+CredentialFile = Annotated[Path | None, BeforeValidator(credential_path), Form(CREDENTIAL_FORM)]
 
 
 class AuthOptions(BaseModel):

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Protocol
 import hvac.exceptions as vendor
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from keyturn.credential_file import read_credential
+from keyturn.credential_file import CREDENTIAL_FORM, credential_path, read_credential
 from keyturn.destinations.base import Form, is_plain
 from keyturn.errors import ConfigError, Denied, DestinationError, DestinationUnavailable
 
@@ -27,7 +27,7 @@ AUTH_FORM = (
     "a method with its own keys alone: token with token_file, approle with secret_id_file and one of"
     " role_id and role_id_file, or kubernetes with role"
 )
-_PROJECTED = f"an absolute path (kubernetes: {SERVICE_ACCOUNT} by default)"
+_PROJECTED = f"{CREDENTIAL_FORM} (kubernetes: {SERVICE_ACCOUNT} by default)"
 
 
 def plain_place(value: object) -> str:
@@ -42,13 +42,7 @@ def plain_place(value: object) -> str:
     return bare
 
 
-def _file(value: object) -> Path:
-    if not isinstance(value, str) or not value.startswith("/"):
-        raise ValueError
-    return Path(value)
-
-
-CredentialFile = Annotated[Path | None, BeforeValidator(_file), Form("an absolute path")]
+CredentialFile = Annotated[Path | None, BeforeValidator(credential_path), Form(CREDENTIAL_FORM)]
 
 # What may stand beside `method`, by method.
 _BELONGS = {
@@ -75,7 +69,7 @@ class AuthOptions(BaseModel):
     ]
     token_file: Annotated[
         Path | None,
-        BeforeValidator(_file),
+        BeforeValidator(credential_path),
         Form(_PROJECTED),
         Field(description="file that holds the token; kubernetes: of the service account"),
     ] = None
