@@ -13,11 +13,30 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 Said = dict[str, str]
 CONFIGURATION = 78  # RestartPreventExitStatus=
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """One start up to READY, in seconds: by the wall, and how much of it no processor was free."""
+
+    wall: float
+    waited: float
+
+    @property
+    def own(self) -> float:
+        """What it would have taken with a processor of its own."""
+        return self.wall - self.waited
+
+
+def waited_for_cpu(pid: int) -> float:
+    """Return the seconds that a process stood ready to run and did not (Linux, sched-stats.rst)."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
 
 
 class Supervised:
@@ -41,6 +60,7 @@ class Supervised:
         self._ended = False
         self._guard = threading.Condition()
         self.said: list[Said] = []
+        self.took: list[Start] = []
         self.starts = self.readies = self.watchdog_kills = 0
         self.started_at = self.ready_at = self._beat = 0.0
         self.process: subprocess.Popen[bytes]
@@ -116,6 +136,11 @@ class Supervised:
         late = time.monotonic() - self._beat > self._watchdog
         return bool(self._watchdog and self._ready and late)
 
+    def _waited(self) -> float:
+        with contextlib.suppress(OSError):  # killed in this very moment
+            return waited_for_cpu(self.process.pid)
+        return 0.0
+
     def _hear(self) -> None:
         with contextlib.suppress(TimeoutError):
             text = self._ear.recv(4096).decode()
@@ -127,5 +152,6 @@ class Supervised:
                     self._beat = now
                 if said.get("READY") and not self._ready:
                     self._ready, self.ready_at = True, now
+                    self.took.append(Start(wall=now - self.started_at, waited=self._waited()))
                     self.readies += 1
                 self._guard.notify_all()
