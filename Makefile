@@ -6,7 +6,11 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 DEST ?= file
 
-.PHONY: demo test test-full check audit bench docs clean
+LOCK := $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-header --no-emit-index-url --no-emit-find-links --upgrade
+SBOM ?= dist/keyturn.cdx.json
+
+.PHONY: demo test test-full check audit bench docs lock wheel sbom clean
 
 demo: .venv/demo.stamp  ## the main job on the embedded defaults; DEST=vault|aws|azure|all
 	@$(BIN)/keyturn demo --dest $(DEST)
@@ -36,6 +40,18 @@ docs: .venv/test.stamp  ## pages that are generated
 	@$(BIN)/python -m keyturn.config.reference > docs/reference/configuration.md
 	@$(BIN)/python -m keyturn.config.schema > docs/reference/keyturn.schema.json
 
+lock: .venv/test.stamp  ## resolve anew: requirements/*.lock, with hashes, for every Python
+	@$(LOCK) --extra all -o requirements/all.lock
+	@$(subst pyproject.toml,,$(LOCK)) --group build -o requirements/build.lock
+
+wheel: .venv/test.stamp  ## dist/*.whl, the same bytes from the same commit
+	@SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m build --wheel --no-isolation --outdir dist
+
+sbom: .venv/locked/stamp  ## what is in an installation from the lock, as CycloneDX 1.6
+	@mkdir -p $(dir $(SBOM))
+	@$(BIN)/cyclonedx-py environment .venv/locked --pyproject pyproject.toml --sv 1.6 \
+		--output-reproducible --of JSON --validate -o $(SBOM)
+
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
@@ -50,6 +66,11 @@ clean:
 
 .venv/test.stamp: .venv/bin/python pyproject.toml
 	@$(PIP) install -e '.[all]' --group test
+	@touch $@
+
+.venv/locked/stamp: .venv/test.stamp requirements/all.lock
+	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv/locked
+	@$(BIN)/uv pip install --quiet --python .venv/locked --no-deps --require-hashes -r requirements/all.lock
 	@touch $@
 
 .venv/lint.stamp: .venv/test.stamp
