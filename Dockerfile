@@ -41,8 +41,8 @@ USER 65532:65532
 VOLUME ["/var/lib/keyturn"]
 # 20 s to finish what runs, 8 s to park it: `docker stop -t 45`, terminationGracePeriodSeconds: 45.
 STOPSIGNAL SIGTERM
-# A standby is live and not ready; --live keeps it from being called unhealthy.
+# Whether it lives: a standby is not ready, and healthy all the same.
 HEALTHCHECK --interval=30s --timeout=10s --start-period=60s --retries=3 \
-    CMD ["/opt/keyturn/bin/python", "-I", "-m", "keyturn", "health", "--live"]
+    CMD ["/opt/keyturn/bin/python", "-I", "-m", "keyturn", "health"]
 ENTRYPOINT ["/opt/keyturn/bin/python", "-I", "-m", "keyturn"]
 CMD ["run"]

@@ -38,9 +38,8 @@ def test_ready_means_that_it_answers_and_every_state_is_said(keyturn: Keyturn) -
     """READY comes when commands work, RELOADING ends in READY, STOPPING comes before the end."""
     with supervised(keyturn, address=f"@keyturn-{keyturn.folder.name}-{id(keyturn)}") as one:
         one.wait_ready()
-        code, found = keyturn.ask("health")
-        assert (code, found["state"], found["store_up"]) == (0, "ready", True)
-        assert found["tick_seconds"] < 30
+        code, found = keyturn.ask("health", "--ready")
+        assert (code, found["ready"], found["reasons"]) == (0, True, [])
         one.process.send_signal(signal.SIGHUP)
         one.wait(lambda: any("RELOADING" in said for said in one.said))
         one.wait(lambda: "READY" in one.said[-1])
@@ -69,12 +68,13 @@ def test_a_standby_is_live_and_not_ready(keyturn: Keyturn, tmp_path: Path) -> No
             assert second.readies == 0
             waiting = len(second.values("EXTEND_TIMEOUT_USEC"))
             second.wait(lambda: len(second.values("EXTEND_TIMEOUT_USEC")) > waiting)
-            assert other.ask("health")[0] == 75
-            assert other.ask("health", "--live") == (0, {"state": "not ready"})
+            code, found = other.ask("health", "--ready")
+            assert (code, found["reasons"][0]["reason"]) == (69, "standby")
+            assert other.ask("health")[0] == 0
             first.stop()
             second.wait_ready()
-            assert other.ask("health")[0] == 0
-        assert other.ask("health", "--live")[0] == 69
+            assert other.ask("health", "--ready")[0] == 0
+        assert other.ask("health")[0] == 69
 
 
 def test_a_stuck_scheduler_is_killed_and_started_again(keyturn: Keyturn) -> None:
