@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import functools
 import http.client
-import io
 import socket
 import ssl
 import time
@@ -26,39 +25,9 @@ from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import NameResolutionError, NewConnectionError, ReadTimeoutError
 
+from keyturn.bounded import BoundedAnswer
+
 _LONGEST_CHAIN = 10
-
-
-class _Pieces(io.RawIOBase):
-    """A socket's bytes, as long as there is time."""
-
-    def __init__(self, raw: Any, line: Any, until: float) -> None:
-        self._raw, self._line, self._until = raw, line, until
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        left = self._until - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("timed out")
-        self._line.settimeout(left)
-        found: int | None = self._raw.readinto(buffer)
-        return found
-
-    def close(self) -> None:
-        super().close()
-        self._raw.close()
-
-
-class _Answer(http.client.HTTPResponse):
-    """An answer that is read in pieces, each of which gets what is left of the time."""
-
-    def __init__(self, line: Any, *more: Any, until: float, **named: Any) -> None:
-        super().__init__(line, *more, **named)
-        raw = line.makefile("rb", buffering=0)
-        self.fp.close()
-        self.fp = io.BufferedReader(_Pieces(raw, line, until))
 
 
 class _Timed:
@@ -71,7 +40,7 @@ class _Timed:
         """Send a request."""
         if self.timeout is not None:
             until = time.monotonic() + self.timeout
-            self.response_class = functools.partial(_Answer, until=until)
+            self.response_class = functools.partial(BoundedAnswer, until=until)
         super().request(*more, **named)  # type: ignore[misc]
 
 
