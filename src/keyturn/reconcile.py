@@ -39,6 +39,8 @@ HALF = 0.5
 class MassChange(Refused):
     """More agents would disappear than a person would take out in passing."""
 
+    code = "mass-change"
+
 
 def credential_of(agent: Agent, now: datetime) -> Credential:
     """Return the credential of a new agent; its first version is due at once."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import typer
 
-from keyturn import advice
+from keyturn import advice, incidents
 from keyturn.cli.main import app
 
 ROOT = Path(__file__).parents[2]
@@ -76,6 +76,13 @@ def test_what_stops_a_rotation_stands_on_the_page() -> None:
     section = page.partition("## What stops a rotation")[2]
     rows = re.findall(r"^\| `(.+?)` \| (.+?) \| (.+?) \| `(.+?)` \|$", section, re.MULTILINE)
     assert {code: advice.Advice(*rest) for code, *rest in rows} == advice.TABLE
+
+
+def test_every_incident_stands_on_the_page() -> None:
+    """The page of incidents has the same table as the code."""
+    page = (ROOT / "docs" / "reference" / "incidents.md").read_text()
+    rows = re.findall(r"^\| `(.+?)` \| (.+?) \| `(.+?)` \|$", page, re.MULTILINE)
+    assert {code: incidents.Incident(*rest) for code, *rest in rows} == incidents.TABLE
 
 
 def test_the_commands_of_the_readme_exist() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import structlog
 
+from keyturn import incidents
 from keyturn.core.model import Case, Drift, VersionState
 from keyturn.daemon.metrics import (
     AGENT_STATES,
@@ -45,6 +46,7 @@ class Watching:
         self._drifts: set[tuple[str, Drift]] = set()
         self._ballast = 0
         self._jumped = False
+        self._incidents: set[str] = set()  # found, and not in the audit yet
         metrics.store_schema_version.set(int(HEAD))
         for outcome in OUTCOMES:  # an alert on a rate needs the zero before the first one
             metrics.rotations.labels(outcome)
@@ -141,6 +143,7 @@ class Watching:
     def measure(self) -> None:
         """Count for the metrics, and say what the sweeps found that is new."""
         self._keep_ballast()
+        self._tell_incidents()
         self._unpark()
         self._read_logins()
         self.metrics.audit_queue_length.set(self._parts.administration.queued())
@@ -213,9 +216,20 @@ class Watching:
         self.metrics.store_ballast.set(kept)
         if kept < before:
             _log.error("ballast.used", left=kept, hint="the store's disk is full: free some space")
+            self.incident("ballast-used")
         elif kept > before:
             _log.info("ballast.kept", size=kept)
         self._ballast = kept
+
+    def incident(self, code: str) -> None:
+        """Put an incident into the audit, now or as soon as the store takes it."""
+        self._incidents.add(code)
+
+    def _tell_incidents(self) -> None:
+        for code in sorted(self._incidents):
+            with suppress(StorageError):
+                self._parts.store.append_audit(incidents.entry(code, actor="daemon:watch"))
+                self._incidents.discard(code)
 
 
 def _outcome(step: str, case: Case) -> str:
