@@ -132,7 +132,8 @@ def test_a_whole_file_becomes_settings(write: Write) -> None:
     )
     assert agent.where == f"{path}:25"
     assert agent.at == (f"{path}:30", f"{path}:31")
-    assert settings.notes == (f"{path}:23: notify is not available yet: nothing is sent",)
+    assert [(hook.label, hook.on) for hook in settings.notify] == [("hooks", ["promoted"])]
+    assert settings.notes == ()
 
 
 def test_policies_inherit_and_get_their_defaults(write: Write) -> None:

@@ -21,6 +21,8 @@ NAMES = [
     "own_credential_expiry_timestamp_seconds", "store_schema_version",
     "revocations_file_problems", "laggards", "longest_overdue_seconds", "audit_whole",
     "audit_checked_timestamp_seconds", "ready", "leads", "not_ready",
+    "revocations_file_problems", "webhooks_total", "webhooks_backlog",
+    "webhooks_oldest_age_seconds",
 ]  # fmt: skip
 
 

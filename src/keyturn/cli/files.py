@@ -33,7 +33,8 @@ def check(
         bool,
         typer.Option(
             "--probe",
-            help="Also log in to the destinations and look at each entry; changes nothing.",
+            help="Also log in to the destinations, look at each entry and ping the webhooks;"
+            " changes nothing.",
         ),
     ] = False,
     pull_request: Annotated[

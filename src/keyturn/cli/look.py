@@ -10,6 +10,7 @@ from typing import Annotated, Any, BinaryIO
 import typer
 
 from keyturn.cli import complete, options, output, render
+from keyturn.cli.notify import warn
 from keyturn.cli.reach import ask, store
 from keyturn.core.secret import MAX_SECRET_BYTES, Secret, parse
 from keyturn.errors import KeyturnError
@@ -44,6 +45,8 @@ def status(
     """
     args = {"agent": agent} if agent else {}
     rows = ask("status", args, socket=socket, config=config)
+    if not json:
+        warn(socket, config)
     if agent and rows:
         output.show(rows[0], as_json=json, people=render.status_of_one)
     else:

@@ -18,6 +18,7 @@ from keyturn import __version__
 from keyturn.cli import act, complete, files, init, look, options, output, render
 from keyturn.cli.agents import agents, destinations
 from keyturn.cli.health import health
+from keyturn.cli.notify import notify
 from keyturn.cli.reach import late
 from keyturn.cli.store import store
 from keyturn.daemon.masking import render_exception, summary
@@ -51,6 +52,7 @@ app.command("init")(init.init)
 app.command("check")(files.check)
 app.command("reload")(files.reload)
 app.add_typer(files.config_, name="config")
+app.add_typer(notify, name="notify")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,8 @@ from keyturn.config.models import (
     ID_FORM,
     AdminSettings,
     AgentSection,
+    AuditSettings,
+    HookSection,
     LogSettings,
     PolicySection,
     ReloadSettings,
@@ -34,7 +36,17 @@ from keyturn.errors import ConfigError
 
 ENVIRONMENT = "KEYTURN_"
 _FROM_ENVIRONMENT = {"store": StoreSettings, "log": LogSettings}
-_MAIN_ONLY = ("store", "log", "verifier", "admin", "listen", "reload", "connections", "policies")
+_MAIN_ONLY = (
+    "store",
+    "log",
+    "verifier",
+    "admin",
+    "audit",
+    "listen",
+    "reload",
+    "connections",
+    "policies",
+)
 _SOME_DAY = datetime(2026, 1, 1, tzinfo=UTC)  # `check` gives the same answer every day
 
 
@@ -75,10 +87,7 @@ class Loading:
         sections = ("agents", *_MAIN_ONLY)
         scalars = {key: value for key, value in main.data.items() if key not in sections}
         top = self._shape(TopSection, scalars, main, ()) or TopSection(version=1)
-        if top.notify:
-            self._notes.append(
-                f"{main.where(('notify',))}: notify is not available yet: nothing is sent"
-            )
+        self._check_hooks(top.notify)
         store = self._section(StoreSettings, "store")
         verifier = self._section(VerifierSettings, "verifier")
         leased = "verifier" in main.data and not store.url.startswith("sqlite:")
@@ -92,6 +101,8 @@ class Loading:
             verifier=verifier,
             admin=self._section(AdminSettings, "admin"),
             listen=self._section(ListenSettings, "listen"),
+            anchor_file=self._section(AuditSettings, "audit").anchor_file,
+            notify=tuple(top.notify),
             connections=connections,
             policies=policies,
             policy_places=places,
@@ -322,6 +333,17 @@ class Loading:
             where=document.where(at),
             at=tuple(map(document.where, places)),
         )
+
+    # --- webhooks --------------------------------------------------------------------------
+
+    def _check_hooks(self, hooks: Iterable[HookSection]) -> None:
+        """Refuse two webhooks of one name: what each has told is kept under it."""
+        names: set[str] = set()
+        for number, hook in enumerate(hooks):
+            if not is_id(hook.label) or hook.label in names:
+                text = f"expected a name of its own for each webhook: {ID_FORM}"
+                self.problems.append(self._main.problem(("notify", number, "name"), text))
+            names.add(hook.label)
 
     # --- revocations -----------------------------------------------------------------------
 

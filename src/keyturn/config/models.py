@@ -46,6 +46,7 @@ _STORE_KEYS = {
     "sslkey": _FOLDER,
 }
 _LOCAL_HOSTS = {None, "", "localhost", "127.0.0.1", "::1"}
+_WEBHOOK = re.compile(r"https?://[!-~]{1,1000}", re.ASCII)
 
 
 def is_id(text: str) -> bool:
@@ -150,6 +151,15 @@ def _number(value: object) -> object:
 
 def _id(value: object) -> object:
     if not isinstance(value, str) or not is_id(value):
+        raise ValueError
+    return value
+
+
+def _webhook(value: object) -> object:
+    parts = urlsplit(value) if isinstance(value, str) and _WEBHOOK.fullmatch(value) else None
+    if parts is None or not parts.hostname or "@" in parts.netloc or "#" in str(value):
+        raise ValueError
+    if not (parts.scheme == "https" or parts.hostname in _LOCAL_HOSTS) or parts.port == 0:
         raise ValueError
     return value
 
@@ -415,6 +425,53 @@ class AgentSection(Section):
     ]
 
 
+Told = Literal["promoted", "stalled", "revoked", "incident"]
+
+
+def _all_but_promoted() -> list[Told]:
+    return ["stalled", "revoked", "incident"]
+
+
+class HookSection(Section):
+    """A receiver of signed webhooks (docs/howto/webhooks.md)."""
+
+    name: Annotated[Id | None, Form(ID_FORM), Field(description="default: the host")] = None
+    webhook: Annotated[
+        str,
+        BeforeValidator(_webhook),
+        Form("https://host[:port]/path (http on loopback only), without login and #"),
+        Field(description="where it is sent; redirects are not followed"),
+    ]
+    key_file: Annotated[
+        Path,
+        BeforeValidator(_path),
+        Form("an absolute path"),
+        Field(description="file with the signing key `whsec_…`; two lines while it changes"),
+    ]
+    ca_file: Annotated[
+        File, Field(description="authority to trust; default: those of the platform")
+    ] = None
+    on: Annotated[
+        list[Told],
+        Field(min_length=1, description="what is told"),
+        Form("a list of promoted, stalled, revoked and incident (laggard is not available yet)"),
+    ] = Field(default_factory=_all_but_promoted)
+
+    @property
+    def label(self) -> str:
+        """The name, given or by default."""
+        return self.name or (urlsplit(self.webhook).hostname or "")
+
+
+class AuditSettings(Section):
+    """The record of who did what."""
+
+    anchor_file: Annotated[
+        File,
+        Field(description="file that anchors are appended to; keep copies of it elsewhere"),
+    ] = None
+
+
 class TopSection(Section):
     """The other keys of the main file."""
 
@@ -423,6 +480,7 @@ class TopSection(Section):
         "log",
         "verifier",
         "admin",
+        "audit",
         "listen",
         "reload",
         "connections",
@@ -450,7 +508,7 @@ class TopSection(Section):
         Field(description="more files, with agents only"),
     ] = None
     notify: Annotated[
-        list[Any],
-        Form("a list"),
-        Field(description="not available yet: accepted, and nothing is sent"),
+        list[HookSection],
+        Form("a list of {webhook, key_file}, 16 at most"),
+        Field(max_length=16, description="receivers of webhooks"),
     ] = Field(default_factory=list)

@@ -47,6 +47,8 @@ _SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("`listen`", listening.ListenSettings),
     ("`listen.tls`", listening.TlsSection),
     ("`reload`", models.ReloadSettings),
+    ("`audit`", models.AuditSettings),
+    ("`notify[]`", models.HookSection),
     ("`agents.ID`", models.AgentSection),
     ("`agents.ID.destinations[]`", models.TargetSection),
     ("`agents.ID.destinations[].keys`", models.KeysSection),

@@ -13,6 +13,7 @@ from keyturn.config.generation import Generation
 from keyturn.config.listening import ListenSettings
 from keyturn.config.models import (
     AdminSettings,
+    HookSection,
     LogSettings,
     ReloadSettings,
     StoreSettings,
@@ -73,4 +74,6 @@ class Settings:
     lease: timedelta
     generation: Generation
     reload: ReloadSettings
+    anchor_file: Path | None = None
+    notify: tuple[HookSection, ...] = ()
     notes: tuple[str, ...] = ()

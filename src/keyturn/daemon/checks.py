@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +18,14 @@ from sqlalchemy.engine import Connection, make_url
 from keyturn import advice, wiring
 from keyturn.config import AgentDefinition, Settings
 from keyturn.config.file import read_trusted
+from keyturn.config.models import HookSection
 from keyturn.core.model import Agent, Case, Credential, Target
 from keyturn.core.revocations import parse_revocations
 from keyturn.core.secret import Secret
 from keyturn.credential_file import read_credential
 from keyturn.daemon.certificates import Certificates
 from keyturn.daemon.checking import become_daemon, settings_of
+from keyturn.daemon.notifying import spec_of
 from keyturn.daemon.service import load, missing_groups, roles_of
 from keyturn.destinations import registry
 from keyturn.destinations.base import DestinationBase
@@ -34,6 +37,8 @@ from keyturn.errors import (
     StorageError,
     StoreUnavailable,
 )
+from keyturn.notify import events, in_words
+from keyturn.notify.hook import send
 from keyturn.ports import Observed
 from keyturn.sight import look
 from keyturn.storage import queries
@@ -93,6 +98,7 @@ def check(path: Path, *, probe: bool = False, in_checkout: bool = False) -> dict
         for name, destination in destinations.items():
             rows += _probed(name, destination, _wanted(settings, name), known)
             destination.close()
+        rows += [_pinged(hook) for hook in settings.notify]
     return {"ok": all(row["ok"] for row in rows), "checks": rows}
 
 
@@ -310,6 +316,17 @@ def _new_case(agent: AgentDefinition) -> Case:
         credential=Credential(uid="", agent_uid=""),
         versions=(),
     )
+
+
+def _pinged(hook: HookSection) -> Check:
+    """Send a ping to a receiver of webhooks."""
+    spec, name = spec_of(hook), f"webhook {hook.label}"
+    now, nonce = wiring.SystemClock().now(), secrets.token_hex(16)
+    message = events.ping(store_id="", at=now, nonce=nonce)
+    found = in_words(spec, message.id, send(spec, message))
+    detail = f"{found['answer']} in {found['seconds']} s"
+    hint = "see `notify:` in the configuration, and the receiver's own log"
+    return {"name": name, "ok": found["ok"], "detail": detail, "hint": hint}
 
 
 def _tried(name: str, attempt: Callable[[], str]) -> Check:

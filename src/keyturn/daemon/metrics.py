@@ -51,6 +51,7 @@ class Metrics:
         self._rotations()
         self._destinations()
         self._revocations()
+        self._webhooks()
         self._process()
 
     def _rotations(self) -> None:
@@ -111,6 +112,17 @@ class Metrics:
         )
         self.revocations_file_problems = self._measured(
             "revocations_file_problems", "Lines that are not applied; 1 where the file is refused"
+        )
+
+    def _webhooks(self) -> None:
+        self.webhooks = self._counter(
+            "webhooks", "Tries to deliver an event to a receiver", "hook", "result"
+        )
+        self.webhooks_backlog = self._gauge(
+            "webhooks_backlog", "Events that wait for a receiver", "hook"
+        )
+        self.webhooks_oldest_age = self._gauge(
+            "webhooks_oldest_age_seconds", "How long the oldest of them waits", "hook"
         )
 
     def _process(self) -> None:

@@ -31,6 +31,7 @@ from keyturn.daemon.commands import Commands
 from keyturn.daemon.cron import Crontab
 from keyturn.daemon.front import Front
 from keyturn.daemon.metrics import Metrics
+from keyturn.daemon.notifying import NotifyCommands, notifier_of, specs_of
 from keyturn.daemon.peer import Roles
 from keyturn.daemon.readiness import Readiness, Reason
 from keyturn.daemon.recovery import Recovery
@@ -40,6 +41,7 @@ from keyturn.daemon.supervision import Supervisor, beating
 from keyturn.daemon.watching import Watching
 from keyturn.errors import ClaimLost, ConfigError, KeyturnError, Refused, StoreUnavailable
 from keyturn.leaks import Caller, Leak
+from keyturn.notify import Notifier
 from keyturn.ports import AuditEntry
 from keyturn.storage.membership import Membership
 from keyturn.storage.results import Due
@@ -119,6 +121,7 @@ class Service:
         self._stop = threading.Event()
         self._ready = threading.Event()
         self._server: AdminServer | None = None
+        self._notifier: Notifier | None = None
         self._parked = threading.Event()
         self._busy: Counter[str] = Counter()
         self._running: set[str] = set()
@@ -166,6 +169,8 @@ class Service:
         quarantined = recovery.at_start()
         if quarantined:
             self.readiness.hold(Reason.QUARANTINED)
+        self._notifier = notifier = notifier_of(parts, self.metrics)
+        notifier.apply(specs_of(parts.settings))
         self._apply_spool_alone()
         self._reconcile_at_start()
         self._apply_inline()
@@ -175,7 +180,8 @@ class Service:
         roles = roles_of(parts.settings)
         for name in roles.missing:
             _log.warning("admin.no-such-group", group=name)
-        server = AdminServer(self._socket, Commands(lambda: parts, self).table(), roles)
+        table = {**Commands(lambda: parts, self).table(), **NotifyCommands(notifier).table()}
+        server = AdminServer(self._socket, table, roles)
         server.start()
         self._server = server
         self.front.lead()
@@ -255,6 +261,8 @@ class Service:
             self._parked.set()
             self._wait_idle(PARK)
         server.close()
+        if self._notifier is not None:
+            self._notifier.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
         for destination in self.parts.destinations.values():
             destination.close()
@@ -613,6 +621,8 @@ class Service:
                     take_over=take_over,
                 )
                 parts.settings, parts.destinations = settings, fresh
+            if self._notifier is not None:
+                self._notifier.apply(specs_of(settings))
         finally:
             in_force = parts.destinations.values()
             for destination in (*old.values(), *fresh.values()):

@@ -151,7 +151,7 @@ def entries(read: Read, *, agent: str | None, limit: int) -> list[Recorded]:
     while left:
         size = min(left, SLICE)
         rows = read(_all(after.limit(size)))
-        found += [_recorded(row) for row in rows]
+        found += [recorded(row) for row in rows]
         if len(rows) < size:
             break
         left -= size
@@ -194,7 +194,7 @@ def problems(read: Read) -> list[str]:
             seq, before = ends.get(row.chain, (0, START))
             if row.seq != seq + 1:
                 found.append(f"{row.chain}: entries {seq + 1} to {row.seq - 1} are missing")
-            elif row.hash != _hash(before, row.chain, row.seq, row.at, _recorded(row).entry):
+            elif row.hash != _hash(before, row.chain, row.seq, row.at, recorded(row).entry):
                 found.append(f"{row.chain}: entry {row.seq} was changed")
             ends[row.chain] = (row.seq, row.hash)
         going_on = rows[-1].chain if len(rows) == SLICE else None
@@ -241,7 +241,8 @@ def _row(entry: AuditEntry) -> dict[str, object]:
     }
 
 
-def _recorded(row: Row[tuple[object, ...]]) -> Recorded:
+def recorded(row: Row[Any]) -> Recorded:
+    """Return a row of the table as an entry."""
     entry = AuditEntry(
         action=row.action,
         actor=row.actor,

@@ -400,3 +400,29 @@ quarantine = sa.Table(
     sa.Column("since", Instant, nullable=False),
     _text("detail", server_default="{}"),
 )
+
+# A webhook by its name: how far it has told, chain by chain, and what it told in sum only.
+hooks = sa.Table(
+    "hooks",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    _text("receiver"),
+    sa.Column("gone_at", Instant),
+    _text("summaries"),
+    _number("number"),
+)
+hook_cursors = sa.Table(
+    "hook_cursors",
+    metadata,
+    sa.Column("hook", sa.Text, primary_key=True),
+    sa.Column("chain", sa.Text, primary_key=True),
+    _number("seq"),
+)
+
+# Up to which entry of each audit chain an anchor in the audit has quoted it.
+anchored = sa.Table(
+    "anchored",
+    metadata,
+    sa.Column("chain", sa.Text, primary_key=True),
+    _number("seq"),
+)
