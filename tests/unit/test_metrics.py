@@ -19,10 +19,9 @@ NAMES = [
     "revocation_cleanup_pending", "build_info", "store_up", "config_last_reload_successful",
     "audit_head_sequence", "store_ballast_bytes", "agents_over_max_age", "audit_queue_length",
     "own_credential_expiry_timestamp_seconds", "store_schema_version",
-    "revocations_file_problems", "laggards", "longest_overdue_seconds", "audit_whole",
-    "audit_checked_timestamp_seconds", "ready", "leads", "not_ready",
+    "revocations_file_problems", "laggards", "longest_overdue_seconds", "ready", "leads", "not_ready",
     "revocations_file_problems", "webhooks_total", "webhooks_backlog",
-    "webhooks_oldest_age_seconds",
+    "webhooks_oldest_age_seconds", "audit_verified", "audit_anchor_timestamp_seconds",
 ]  # fmt: skip
 
 

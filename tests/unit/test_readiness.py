@@ -94,7 +94,7 @@ def test_each_reason_has_a_text_and_a_metric() -> None:
 def test_what_was_not_measured_has_no_sample() -> None:
     """A standby's zero would look like a store that is down and a reload that failed."""
     metrics = Metrics()
-    unknown = ("store_up", "config_last_reload_successful", "laggards", "audit_whole")
+    unknown = ("store_up", "config_last_reload_successful", "laggards")
     text = metrics.text()
     for name in unknown:
         assert f"# TYPE keyturn_{name} gauge" in text

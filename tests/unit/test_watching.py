@@ -163,30 +163,6 @@ def test_what_is_no_connection_any_more_is_no_alert(watching: Watching) -> None:
     assert counted(watching, "own_credential_expiry_timestamp_seconds", connection="old") is None
 
 
-def test_a_broken_audit_is_said_and_measured(
-    watching: Watching, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whole, broken, and unknown while the store is away: then what was found last stands."""
-    said: list[str] = []
-    monkeypatch.setattr(
-        "keyturn.daemon.watching._log.error", lambda event, **more: said.append(event)
-    )
-    parts = cast("Any", watching)._parts
-
-    def away() -> list[str]:
-        raise StoreUnavailable
-
-    answers: list[Any] = [list, lambda: ["w/1: entry 3 was changed"], away]
-    seen = []
-    for answer in answers:
-        parts.store = SimpleNamespace(verify_audit=answer)
-        watching.check_audit()
-        seen.append(counted(watching, "audit_whole"))
-    assert seen == [1, 0, 0]
-    assert said == ["audit.broken"]
-    assert counted(watching, "audit_checked_timestamp_seconds")
-
-
 def test_revocations_of_other_processes_are_counted_once(watching: Watching) -> None:
     """From this daemon's start on, by triggers that there are."""
     found = {(7, 9): ["command", "made-up"], (9, 12): ["command"]}

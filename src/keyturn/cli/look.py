@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
 import typer
 
 from keyturn.cli import complete, options, output, render
 from keyturn.cli.notify import warn
-from keyturn.cli.reach import ask, store
+from keyturn.cli.reach import ask, late, store
 from keyturn.core.secret import MAX_SECRET_BYTES, Secret, parse
 from keyturn.errors import KeyturnError
 
@@ -19,6 +20,7 @@ _CANDIDATE = re.compile(rb"[0-9A-Za-z]{1,16}_[0-9A-Za-z]{14}_[0-9A-Za-z]{49}")
 _LONGEST = 16 + 1 + 14 + 1 + 49
 _CHUNK = 1024 * 1024
 _BATCH = 1000
+_QUOTES = 250  # heads in one question: a request line has its limit
 
 
 class NothingFound(KeyturnError):
@@ -60,6 +62,10 @@ def audit(
         typer.Argument(metavar="AGENT", help="Only this one.", autocompletion=complete.agents),
     ] = "",
     verify: Annotated[bool, typer.Option("--verify", help="Check the hash chains.")] = False,
+    anchor: Annotated[
+        Path | None,
+        typer.Option(help="Also by this file of anchors, or a copy of it; implies --verify."),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, max=10000, help="The newest N entries; 50 by default.")
     ] = None,
@@ -70,15 +76,35 @@ def audit(
     """Show who did what.
 
     With --verify it tells instead whether the record is whole, exit 1 if it is not; with --limit it
-    does both. Works on the store directly where the daemon is down.
+    does both. The chains alone cannot show that somebody wrote them anew, cut them back, or put an
+    older store in place: --anchor can. Works on the store directly where the daemon is down.
     """
+    kept = late("keyturn.anchor_file", "read_anchors")(anchor) if anchor is not None else None
+    verify = verify or kept is not None
     args: dict[str, Any] = {"verify": verify, "limit": limit or (0 if verify else 50)}
     if agent:
         args["agent"] = agent
     result = ask("audit", args, socket=socket, config=config)
+    if kept is not None:
+        _compare(result, kept, socket=socket, config=config)
     output.show(result, as_json=json, people=render.audit)
     chain = result.get("chain")
     output.end_with(1 if chain is not None and not chain.get("ok") else 0)
+
+
+def _compare(result: dict[str, Any], kept: Any, *, socket: Path | None, config: Path) -> None:
+    """Add to a verification what a file of anchors says. `kept` is an `anchor_file.Anchors`."""
+    problems = [f"anchor file: {one}" for one in kept.problems]
+    store_id = ""
+    for batch in late("keyturn.anchor_file", "batches")(kept.quotes, _QUOTES):
+        found = ask("audit.quoted", {"heads": batch}, socket=socket, config=config)
+        store_id, problems = found["store"], problems + found["problems"]
+    if store_id and kept.stores - {store_id}:
+        problems.append("anchor file: it has anchors of another store")
+    chain = result["chain"]
+    said = [chain["problem"]] if chain["problem"] else []
+    result["chain"] = {"ok": chain["ok"] and not problems, "problem": "; ".join(said + problems)}
+    result["anchor"] = {"lines": kept.lines, "heads": len(kept.quotes), "newest_at": kept.newest_at}
 
 
 def clock(

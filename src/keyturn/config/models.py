@@ -444,7 +444,7 @@ class HookSection(Section):
     ]
     key_file: Annotated[
         Path,
-        BeforeValidator(_path),
+        BeforeValidator(required_path),
         Form("an absolute path"),
         Field(description="file with the signing key `whsec_…`; two lines while it changes"),
     ]

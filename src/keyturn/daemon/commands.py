@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -32,7 +33,7 @@ from keyturn.errors import KeyturnError, Refused, UnknownAgent
 from keyturn.leaks import Caller, Leak
 from keyturn.ports import AuditEntry
 from keyturn.status import describe
-from keyturn.storage.audit import MOST, Recorded
+from keyturn.storage.audit import ANCHOR_ACTION, MOST, Recorded
 from keyturn.storage.requests import Once
 from keyturn.storage.standing import standing
 from keyturn.wiring import Parts
@@ -510,6 +511,9 @@ def _names(parts: Parts) -> list[str]:
 
 def _recorded(one: Recorded) -> dict[str, Any]:
     entry = one.entry
+    if entry.action == ANCHOR_ACTION:  # what it quotes is for `--verify`, not for people
+        heads = dict(entry.detail).get("heads", ())
+        entry = replace(entry, detail=(("heads", len(heads)),))
     return {
         "at": one.at.isoformat().replace("+00:00", "Z"),
         "actor": entry.actor,

@@ -137,14 +137,14 @@ class Metrics:
         self.audit_head_sequence = self._measured(
             "audit_head_sequence", "Number of the newest audit entry"
         )
+        self.audit_verified = self._measured(
+            "audit_verified", "0 once the audit was found to be changed, cut or put back"
+        )
+        self.audit_anchor = self._measured(
+            "audit_anchor_timestamp_seconds", "When the audit's heads were last written down"
+        )
         self.audit_queue_length = self._measured(
             "audit_queue_length", "Revocations that wait in the spool for the store and its audit"
-        )
-        self.audit_whole = self._measured(
-            "audit_whole", "1 if the audit's chains were whole when they were last checked"
-        )
-        self.audit_checked = self._measured(
-            "audit_checked_timestamp_seconds", "When the audit's chains were last checked"
         )
         self.store_schema_version = self._measured("store_schema_version", "Revision of the schema")
 

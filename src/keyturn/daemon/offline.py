@@ -17,6 +17,7 @@ from typing import Any
 from keyturn import config, wiring
 from keyturn.config.file import read_document
 from keyturn.core.secret import Secret
+from keyturn.daemon.anchoring import AnchorCommands
 from keyturn.daemon.commands import Commands
 from keyturn.daemon.cron import Crontab
 from keyturn.errors import ConfigError, NotPermitted, VerificationFailed
@@ -31,7 +32,8 @@ class Offline:
 
     def commands(self) -> Mapping[str, Callable[..., Any]]:
         """Return the daemon's functions under their names."""
-        table = Commands(lambda: self._parts).table()
+        groups = Commands(lambda: self._parts), AnchorCommands(lambda: self._parts)
+        table = {name: one for group in groups for name, one in group.table().items()}
         return {name: command.function for name, command in table.items()}
 
     def verify(self, login: str, secret: Secret) -> bool:

@@ -26,7 +26,8 @@ from apscheduler.schedulers.background import BackgroundScheduler
 from keyturn import __version__, config, rotation, wiring
 from keyturn.config.file import read_trusted
 from keyturn.core.revocations import RevocationEntry, parse_revocations
-from keyturn.daemon import filewatch, logs, rehearsal
+from keyturn.daemon import anchoring, filewatch, logs, rehearsal
+from keyturn.daemon.anchoring import AnchorCommands, Anchoring
 from keyturn.daemon.commands import Commands
 from keyturn.daemon.cron import Crontab
 from keyturn.daemon.front import Front
@@ -52,7 +53,6 @@ MEASURE = 5.0  # seconds between two counts for the metrics
 REVOCATIONS_POLL = 2.0
 REVOCATIONS_PATIENCE = 10.0  # seconds for lines whose rows the store does not take
 FORGET_REQUESTS = 3600.0
-CHECK_AUDIT = 3600.0
 LEAD_TTL = timedelta(seconds=15)
 LEAD_RENEW = 5.0
 LEAD_AWAY = 2.0  # seconds until a standby asks a store again that was away
@@ -118,6 +118,7 @@ class Service:
         self.front = Front(settings, socket, roles_of(settings), self.readiness, self.metrics)
         self.parts.on_revocation = self.watching.revocation
         self.parts.on_rotation_end = self.watching.rotation_ended
+        self._anchoring = Anchoring(self.parts, self.metrics, self.watching.incident)
         self._stop = threading.Event()
         self._ready = threading.Event()
         self._server: AdminServer | None = None
@@ -180,7 +181,12 @@ class Service:
         roles = roles_of(parts.settings)
         for name in roles.missing:
             _log.warning("admin.no-such-group", group=name)
-        table = {**Commands(lambda: parts, self).table(), **NotifyCommands(notifier).table()}
+        groups = (
+            Commands(lambda: parts, self),
+            AnchorCommands(lambda: parts),
+            NotifyCommands(notifier),
+        )
+        table = {name: one for group in groups for name, one in group.table().items()}
         server = AdminServer(self._socket, table, roles)
         server.start()
         self._server = server
@@ -242,12 +248,10 @@ class Service:
         every(self.watching.measure, "interval", seconds=MEASURE, id="measure")
         every(self._poll_revocations, "interval", seconds=REVOCATIONS_POLL, id="revocations")
         every(self._forget_requests, "interval", seconds=FORGET_REQUESTS, id="requests")
-        soon = self.parts.clock.now() + timedelta(minutes=1)  # also where it restarts each hour
-        every(
-            self.watching.check_audit, "interval", seconds=CHECK_AUDIT, id="audit",
-            next_run_time=soon,
-        )  # fmt: skip
         every(self._files.look, "interval", seconds=filewatch.POLL, id="files")
+        every(self._anchoring.start, id="anchor-start")  # once, now
+        every(self._anchoring.hourly, "interval", seconds=anchoring.EVERY, id="anchor")
+        every(self._anchoring.look, "interval", seconds=anchoring.LOOK, id="audit")
         every(self._renew, "interval", seconds=LEAD_RENEW, id="lead", args=[membership])
         self._scheduler.start()
 
@@ -263,6 +267,7 @@ class Service:
         server.close()
         if self._notifier is not None:
             self._notifier.stop()
+        self._anchoring.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
         for destination in self.parts.destinations.values():
             destination.close()

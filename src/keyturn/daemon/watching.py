@@ -188,17 +188,6 @@ class Watching:
             if trigger in TRIGGERS:  # written by another process: no label of its making
                 self.metrics.revocations.labels(trigger).inc()
 
-    def check_audit(self) -> None:
-        """See whether the audit's chains are whole; minutes on a long record, so now and then."""
-        try:
-            problems = self._parts.store.verify_audit()
-        except StoreUnavailable:
-            return  # what was found before stands
-        for problem in problems:
-            _log.error("audit.broken", problem=problem, hint="`keyturn audit --verify` shows it")
-        self.metrics.audit_whole.set(0 if problems else 1)
-        self.metrics.audit_checked.set(time.time())
-
     def _read_logins(self) -> None:
         named = frozenset(self._parts.destinations)
         for gone in self._named - named:

@@ -3,7 +3,8 @@
 One chain for all would make everyone wait for a paused writer. One per writer would put all its
 commits in a row, since a chain's head is locked until the commit: that is what makes a chain follow
 the order of commits. So a writer has `LANES`, an agent always in the same one; and revocations have
-a chain of their own (`<writer>/revoke`), so that they wait for nothing else.
+a chain of their own (`<writer>/revoke`), so that they wait for nothing else. Anchors quote the other
+chains in one more (`anchors`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ START = "0" * 64
 LANES = 8
 SLICE = 500  # entries in one read: few milliseconds
 MOST = 10_000  # entries that can be asked for
+ANCHOR = "anchor"  # the chain of a writer that quotes the others
+ANCHOR_ACTION = "audit.anchor"
 
 Head = tuple[int, str]  # number and hash of a chain's last entry
 Heads = dict[str, Head]
@@ -76,6 +79,8 @@ def append(
 def _chain(writer: str, entry: AuditEntry) -> str:
     if entry.action.startswith("revoke"):
         return f"{writer}/revoke"
+    if entry.action == ANCHOR_ACTION:
+        return f"{writer}/{ANCHOR}"
     return f"{writer}/{zlib.crc32(entry.agent.encode()) % LANES}"
 
 
@@ -205,6 +210,38 @@ def problems(read: Read) -> list[str]:
         ]
         if going_on is None:
             return found
+
+
+def follow(read: Read, chain: str, verified: Head) -> tuple[Head, str]:
+    """Go one slice on along a chain from an entry that is known to be good.
+
+    Returns the last good entry, and what is wrong behind it ("" where nothing is).
+    """
+    query = sa.select(audit).where(audit.c.chain == chain, audit.c.seq > verified[0])
+    query = query.order_by(audit.c.seq).limit(SLICE)
+    end = sa.select(chains).where(chains.c.chain == chain)
+
+    def body(connection: Connection) -> tuple[Sequence[Row[Any]], Head]:
+        head = connection.execute(end).first()
+        return connection.execute(query).all(), (head.seq, head.hash) if head else (0, START)
+
+    rows, head = read(body)
+    for row in rows:
+        seq, before = verified
+        if row.seq != seq + 1:
+            return verified, f"{chain}: entries {seq + 1} to {row.seq - 1} are missing"
+        if row.hash != _hash(before, chain, row.seq, row.at, recorded(row).entry):
+            return verified, f"{chain}: entry {row.seq} was changed"
+        verified = (row.seq, row.hash)
+    if len(rows) < SLICE and verified != head:
+        return verified, f"{chain}: ends at entry {verified[0]}, not at {head[0]}"
+    return verified, ""
+
+
+def ends(read: Read) -> Heads:
+    """Return the head of every chain."""
+    rows = read(_all(sa.select(chains)))
+    return {row.chain: (row.seq, row.hash) for row in rows}
 
 
 def _all(query: sa.Select[Any]) -> Callable[[Connection], Sequence[Row[Any]]]:

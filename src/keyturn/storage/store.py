@@ -19,7 +19,7 @@ from keyturn.core.model import Agent, AgentState, Case, Credential, Drift, Outco
 from keyturn.core.secret import Secret
 from keyturn.errors import ClaimLost
 from keyturn.ports import AuditEntry, Claim, Clock, Saved
-from keyturn.storage import audit, cases, claims, owners, queries, requests, takeover
+from keyturn.storage import anchors, audit, cases, claims, owners, queries, requests, takeover
 from keyturn.storage.engine import Database, open_database
 from keyturn.storage.ledger import Ledger
 from keyturn.storage.migrations import migrate, oldest_at_head
@@ -411,7 +411,16 @@ class Store:
         Many short reads, one walk at a time: it keeps neither commits nor verifiers waiting.
         """
         with self._verifying:
-            return audit.problems(self.database.read)
+            return anchors.problems(self.database.read)
+
+    def anchor_audit(self, *, why: str) -> audit.Heads:
+        """Quote the audit's heads in the audit, and return them all as they are then."""
+        self.database.write(
+            lambda connection: anchors.append(
+                connection, writer=self._writer, at=self.now_in(connection), why=why
+            )
+        )
+        return audit.ends(self.database.read)
 
     def append_audit(self, entry: AuditEntry) -> None:
         """Record something that changed no row: a reload, a refused command."""
