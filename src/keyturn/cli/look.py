@@ -64,7 +64,7 @@ def audit(
     verify: Annotated[bool, typer.Option("--verify", help="Check the hash chains.")] = False,
     anchor: Annotated[
         Path | None,
-        typer.Option(help="Also by this file of anchors, or a copy of it; implies --verify."),
+        typer.Option(help="Check by this file of anchors as well."),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, max=10000, help="The newest N entries; 50 by default.")
@@ -77,7 +77,7 @@ def audit(
 
     With --verify it tells instead whether the record is whole, exit 1 if it is not; with --limit it
     does both. The chains alone cannot show that somebody wrote them anew, cut them back, or put an
-    older store in place: --anchor can. Works on the store directly where the daemon is down.
+    older store in place: --anchor can, by the file that `audit.anchor_file` names or a copy. Works on the store directly where the daemon is down.
     """
     kept = late("keyturn.anchor_file", "read_anchors")(anchor) if anchor is not None else None
     verify = verify or kept is not None

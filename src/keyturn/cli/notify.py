@@ -26,9 +26,9 @@ def status(
     config: options.ConfigOfDaemon = options.CONFIG,
     socket: options.Socket = options.SOCKET,
 ) -> None:
-    """Show each receiver, what waits for it, and since when it takes nothing.
+    """Show what waits for each receiver.
 
-    Exit 75 while one of them fails.
+    And since when one takes nothing. Exit 75 while one of them fails.
     """
     rows = ask("notify.status", {}, socket=socket, config=config)
     output.show(rows, as_json=json, people=render_notify.status)
