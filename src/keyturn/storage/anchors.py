@@ -119,7 +119,9 @@ def _words(quote: Quote, good: Head | None) -> str:
 
 def _hashes(places: set[tuple[str, int]]) -> Any:
     columns = sa.tuple_(entries.c.chain, entries.c.seq)
-    query = sa.select(entries.c.chain, entries.c.seq, entries.c.hash).where(columns.in_(places))
+    query = sa.select(entries.c.chain, entries.c.seq, entries.c.hash).where(
+        columns.in_(sorted(places))
+    )
 
     def body(connection: Connection) -> dict[tuple[str, int], str]:
         return {(row.chain, row.seq): row.hash for row in connection.execute(query)}
