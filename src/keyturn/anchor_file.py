@@ -105,6 +105,8 @@ def _line(raw: bytes) -> dict[str, Any] | None:
         return None
     try:
         line = json.loads(raw)
+        if isinstance(line, dict) and isinstance(line.get("heads"), str):  # as the log has them
+            line["heads"] = json.loads(line["heads"])
     except ValueError:
         return None
     return line if isinstance(line, dict) and isinstance(line.get("heads"), dict) else None

@@ -353,6 +353,8 @@ def test_the_daemon_anchors_and_finds_a_store_that_was_put_back(tmp_path: Path) 
     done = kt.run("audit", "--anchor", str(file))  # the daemon is down: straight on the store
     assert (done.returncode, "chain: whole" in done.stdout) == (0, True), done.stderr
 
+    logged = read_anchors(kt.log)
+    assert (logged.lines, found(kt.store, logged)) == (4, [])
     shutil.copy(older, kt.store)
     with kt:
         kt.wait_for(lambda: "audit.broken" in kt.log.read_text())

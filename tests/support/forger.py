@@ -77,7 +77,8 @@ class Forger:
     def _insert(self) -> None:
         chain, seq = self._victim()
         self._shift(chain, seq, 1)
-        row = self._row(chain, seq + 1)
+        # Not the same once more: behind the last entry that is named, that would be one more in a row.
+        row = self._row(chain, seq + 1) | {"actor": "mallory"}
         columns = [name for name in row if name != "position"]
         values = [seq if name == "seq" else row[name] for name in columns]
         marks = ", ".join("?" * len(columns))

@@ -31,7 +31,8 @@ RANDOM_PART = CANARY.split("_")[2]
 NAMES = [
     "status", "agents.list", "agents.show", "agents.add", "agents.remove", "rotate", "suspend",
     "resume", "revoke", "reload", "rotation.retry", "rotation.abandon", "identify", "audit",
-    "metrics", "names", "destinations.forget", "rotate.forced",
+    "metrics", "names", "destinations.forget", "rotate.forced", "notify.status", "notify.test",
+    "notify.enable", "audit.quoted",
 ]  # fmt: skip
 
 
@@ -40,7 +41,7 @@ class FakeDaemon:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, dict[str, Any]]] = []
-        self.answers: dict[str, Any] = {}
+        self.answers: dict[str, Any] = {"notify.status": []}
         self.events: list[dict[str, Any]] = []
         self.own: dict[str, Any] = {}
 
@@ -114,8 +115,12 @@ REVOKED = {
 STATE = {"agent": "a", "state": "enabled"}
 ADDED = {"agent": "hello", "outcome": "started"}
 
+PONG = {"name": "pager", "ok": True, "answer": "HTTP 204", "text": "", "seconds": 0.1}
 ASKED: list[tuple[str, str, dict[str, Any], Any]] = [
     ("status", "status", {}, []),
+    ("notify status", "notify.status", {}, []),
+    ("notify test --name pager", "notify.test", {"name": "pager"}, {"results": [PONG]}),
+    ("notify enable pager", "notify.enable", {"name": "pager"}, {}),
     ("status a", "status", {"agent": "a"}, [STATE]),
     ("agents list", "agents.list", {}, []),
     ("agents show a", "agents.show", {"agent": "a"}, STATE),
@@ -221,7 +226,8 @@ def test_what_is_typed_is_what_is_asked(
     """Each command sends its name and arguments, prints something, and ends with 0."""
     daemon.answers[name] = answer
     code, out, err = run(*line.split())
-    assert daemon.asked == [(name, args)]
+    assert daemon.asked[0] == (name, args)
+    assert {other for other, _ in daemon.asked[1:]} <= {"notify.status"}  # a word beside `status`
     assert (code, err) == (0, "")
     assert out.strip()
 
@@ -252,7 +258,7 @@ def test_progress_is_shown_on_stderr(daemon: FakeDaemon, run: Any) -> None:
 
 def test_every_command_of_the_socket_is_reached() -> None:
     """No command of the protocol is without a way to type it."""
-    assert {name for _, name, _, _ in ASKED} | {"identify", "names"} == set(NAMES)
+    assert {name for _, name, _, _ in ASKED} | {"identify", "names", "audit.quoted"} == set(NAMES)
 
 
 # --- exit codes -------------------------------------------------------------------------------
@@ -655,3 +661,49 @@ def test_two_lost_answers_are_told(daemon: FakeDaemon, run: Any) -> None:
     code, _, err = run("rotate", "a")
     assert (code, len(asked)) == (75, 2)
     assert "repeating does no harm" in err
+
+
+def test_a_webhook_that_fails_for_long_is_mentioned(run: Any, daemon: FakeDaemon) -> None:
+    """`status` says so to people, beside its table; machines ask `notify status`."""
+    daemon.answers = {"status": [], "notify.status": [{"problem": "webhook pager fails"}]}
+    assert "note: webhook pager fails" in run("status")[2]
+    assert run("status", "--json")[2] == ""
+
+
+HOOK = {
+    "name": "pager", "on": ["revoked"], "state": "failing", "waiting": 7, "oldest_at": None,
+    "in_sum": 0, "last": "HTTP 500", "problem": "webhook pager fails",
+}  # fmt: skip
+PING = {"name": "pager", "ok": False, "answer": "HTTP 500", "text": "no\x1b[2J", "seconds": 0.1}
+
+
+def test_webhooks_as_people_see_them(run: Any, daemon: FakeDaemon) -> None:
+    """What waits and what was answered, with exit codes for scripts; nothing steers the terminal."""
+    daemon.answers = {"notify.status": [HOOK], "notify.test": {"results": [PING, PING | {"ok": 1}]}}
+    code, out, _ = run("notify", "status")
+    assert (code, "failing" in out, "HTTP 500" in out, "webhook pager fails" in out) == (
+        75, True, True, True,
+    )  # fmt: skip
+    code, out, _ = run("notify", "test")
+    assert (code, "FAIL pager: HTTP 500" in out, "\x1b" in out) == (3, True, False)
+
+
+def test_an_anchor_that_does_not_agree_ends_with_1(
+    run: Any, daemon: FakeDaemon, tmp_path: Path
+) -> None:
+    """What the file names is asked for in pieces, and every problem is told."""
+    file = tmp_path / "anchors"
+    heads = {f"w/{n}": [n, "h"] for n in range(600)}
+    file.write_text(json.dumps({"at": "t", "store": "s1", "heads": heads}))
+    daemon.answers = {
+        "audit": {"entries": [], "chain": {"ok": True, "problem": ""}},
+        "audit.quoted": {"store": "s1", "problems": []},
+    }
+    assert run("audit", "--anchor", str(file))[0] == 0
+    assert [len(args["heads"]) for name, args in daemon.asked if name == "audit.quoted"] == [
+        250, 250, 100,
+    ]  # fmt: skip
+    daemon.answers["audit.quoted"] = {"store": "s2", "problems": ["w/3: entry 3 is gone"]}
+    code, out, _ = run("audit", "--anchor", str(file))
+    assert (code, "w/3: entry 3 is gone" in out, "of another store" in out) == (1, True, True)
+    assert run("audit", "--anchor", str(tmp_path / "none"))[0] == 1

@@ -47,10 +47,10 @@ def ping(
     It goes beside what waits and changes nothing of that. Exit 69 if no receiver took it, 3 if some
     did not.
     """
-    found = ask("notify.test", {"name": name}, socket=socket, config=config)["results"]
+    found = ask("notify.test", {"name": name}, socket=socket, config=config)
     output.show(found, as_json=json, people=render_notify.tests)
-    good = sum(one["ok"] for one in found)
-    output.end_with(0 if good == len(found) else output.PARTIAL if good else 69)
+    good = [bool(one["ok"]) for one in found["results"]]
+    output.end_with(0 if all(good) else output.PARTIAL if any(good) else 69)
 
 
 @notify.command("enable")

@@ -30,10 +30,10 @@ def status(rows: Sequence[Row], now: datetime | None = None) -> str:
     return "\n".join([table(headings, cells), *problems])
 
 
-def tests(results: Sequence[Row]) -> str:
+def tests(found: Row) -> str:
     """Return one line per receiver that was pinged, and what it said."""
     lines = []
-    for one in results:
+    for one in found["results"]:
         mark = "ok  " if one["ok"] else "FAIL"
         lines.append(f"{mark} {safe(one['name'])}: {safe(one['answer'])} in {one['seconds']} s")
         if one["text"]:

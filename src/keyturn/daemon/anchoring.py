@@ -5,6 +5,7 @@ All of it runs beside the work: in jobs of the scheduler, in slices of a few mil
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -103,7 +104,7 @@ class Anchoring:
             why=why,
             store=self._parts.store.store_id,
             chains=len(heads),
-            heads=shown,
+            heads=json.dumps(shown),
         )
 
     def _file_at(self, path: Path) -> AnchorFile:

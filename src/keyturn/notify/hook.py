@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -134,11 +135,11 @@ class Hook:
 
     def change(self, spec: Spec, receiver: str) -> None:
         """Go on by other lines of the configuration; nothing that waits is lost."""
-        if receiver != self._receiver:
-            told = self._around.records.begin(spec.name, receiver)
-            self._gone_at = told.gone_at
-            self._again()
-        self.spec, self._receiver = spec, receiver
+        moved, self.spec, self._receiver = receiver != self._receiver, spec, receiver
+        if moved:
+            self.enable()
+            with suppress(StorageError):  # else the next start learns it from the file
+                self._around.records.begin(spec.name, receiver)
         self._woken.set()
 
     def enable(self) -> None:
