@@ -145,3 +145,71 @@ def _is_read_only(folder: Path) -> bool:
     Only root of this host, whom we trust, can have another way to the same folder.
     """
     return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+
+
+# --- replacing one that is ours -------------------------------------------------------------------
+
+_GIVEN = ("/run/credentials/", "/run/secrets/", "/var/run/secrets/")  # systemd, Docker, Kubernetes
+
+
+def refuse_given(path: Path) -> None:
+    """Raise ConfigError where others put the file there anew at each start, as its path tells."""
+    if any(str(one).startswith(_GIVEN) for one in (path, path.parent.resolve() / path.name)):
+        raise ConfigError(
+            f"{path} is handed over anew at each start and cannot be replaced",
+            hint="copy it once into a folder of the daemon's own, 0700 (systemd: StateDirectory=),"
+            " and name that file; LoadCredential= and mounted secrets are read-only",
+        )
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Raise ConfigError, with what to do, where we could not replace a credential file."""
+    refuse_given(path)
+    if path.is_symlink():
+        raise ConfigError(f"{path} is a link", hint="name the file itself: a link is not replaced")
+    folder = path.parent
+    if not os.access(folder, os.W_OK | os.X_OK) or os.statvfs(folder).f_flag & os.ST_RDONLY:
+        raise ConfigError(
+            f"{folder} is read-only for the daemon, so {path.name} in it cannot be replaced",
+            hint="give the file a folder that belongs to the daemon's user, 0700"
+            " (systemd: StateDirectory=, or ReadWritePaths=)",
+        )
+
+
+def replace_credential(path: Path, text: str) -> None:
+    """Put another text there at one stroke and durably, open to nobody who could not read it before.
+
+    Raises ConfigError, and OSError where the disk does not take it; then the file is as it was.
+    """
+    refuse_unwritable(path)
+    before, new = path.stat(), path.with_name(f".{path.name}.keyturn-new")
+    new.unlink(missing_ok=True)  # what a crash has left
+    number = os.open(
+        new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+    )
+    try:
+        with os.fdopen(number, "w") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fchmod(number, _mode_for(number, before))
+            os.fsync(number)
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _mode_for(number: int, before: os.stat_result) -> int:
+    """Return the mode as it was; its group reads on only where the new file is that group's too."""
+    mode = stat.S_IMODE(before.st_mode) & 0o640 | 0o400
+    if mode & 0o040 and os.fstat(number).st_gid != before.st_gid:
+        try:
+            os.fchown(number, -1, before.st_gid)
+        except PermissionError:
+            mode &= ~0o040
+    return mode

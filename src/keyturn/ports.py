@@ -6,12 +6,13 @@ suite that holds them to these promises.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Protocol
 
 from keyturn.core.model import Case, Target, Traits, Version
+from keyturn.core.own import Own
 from keyturn.core.secret import Secret
 
 # --- destinations -------------------------------------------------------------------------
@@ -185,6 +186,86 @@ class Authority(Protocol):
 
     def settled(self, epoch: int) -> bool:
         """Tell whether every verifier that may answer has applied this epoch."""
+
+
+# --- the daemon's own logins ---------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnLogin:
+    """How a connection logs in, and when that ends unless a person does something.
+
+    `note` says why there is no end, or why it is not known. What renews itself has none.
+    """
+
+    method: str
+    ends_at: datetime | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnSeen:
+    """What an authority says of a credential that it has made; `owner` "" where we have not."""
+
+    accessor: str
+    owner: str = ""
+    made_at: datetime | None = None
+    ends_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnIssued:
+    """A credential that an authority has just made."""
+
+    secret: Secret
+    accessor: str
+    ends_at: datetime | None = None
+
+
+class OwnAuthority(Protocol):
+    """Mints the credential by which one connection logs in, and keeps it where the daemon reads it.
+
+    The counterpart of `Authority` where the authority chooses the secret (`accepts_chosen_secret`
+    False): so a version is found again by its id, never made twice. Raises DestinationErrors only.
+    """
+
+    @property
+    def abilities(self) -> Abilities:
+        """What it can do. Constant."""
+
+    def look(self) -> OwnSeen:
+        """Say what the file holds, asked of the authority. Raises Denied where it is no good one."""
+
+    def refuse_unwritable(self) -> None:
+        """Raise Denied where the file could not be replaced."""
+
+    def issue(self, version_id: str, *, owner: str) -> OwnIssued:
+        """Have one made that carries this id and its owner."""
+
+    def find(self, version_ids: Sequence[str]) -> Mapping[str, OwnSeen]:
+        """Return those that were made with one of these ids."""
+
+    def prove(self, secret: Secret | None) -> None:
+        """Log in with it, or with what the file holds, and give that login back. Raises Denied."""
+
+    def publish(self, secret: Secret, *, expected: str) -> None:
+        """Replace what the file holds at one stroke. Raises Conflict where it is not `expected`."""
+
+    def destroy(self, accessor: str) -> None:
+        """Have it refused from now on. Idempotent."""
+
+
+class OwnJournal(Protocol):
+    """The durable half of the daemon's own credentials."""
+
+    def own(self, connection: str, host: str) -> Own | None:
+        """Return what is known of one, None where nothing is."""
+
+    def save_own(self, after: Own, *, audit: Sequence[AuditEntry]) -> Own:
+        """Write it with its audit entries, all or nothing, if its revision still holds.
+
+        Returns it with the new revision. Raises StaleRevision, StoreUnavailable.
+        """
 
 
 # --- the store ----------------------------------------------------------------------------

@@ -31,12 +31,16 @@ class NothingFound(KeyturnError):
 
 
 def status(
+    *,
     agent: Annotated[
         str,
         typer.Argument(
             metavar="AGENT", help="Only this one, with details.", autocompletion=complete.agents
         ),
     ] = "",
+    own: Annotated[
+        bool, typer.Option("--own", help="The daemon's own logins instead, and when they end.")
+    ] = False,
     json: options.Json = False,
     config: options.ConfigOfDaemon = options.CONFIG,
     socket: options.Socket = options.SOCKET,
@@ -45,6 +49,12 @@ def status(
 
     Works on the store directly where the daemon is down.
     """
+    if own:
+        if agent:
+            raise typer.BadParameter("--own is about the daemon, not about an agent")
+        logins = ask("status.own", {}, socket=socket, config=config)
+        output.show(logins, as_json=json, people=render.own_logins)
+        return
     args = {"agent": agent} if agent else {}
     rows = ask("status", args, socket=socket, config=config)
     if not json:

@@ -18,7 +18,9 @@ from keyturn.errors import ConfigError
 DEFAULT_CONFIG = Path("/etc/keyturn/keyturn.yaml")
 
 # Commands that have an answer without the daemon; the rest need something that only it does.
-WITHOUT_DAEMON = frozenset({"status", "revoke", "suspend", "resume", "audit", "audit.quoted"})
+WITHOUT_DAEMON = frozenset(
+    {"status", "status.own", "revoke", "suspend", "resume", "audit", "audit.quoted"}
+)
 
 
 class Offline(Protocol):

@@ -116,6 +116,37 @@ def _rotation_words(rotation: Row | None, now: datetime) -> str:
     return " ".join(safe(word) for word in words if word) + (f" ({safe(why)})" if why else "")
 
 
+def own_logins(rows: Sequence[Row], now: datetime | None = None) -> str:
+    """Return one line per connection that logs in, and below what keeps one from being replaced."""
+    at = now or datetime.now(UTC)
+    if not rows:
+        return "no connection logs in anywhere, or none was looked at yet"
+    headings = ("CONNECTION", "METHOD", "EXPIRES", "LAST ROTATION", "NEXT", "SECRET IDS", "STATE")
+    lines = [table(headings, (_own_row(row, at) for row in rows))]
+    for row in rows:
+        error = row.get("error")
+        if error:
+            lines.append(f"{safe(row.get('connection'))}: {safe(error.get('detail'))}")
+            lines.append(f"  next try {when(error.get('next_try_at'), at)}")
+    return "\n".join(lines)
+
+
+def _own_row(row: Row, now: datetime) -> tuple[str, ...]:
+    ends = _instant(row.get("expires_at"), now) if row.get("expires_at") else safe(row.get("note"))
+    states = [one.get("state") for one in row.get("versions") or ()]
+    error = row.get("error")
+    state = f"failing: {safe(error.get('code'))}" if error else "ok"
+    return (
+        safe(row.get("connection")),
+        safe(row.get("method")),
+        ends,
+        when(row.get("last_rotation_at"), now),
+        when(row.get("next_rotation_at"), now),
+        ", ".join(safe(one) for one in states) or _NONE,
+        "ENDS SOON" if row.get("ends_soon") else state,
+    )
+
+
 def status_of_one(row: Row, now: datetime | None = None) -> str:
     """Return everything about one agent, with the next command to type at the end."""
     at = now or datetime.now(UTC)

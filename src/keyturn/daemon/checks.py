@@ -23,6 +23,7 @@ from keyturn.core.model import Agent, Case, Credential, Target
 from keyturn.core.revocations import parse_revocations
 from keyturn.core.secret import Secret
 from keyturn.credential_file import read_credential
+from keyturn.daemon import own_checks
 from keyturn.daemon.certificates import Certificates
 from keyturn.daemon.checking import become_daemon, settings_of
 from keyturn.daemon.notifying import spec_of
@@ -90,6 +91,7 @@ def check(path: Path, *, probe: bool = False, in_checkout: bool = False) -> dict
     if settings.generation.is_mounted and not settings.reload.on_change:
         notes.append("changes of this volume are taken over with `reload: {on_change: true}` only")
     rows += [_good("note", note) for note in notes]
+    rows += [_file_of_ours(*one) for one in own_checks.problems(settings)]
     if probe:
         row, known = _looked_at_store(settings)
         rows.append(row)
@@ -272,6 +274,9 @@ def _probed(
 ) -> list[Check]:
     """Look at a connection and then, where it can be reached, at each entry; one row per problem."""
     rows = [_tried(f"connection {name}", destination.probe)]
+    if rows[0]["ok"]:
+        login = _tried(f"login {name}", lambda: own_checks.looked_at(destination))
+        rows += [login] if login["detail"] else []
     if not entries or not rows[0]["ok"]:
         return rows
 
@@ -295,6 +300,12 @@ def _probed(
     else:
         text = f"rights on {number} are enough; whose they are shows only with the store"
     return [*rows, _good(f"entries {name}", text), *(row for row in seen if not row["ok"])]
+
+
+def _file_of_ours(name: str, error: ConfigError | None) -> Check:
+    if error is None:
+        return _good(name, "its secret id can be replaced where it lies")
+    return {"name": name, "ok": False, "detail": str(error), "hint": error.hint}
 
 
 def _refuse_blocked(entry: _Wanted, found: Observed, known: _Known | None) -> None:

@@ -26,6 +26,7 @@ from keyturn.core.model import (
     Version,
 )
 from keyturn.daemon import names
+from keyturn.daemon.own_logins import stored_rows
 from keyturn.daemon.peer import Peer, Role
 from keyturn.daemon.recovery import Recovery, in_doubt
 from keyturn.daemon.socket import Command, Progress
@@ -66,6 +67,9 @@ class Daemon(Protocol):
     def health(self) -> dict[str, Any]:
         """Tell whether it lives and is ready, and why not."""
 
+    def own_rows(self) -> list[dict[str, Any]]:
+        """Return the daemon's own logins."""
+
 
 class Commands:
     """The functions behind the names; every one takes args, peer and progress."""
@@ -79,6 +83,7 @@ class Commands:
         view, respond, admin = Role.VIEW, Role.RESPOND, Role.ADMIN
         return {
             "status": Command(role=view, function=self.status),
+            "status.own": Command(role=view, function=self.status_own),
             "names": Command(role=view, function=self.names),
             "agents.list": Command(role=view, function=self.agents_list),
             "agents.show": Command(role=view, function=self.agents_show),
@@ -112,6 +117,14 @@ class Commands:
         parts = self._parts()
         wanted = [_text(args, "agent")] if args.get("agent") else _names(parts)
         return [self._describe(parts.store.case_of(name)) for name in wanted]
+
+    def status_own(self, args: Args, peer: Peer, progress: Progress) -> Any:
+        """Describe the daemon's own logins; without it, what the store has of them."""
+        del args, peer, progress
+        if self._daemon is not None:
+            return self._daemon.own_rows()
+        store = self._parts().store
+        return stored_rows(store.owns(), now=store.now())
 
     def _describe(self, case: Case) -> dict[str, Any]:
         parts = self._parts()

@@ -98,7 +98,7 @@ class Metrics:
         )
         self.own_credential_expiry = self._gauge(
             "own_credential_expiry_timestamp_seconds",
-            "When our own login ends unless it is renewed",
+            "When our own login ends unless a person acts; absent where it has no end, or renews itself",
             "connection",
         )
 

@@ -26,13 +26,14 @@ from apscheduler.schedulers.background import BackgroundScheduler
 from keyturn import __version__, config, rotation, wiring
 from keyturn.config.file import read_trusted
 from keyturn.core.revocations import RevocationEntry, parse_revocations
-from keyturn.daemon import anchoring, filewatch, logs, rehearsal
+from keyturn.daemon import anchoring, filewatch, logs, own_checks, rehearsal
 from keyturn.daemon.anchoring import AnchorCommands, Anchoring
 from keyturn.daemon.commands import Commands
 from keyturn.daemon.cron import Crontab
 from keyturn.daemon.front import Front
 from keyturn.daemon.metrics import Metrics
 from keyturn.daemon.notifying import NotifyCommands, notifier_of, specs_of
+from keyturn.daemon.own_logins import OwnLogins
 from keyturn.daemon.peer import Roles
 from keyturn.daemon.readiness import Readiness, Reason
 from keyturn.daemon.recovery import Recovery
@@ -49,6 +50,7 @@ from keyturn.storage.results import Due
 from keyturn.wiring import Parts
 
 TICK = 0.25  # seconds between two looks at the due-queue
+OWN_LOGINS = 1.0  # seconds between two looks at which of our own logins is due
 MEASURE = 5.0  # seconds between two counts for the metrics
 REVOCATIONS_POLL = 2.0
 REVOCATIONS_PATIENCE = 10.0  # seconds for lines whose rows the store does not take
@@ -86,6 +88,7 @@ def load(path: Path) -> config.Settings:
     """Load and check the settings as the daemon needs them. Raises ConfigError."""
     settings = config.load(path, environ=os.environ, cron=Crontab(), now=wiring.SystemClock().now())
     wiring.check_settings(settings, cron=Crontab())
+    own_checks.rotated_files(settings)
     return settings
 
 
@@ -120,6 +123,7 @@ class Service:
         self.parts.on_rotation_end = self.watching.rotation_ended
         self._anchoring = Anchoring(self.parts, self.metrics, self.watching.incident)
         self._stop = threading.Event()
+        self.own_logins = OwnLogins(self.parts, self.metrics, self._stop.is_set)
         self._ready = threading.Event()
         self._server: AdminServer | None = None
         self._notifier: Notifier | None = None
@@ -246,6 +250,7 @@ class Service:
         tick = beating(self._tick, self._supervisor)
         every(tick, "interval", seconds=TICK, id="tick")
         every(self.watching.measure, "interval", seconds=MEASURE, id="measure")
+        every(self.own_logins.tick, "interval", seconds=OWN_LOGINS, id="own-logins")
         every(self._poll_revocations, "interval", seconds=REVOCATIONS_POLL, id="revocations")
         every(self._forget_requests, "interval", seconds=FORGET_REQUESTS, id="requests")
         every(self._files.look, "interval", seconds=filewatch.POLL, id="files")
@@ -264,6 +269,7 @@ class Service:
         if not self._wait_idle(FINISH):
             self._parked.set()
             self._wait_idle(PARK)
+        self.own_logins.finish(PARK / 4)
         server.close()
         if self._notifier is not None:
             self._notifier.stop()
@@ -649,6 +655,10 @@ class Service:
     def health(self) -> dict[str, Any]:
         """Return whether the daemon lives and is ready, and why not."""
         return self.readiness.describe()
+
+    def own_rows(self) -> list[dict[str, Any]]:
+        """Return how each connection logs in, until when, and what is next."""
+        return self.own_logins.rows()
 
     def metrics_text(self) -> str:
         """Return the metrics in the Prometheus text format."""

@@ -145,7 +145,7 @@ class Watching:
         self._keep_ballast()
         self._tell_incidents()
         self._unpark()
-        self._read_logins()
+        self._forget_dropped()
         self.metrics.audit_queue_length.set(self._parts.administration.queued())
         try:
             self._count()
@@ -188,16 +188,11 @@ class Watching:
             if trigger in TRIGGERS:  # written by another process: no label of its making
                 self.metrics.revocations.labels(trigger).inc()
 
-    def _read_logins(self) -> None:
+    def _forget_dropped(self) -> None:
         named = frozenset(self._parts.destinations)
         for gone in self._named - named:
             self.metrics.forget(gone)
         self._named = named
-        for name, destination in self._parts.destinations.items():
-            left = destination.login_ends_in
-            if left is not None:
-                expiry = self.metrics.own_credential_expiry.labels(name)
-                expiry.set(time.time() + left.total_seconds())
 
     def _keep_ballast(self) -> None:
         """Take the room back that a revoke needed on a full disk, as soon as there is some."""

@@ -53,7 +53,7 @@ from keyturn.errors import (
     DestinationUnavailable,
     Rejected,
 )
-from keyturn.ports import Clock, Entry, Observed
+from keyturn.ports import Clock, Entry, Observed, OwnLogin
 
 T = TypeVar("T")
 
@@ -128,6 +128,13 @@ class AwsDestination(DestinationBase):
     def login_ends_in(self) -> timedelta | None:
         """How long our credentials live unless they are renewed."""
         return self._login.ends_in
+
+    def own_login(self) -> OwnLogin:
+        """Say that none of ours ends by a date: keys have none, everything else is renewed."""
+        method = self.options.auth.method
+        own = method in ("keys", "profile")
+        note = "access keys do not end" if own else "the platform renews it"
+        return OwnLogin(method=method, note=note)
 
     def identity(self, target: Target) -> str:
         """Return region, account where it is known, and name in one. Names are case-sensitive."""

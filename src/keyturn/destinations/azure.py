@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -45,7 +45,7 @@ from keyturn.errors import (
     DestinationUnavailable,
     Rejected,
 )
-from keyturn.ports import Clock, Entry, Observed
+from keyturn.ports import Clock, Entry, Observed, OwnLogin
 
 OWNER, VERSION, FENCE = "keyturn-owner", "keyturn-version", "keyturn-fence"
 LONGEST_NAME = 127
@@ -175,6 +175,17 @@ class AzureDestination(DestinationBase):
     def login_ends_in(self) -> timedelta | None:
         """How long the certificate of our login is good, where it is one."""
         return self._login.ends_in
+
+    def own_login(self) -> OwnLogin:
+        """Say when the certificate of our login ends; of a client secret nobody tells us."""
+        method, left = self.options.auth.method, self._login.ends_in
+        if left is not None:
+            return OwnLogin(method=method, ends_at=datetime.now(UTC) + left)
+        renewed = method in ("managed-identity", "workload-identity")
+        note = "the platform renews it" if renewed else "not known: its end shows at the login only"
+        if method == "client-secret":
+            note = "not known: Azure tells only people (App registrations, Certificates & secrets)"
+        return OwnLogin(method=method, note=note)
 
     def close(self) -> None:
         """Close what is open."""

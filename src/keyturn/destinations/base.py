@@ -34,7 +34,7 @@ from keyturn.errors import (
     Rejected,
     Throttled,
 )
-from keyturn.ports import Clock, Entry, Observed
+from keyturn.ports import Clock, Entry, Observed, OwnAuthority, OwnLogin
 
 T = TypeVar("T")
 
@@ -144,6 +144,15 @@ class DestinationBase(ABC):
     @property
     def login_ends_in(self) -> timedelta | None:
         """How long our own login lives unless it is renewed; None where it does not end."""
+        return None
+
+    def own_login(self) -> OwnLogin | None:
+        """Say how we log in and when that ends; may ask. None where there is no login."""
+        return None
+
+    @property
+    def own_authority(self) -> OwnAuthority | None:
+        """What replaces our own credential, where the connection is told to have that done."""
         return None
 
     # --- the port ---------------------------------------------------------------------------

@@ -30,6 +30,8 @@ from keyturn.destinations.network import trouble
 from keyturn.destinations.vault_auth import AUTH_FORM, AuthOptions, plain_place
 from keyturn.destinations.vault_login import Login, canonical, is_safe_address
 from keyturn.destinations.vault_reads import Reads
+from keyturn.destinations.vault_secret_id import SecretIds, own_login
+from keyturn.destinations.vault_secret_id import rights as own_rights
 from keyturn.errors import (
     Conflict,
     Denied,
@@ -39,7 +41,7 @@ from keyturn.errors import (
     Rejected,
     Throttled,
 )
-from keyturn.ports import Clock, Entry, Observed
+from keyturn.ports import Clock, Entry, Observed, OwnAuthority, OwnLogin
 
 OWNER, FENCE = "keyturn-owner", "keyturn-fence"
 STALE_READS = 5  # how often a read that is older than our own last write is made
@@ -133,6 +135,7 @@ class VaultDestination(DestinationBase):
             name=name,
         )
         self._reads = Reads(self._login, name)
+        self._secret_ids = SecretIds(options.auth, self._login, name, self._call)
         self._written: dict[str, int] = {}
         self._known: dict[str, _Known] = {}
         self._guard = threading.Lock()
@@ -158,6 +161,15 @@ class VaultDestination(DestinationBase):
         """How long our token lives unless it is renewed."""
         return self._login.ends_in
 
+    def own_login(self) -> OwnLogin:
+        """Say when a person has to give us another token or secret id."""
+        return self._call(lambda: own_login(self.options.auth, self._login, self._secret_ids))
+
+    @property
+    def own_authority(self) -> OwnAuthority | None:
+        """AppRole, where it is to replace our secret id."""
+        return self._secret_ids if self.options.auth.rotate is not None else None
+
     def close(self) -> None:
         """Give the token back, where we got one by a login."""
         self._login.close()
@@ -171,6 +183,7 @@ class VaultDestination(DestinationBase):
             rights |= _rights(options, path, retire)
         rights |= dict.fromkeys(_OWN_TOKEN, ("update",))
         rights["auth/token/lookup-self"] = ("read",)
+        rights |= own_rights(options.auth)
         rules = [_rule(path, needed) for path, needed in rights.items()]
         return "\n".join([*_where(options), *rules])
 
@@ -179,6 +192,8 @@ class VaultDestination(DestinationBase):
             return f"{self.options.address}: {self._login.look_at_wrapping()}"
         life = self._login.check()
         self._check_mount()
+        if own_rights(self.options.auth):
+            self._refuse_lacking(own_rights(self.options.auth))
         space = f", namespace {self.options.namespace}" if self.options.namespace else ""
         server = f"{self.options.address}{space}, mount {self.options.mount}"
         return f"{server}: {life}; reads reach the leader {self._reads.way()}"
@@ -207,6 +222,11 @@ class VaultDestination(DestinationBase):
         if self.options.auth.wrapped:
             return None  # a login would use the wrapping token up
         rights = _rights(self.options, self.place(target), retire)
+        self._refuse_lacking(rights)
+        return self._observe(target)
+
+    def _refuse_lacking(self, rights: Mapping[str, Sequence[str]]) -> None:
+        """Raise Denied for a right that the printed policy has and our login has not."""
         with contextlib.suppress(vendor.Forbidden):  # where a login may not even ask for its rights
             body = {"paths": list(rights)}
             answer = self._login.request("post", "/v1/sys/capabilities-self", body)
@@ -215,7 +235,6 @@ class VaultDestination(DestinationBase):
                 lacks = [one for one in needed if one not in (granted.get(path) or ())]
                 if lacks and "root" not in (granted.get(path) or ()):
                     raise self._lacking(", ".join(lacks), path)
-        return self._observe(target)
 
     # --- reading ----------------------------------------------------------------------------
 

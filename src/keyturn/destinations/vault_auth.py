@@ -11,22 +11,25 @@ import base64
 import json
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import hvac.exceptions as vendor
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from keyturn.core.duration import FORM
 from keyturn.credential_file import CREDENTIAL_FORM, credential_path, read_credential
-from keyturn.destinations.base import Form, is_plain
+from keyturn.destinations.base import Form, duration, is_plain
 from keyturn.errors import ConfigError, Denied, DestinationError, DestinationUnavailable
 
 WRAPPED_BY = "secret-id"  # end of the only path that may have made a wrapped secret id
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 AUTH_FORM = (
     "a method with its own keys alone: token with token_file, approle with secret_id_file and one of"
-    " role_id and role_id_file, or kubernetes with role"
+    " role_id and role_id_file (with rotate also role, and without wrapped), or kubernetes with role"
 )
+ROTATE_FORM = "a mapping with every and grace, such as {every: 7d, grace: 1d}, grace not the longer"
 _PROJECTED = f"{CREDENTIAL_FORM} (kubernetes: {SERVICE_ACCOUNT} by default)"
 
 
@@ -42,14 +45,48 @@ def plain_place(value: object) -> str:
     return bare
 
 
+def _role(value: object) -> object:
+    """SECURITY: it becomes part of a path, and `x/../y` is another role."""
+    if value is not None and not (isinstance(value, str) and is_plain(value) and "/" not in value):
+        raise ValueError
+    return value
+
+
 CredentialFile = Annotated[Path | None, BeforeValidator(credential_path), Form(CREDENTIAL_FORM)]
 
 # What may stand beside `method`, by method.
 _BELONGS = {
     "token": {"token_file"},
-    "approle": {"role_id", "role_id_file", "secret_id_file", "wrapped", "mount"},
+    "approle": {"role", "role_id", "role_id_file", "secret_id_file", "wrapped", "mount", "rotate"},
     "kubernetes": {"role", "token_file", "mount"},
 }
+
+
+class RotateOptions(BaseModel):
+    """How the secret id is replaced by Keyturn itself."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, hide_input_in_errors=True, validate_default=False
+    )
+
+    every: Annotated[
+        timedelta,
+        BeforeValidator(duration),
+        Form(FORM),
+        Field(description="oldest that a secret id gets; earlier where the role ends it earlier"),
+    ]
+    grace: Annotated[
+        timedelta,
+        BeforeValidator(duration),
+        Form(FORM),
+        Field(description="time until the one before is destroyed"),
+    ] = timedelta(days=1)
+
+    @model_validator(mode="after")
+    def _in_turn(self) -> RotateOptions:
+        if self.grace > self.every:
+            raise ValueError
+        return self
 
 
 class AuthOptions(BaseModel):
@@ -74,7 +111,13 @@ class AuthOptions(BaseModel):
         Field(description="file that holds the token; kubernetes: of the service account"),
     ] = None
     role: Annotated[
-        str | None, Form("a role's name"), Field(description="kubernetes: role to log in by")
+        str | None,
+        BeforeValidator(_role),
+        Form("a role's name"),
+        Field(
+            description="kubernetes: role to log in by; approle: name of the role of role_id, so"
+            " that the end of the secret id can be asked for"
+        ),
     ] = None
     role_id: Annotated[str | None, Form("a role id"), Field(description="role id, public")] = None
     role_id_file: Annotated[CredentialFile, Field(description="file that holds the role id")] = None
@@ -90,6 +133,11 @@ class AuthOptions(BaseModel):
         Form("the mount of the auth method such as kubernetes or k8s/eu"),
         Field(description="mount of the method, by default its name"),
     ] = None
+    rotate: Annotated[
+        RotateOptions | None,
+        Form(ROTATE_FORM),
+        Field(description="replace the secret id by ourselves (docs/howto/own-logins.md)"),
+    ] = None
 
     @model_validator(mode="after")
     def _whole(self) -> AuthOptions:
@@ -100,6 +148,7 @@ class AuthOptions(BaseModel):
         else:
             role = (self.role_id is None) != (self.role_id_file is None)
             good = role and self.secret_id_file is not None
+            good = good and (self.rotate is None or (self.role is not None and not self.wrapped))
         if not good or self.model_fields_set - _BELONGS[self.method] - {"method"}:
             raise ValueError
         return self
@@ -152,10 +201,14 @@ class AppRole:
 
     def credentials(self, send: Send) -> Mapping[str, str]:
         """Read role id and secret id."""
-        role = self._auth.role_id or text_of(self._auth.role_id_file, self._name)
         secret_id = text_of(self._auth.secret_id_file, self._name)
         if self._auth.wrapped:
             secret_id = self._unwrap(secret_id, send)
+        return self.with_secret_id(secret_id)
+
+    def with_secret_id(self, secret_id: str) -> Mapping[str, str]:
+        """Return what a login with this secret id sends."""
+        role = self._auth.role_id or text_of(self._auth.role_id_file, self._name)
         return {"role_id": role, "secret_id": secret_id}
 
     def refusal(self, error: vendor.VaultError, *, worked: bool) -> DestinationError:

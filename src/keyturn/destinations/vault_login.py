@@ -96,6 +96,7 @@ class Login:
         self._ends_at: float | None = None
         self._ours = False
         self._life = 0.0  # of a token as it was given, in seconds
+        self.last: float | None = None  # monotonic: when a token that others made ends for good
         self._logins = 0
         self.limited = False  # whether the token has a limited number of uses
 
@@ -134,6 +135,21 @@ class Login:
         ttl = (found.get("data") or {}).get("ttl")
         life = f"lives {ttl} s" if ttl else "does not end"  # a root token has none
         return f"logged in by {self._auth.method}, token {life}"
+
+    def try_secret_id(self, secret_id: str) -> None:
+        """Log in with a secret id beside the session, and give that token back. Raises Denied."""
+        if not isinstance(self._method, AppRole):
+            raise Refused(f"{self._name}: the login is no AppRole")
+        try:
+            body = self._method.with_secret_id(secret_id)
+            found = self.send("post", self._door, body, {"X-Vault-Token": None})
+        except (vendor.InvalidRequest, vendor.Forbidden) as error:
+            raise self._method.refusal(error, worked=True) from None
+        token = (found.get("auth") or {}).get("client_token")
+        if not token:
+            raise DestinationUnavailable(f"{self._name}: the login's answer makes no sense")
+        with contextlib.suppress(vendor.VaultError):  # it runs out by itself
+            self.send("post", "/v1/auth/token/revoke-self", None, {"X-Vault-Token": token})
 
     def look_at_wrapping(self) -> str:
         """Say that a login by a wrapped secret id would be possible, without making it.
@@ -181,6 +197,10 @@ class Login:
         return call(path, headers=headers, **more)
 
     # --- the token --------------------------------------------------------------------------
+
+    @property
+    def _door(self) -> str:
+        return f"/v1/auth/{self._auth.place}/login"
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -230,8 +250,7 @@ class Login:
             return
         body = self._method.credentials(self.send)
         try:
-            path = f"/v1/auth/{self._auth.place}/login"
-            found = self.send("post", path, body, {"X-Vault-Token": None})
+            found = self.send("post", self._door, body, {"X-Vault-Token": None})
         except (vendor.InvalidRequest, vendor.Forbidden) as error:
             raise self._method.refusal(error, worked=self._logins > 0) from None
         answer = found.get("auth") if isinstance(found, dict) else None
@@ -255,6 +274,7 @@ class Login:
             if self._ours:
                 self._replace()
             else:
+                self.last = self._ends_at
                 self._renew_at = time.monotonic() + 60
             return
         auth = found.get("auth") or {}
@@ -264,6 +284,8 @@ class Login:
             self._replace()
             return
         self._lives(seconds, renewable=bool(auth.get("renewable")))
+        if not self._ours and (seconds or 0) < self._life:
+            self.last = self._ends_at  # it was given less than the first time: its maximum is near
 
     def _replace(self) -> None:
         """Log in anew before the token ends; where that is not possible now, it is used on."""
@@ -290,6 +312,11 @@ class Login:
         data = found.get("data") or {}
         self._began(data.get("num_uses"))
         self._lives(data.get("ttl"), renewable=bool(data.get("renewable")))
+        self._life = float(data.get("period") or data.get("creation_ttl") or 0)
+        self.last = None if data.get("renewable") else self._ends_at
+        if data.get("explicit_max_ttl"):
+            since = time.time() - float(data.get("creation_time") or time.time())
+            self.last = time.monotonic() + float(data["explicit_max_ttl"]) - since
 
     def _began(self, uses: object) -> None:
         self._logins += 1

@@ -16,10 +16,11 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from keyturn.core.model import Agent, AgentState, Case, Credential, Drift, Outcome, Version
+from keyturn.core.own import Own
 from keyturn.core.secret import Secret
 from keyturn.errors import ClaimLost
 from keyturn.ports import AuditEntry, Claim, Clock, Saved
-from keyturn.storage import anchors, audit, cases, claims, owners, queries, requests, takeover
+from keyturn.storage import anchors, audit, cases, claims, own, owners, queries, requests, takeover
 from keyturn.storage.engine import Database, open_database
 from keyturn.storage.ledger import Ledger
 from keyturn.storage.migrations import migrate, oldest_at_head
@@ -389,6 +390,26 @@ class Store:
     def forget_requests(self, *, before: datetime) -> None:
         """Forget which commands were done before an instant."""
         self.database.write(lambda connection: requests.clean(connection, before=before))
+
+    # --- the daemon's own logins ----------------------------------------------------------
+
+    def own(self, connection: str, host: str) -> Own | None:
+        """Return what is known of an own credential, None where nothing is."""
+        return self.database.read(lambda reading: own.load(reading, connection, host))
+
+    def owns(self) -> list[Own]:
+        """Return the own credentials of every connection and host."""
+        return self.database.read(own.load_all)
+
+    def save_own(self, after: Own, *, audit: Sequence[AuditEntry]) -> Own:
+        """Write an own credential with its audit entries. Raises StaleRevision."""
+
+        def body(connection: Connection) -> Own:
+            saved = own.save(connection, after)
+            self._record(connection, audit)
+            return saved
+
+        return self.database.write(body)
 
     # --- audit ----------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator
 
 from keyturn.core import model
+from keyturn.core.own import OwnState
 from keyturn.storage import codec
 
 
@@ -425,4 +426,48 @@ anchored = sa.Table(
     metadata,
     sa.Column("chain", sa.Text, primary_key=True),
     _number("seq"),
+)
+
+# What the daemon logs in with where it replaces that itself, by connection and host (ADR 22).
+own_credentials = sa.Table(
+    "own_credentials",
+    metadata,
+    sa.Column("connection", sa.Text, primary_key=True),
+    sa.Column("host", sa.Text, primary_key=True),
+    _number("revision"),
+    sa.Column("rotated_at", Instant),
+    sa.Column("problem_code", sa.Text),
+    sa.Column("problem_detail", sa.Text),
+    sa.Column("problem_since", Instant),
+    sa.Column("problem_tries", sa.BigInteger),
+    sa.Column("problem_until", Instant),
+)
+
+own_versions = sa.Table(
+    "own_versions",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    _text("connection"),
+    _text("host"),
+    _number("seq"),
+    sa.Column("state", Word(OwnState), nullable=False),
+    sa.Column("at", Instant, nullable=False),
+    _text("accessor"),
+    sa.Column("ends_at", Instant),
+    sa.Column("deadline", Instant),
+    sa.ForeignKeyConstraint(
+        ["connection", "host"],
+        ["own_credentials.connection", "own_credentials.host"],
+        name="own_versions_credential",
+    ),
+    sa.CheckConstraint(_one_of("state", OwnState), name="own_versions_state"),
+    sa.CheckConstraint(
+        "accessor <> '' OR state IN ('minting', 'retired')", name="own_versions_accessor"
+    ),
+    sa.CheckConstraint(
+        "(state = 'previous') = (deadline IS NOT NULL)", name="own_versions_deadline"
+    ),
+)
+_only_where(
+    "own_versions_one_current", own_versions, "connection", "host", where="state = 'current'"
 )
