@@ -1,4 +1,6 @@
-"""A daemon that is killed by SIGKILL before or after its n-th effect: `killed_daemon CONFIG N`.
+"""A daemon that is killed by SIGKILL before or after its n-th effect: `killed_daemon CONFIG N [own]`.
+
+With `own` only what it does about its own logins counts.
 
 The product has no switch for this: the daemon's own parts are wrapped from outside.
 """
@@ -18,6 +20,7 @@ from keyturn.daemon.service import Service
 
 JOURNAL_EFFECTS = ("save", "claim", "release")
 DESTINATION_EFFECTS = ("stage", "activate", "retire", "withdraw")
+OWN_EFFECTS = ("issue", "publish", "destroy")
 
 
 class Trap:
@@ -47,9 +50,13 @@ class KilledService(Service):
     """The daemon, with a trap around everything that leaves a trace."""
 
     trap: Trap
+    own = False
 
     def _connect(self) -> None:
         super()._connect()
+        if self.own:
+            self._trap_own_logins()
+            return
         for destination in self.parts.destinations.values():
             for name in DESTINATION_EFFECTS:
                 setattr(destination, name, self.trap.around(getattr(destination, name)))
@@ -57,8 +64,17 @@ class KilledService(Service):
         for name in JOURNAL_EFFECTS:
             setattr(store, name, self.trap.around(getattr(store, name)))
 
+    def _trap_own_logins(self) -> None:
+        for destination in self.parts.destinations.values():
+            for name in OWN_EFFECTS if destination.own_authority is not None else ():
+                authority = destination.own_authority
+                setattr(authority, name, self.trap.around(getattr(authority, name)))
+        store = self.parts.store
+        store.save_own = self.trap.around(store.save_own)  # type: ignore[method-assign]
+
 
 if __name__ == "__main__":
     KilledService.trap = Trap(int(sys.argv[2]))
+    KilledService.own = sys.argv[3:] == ["own"]
     service.Service = KilledService  # type: ignore[misc]
     sys.exit(service.run(Path(sys.argv[1])))

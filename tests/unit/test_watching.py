@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
-from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -79,18 +77,6 @@ def test_only_calls_tell_whether_a_destination_is_up(watching: Watching) -> None
     labels = {"operation": "activate", "result": "denied"}
     assert counted(watching, "destination_requests_total", **labels) == 1.0
     assert counted(watching, "destination_requests_total", operation="leave", result="ok") is None
-
-
-def test_the_end_of_our_own_login_is_shown(watching: Watching) -> None:
-    """A login that ends is a gauge with its connection; one that does not is not there."""
-    ends: dict[str, Any] = {"v": timedelta(hours=1), "files": None}
-    parts = cast("Any", watching)._parts
-    parts.destinations = {n: SimpleNamespace(login_ends_in=left) for n, left in ends.items()}
-    watching._read_logins()
-
-    name = "own_credential_expiry_timestamp_seconds"
-    assert counted(watching, name, connection="v") == pytest.approx(time.time() + 3600, abs=5)
-    assert counted(watching, name, connection="files") is None
 
 
 def test_a_stall_is_logged_for_a_person(

@@ -1,0 +1,306 @@
+"""The daemon's own logins, as an operator has them: replaced, shown, given back at the end."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keyturn.core.model import Target
+from keyturn.testing import openbao
+from support.own_logins import Role
+from support.running import Keyturn
+from support.vault import new_prefix, root_of
+from support.workloads import Workload
+
+SEED = int(os.environ.get("KEYTURN_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 30)
+AGENTS = 4
+RETRY = {"first": "100ms", "max": "1s", "settle_after": "4s"}
+QUICK = {"every": "2s", "grace": "1s"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openbao.Server]:
+    """Give one server for all tests; each has a role of its own."""
+    with openbao.dev_server(tmp_path_factory.mktemp("openbao")) as one:
+        yield one
+
+
+class Scene(Keyturn):
+    """A Keyturn whose agents read at OpenBao, where it logs in by AppRole with the printed policy."""
+
+    def __init__(
+        self,
+        server: openbao.Server,
+        folder: Path,
+        *,
+        agents: int = 1,
+        rotate: Any = None,
+        **policy: Any,
+    ) -> None:
+        targets = [Target(to="bao", path=f"agent-{n}") for n in range(agents)]
+        self.root = root_of(server)
+        self.role = Role(
+            self.root,
+            folder / "login",
+            new_prefix(),
+            targets,
+            address=server.address,
+            rotate=rotate,
+        )
+        super().__init__(folder, agents=agents, policy={"retry": RETRY, **policy})
+        self.content["connections"] = {
+            "bao": {"type": "vault", "call_deadline": "3s", **self.role.connection}
+        }
+        for n in range(agents):
+            self.content["agents"][f"agent-{n}"]["destinations"][0]["to"] = "bao"
+        self.write()
+
+    def change(self, **auth: Any) -> None:
+        """Write the configuration with another login."""
+        self.content["connections"]["bao"]["auth"] = {**self.role.auth, **auth}
+        self.write()
+
+    def read(self, agent: str) -> Any:
+        """Read what an agent reads."""
+        try:
+            return self.root("GET", f"kv/data/{self.role.name}/{agent}")["data"]["data"]
+        except urllib.error.HTTPError:
+            return None
+
+    def own(self) -> dict[str, Any]:
+        """Return the row of the connection."""
+        code, rows = self.ask("status", "--own")
+        assert code == 0, rows
+        return next((row for row in rows if row["connection"] == "bao"), {})
+
+    def killed(self, trap: int) -> None:
+        """Let a daemon run into SIGKILL at one of the next effects on its own login."""
+        command = [
+            sys.executable,
+            "-m",
+            "support.killed_daemon",
+            str(self.config),
+            str(trap),
+            "own",
+        ]
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=self.environ)
+        try:
+            assert process.wait(60) == -signal.SIGKILL, self.log.read_text()[-3000:]
+        finally:
+            process.kill()
+            process.wait()
+
+    def tokens(self) -> int:
+        """Count the tokens that came of the role's logins and live."""
+        accessors = self.root("LIST", "auth/token/accessors")["data"]["keys"]
+        count = 0
+        for accessor in accessors:
+            try:
+                found = self.root("POST", "auth/token/lookup-accessor", {"accessor": accessor})
+            except urllib.error.HTTPError:
+                continue
+            count += (found["data"].get("meta") or {}).get("role_name") == self.role.name
+        return count
+
+
+@pytest.mark.parametrize(
+    ("kills", "rotations"),
+    [(4, 3), pytest.param(40, 20, marks=[pytest.mark.full, pytest.mark.timeout(1800)])],
+    ids=["few", "many"],
+)
+def test_killed_at_effects_it_can_always_log_in(
+    server: openbao.Server, tmp_path: Path, kills: int, rotations: int
+) -> None:
+    """Each kill leaves a good login and at most one secret id more; agents rotate on, none refused."""
+    scene = Scene(
+        server, tmp_path, agents=AGENTS, rotate=QUICK, every="3s", grace="6s", jitter="30%"
+    )
+    draw = random.Random(SEED)
+    with scene:
+        scene.wait_first()
+    verifier = scene.verifier()
+    agents = [
+        Workload(f"agent-{n}", scene.read, verifier, cache=2.0, pause=0.05, seed=n)
+        for n in range(AGENTS)
+    ]
+    for one in agents:
+        one.start()
+    most = 0
+    for _ in range(kills):
+        scene.killed(draw.randrange(1, 14))
+        assert scene.role.logs_in()
+        # current, previous, one on its way, and that of this crash
+        most = max(most, len(scene.role.accessors()))
+        assert most <= 4
+    promoted = rotated(scene)
+    with scene:
+        scene.wait_for(lambda: rotated(scene) >= max(rotations, promoted + 1), seconds=120)
+        scene.change(rotate={"every": "1h", "grace": "1s"})
+        assert scene.ask("reload")[0] == 0
+        scene.wait_for(lambda: len(scene.role.accessors()) == 1, seconds=30)
+        assert scene.role.logs_in()
+        row = scene.own()
+    for one in agents:
+        one.end()
+    for one in agents:
+        one.join(10)
+    totals: Counter[str] = sum((one.counts for one in agents), Counter())
+    versions = sum(len(set(one.versions)) for one in agents)
+    verifier.close()
+    print(
+        f"\nseed {SEED}: {kills} kills, {rotated(scene)} rotations of the secret id, at most {most}"
+        f" of them at once; agents: {versions} versions, {dict(totals)}"
+    )
+    assert row["error"] is None
+    assert totals["refused"] == 0
+    assert totals["accepted"] > 100
+    assert versions > AGENTS
+
+
+def rotated(scene: Scene) -> int:
+    """Count the promotions in the audit."""
+    _, found = scene.ask("audit", "--limit", "10000")
+    return sum(1 for one in found["entries"] if one["action"] == "own-login.promoted")
+
+
+def test_what_one_sees_of_it(server: openbao.Server, tmp_path: Path) -> None:
+    """Status, metric and audit say when the login ends, when it is replaced, and what failed."""
+    with Scene(server, tmp_path, rotate={"every": "30d", "grace": "1d"}) as scene:
+        scene.wait_first()
+        scene.wait_for(lambda: scene.own() != {})
+        row = scene.own()
+        assert row["method"] == "approle"
+        assert row["expires_at"] is None
+        assert row["note"] == "it does not end"
+        assert row["next_rotation_at"] is not None
+        assert [one["state"] for one in row["versions"]] == ["current"]
+        assert "does not end" in scene.run("status", "--own").stdout
+        assert 'keyturn_own_credential_expiry_timestamp_seconds{connection="bao"}' not in (
+            scene.run("metrics").stdout
+        )
+        (accessor,) = scene.role.accessors()
+        path = f"auth/approle/role/{scene.role.name}/secret-id-accessor/destroy"
+        scene.root("POST", path, {"secret_id_accessor": accessor})
+        scene.change(rotate={"every": "1s", "grace": "1s"})
+        assert scene.ask("reload")[0] == 0
+        scene.wait_for(lambda: (scene.own().get("error") or {}).get("code") == "denied")
+        assert scene.own()["ends_soon"] is False
+    said = scene.log.read_text()
+    assert "own-login.failing" in said
+    # With the daemon down the store says what it knows.
+    code, rows = scene.ask("status", "--own")
+    assert (code, rows[0]["error"]["code"]) == (0, "denied")
+
+
+def test_an_end_within_the_week_is_said(server: openbao.Server, tmp_path: Path) -> None:
+    """A secret id that nobody replaces and that ends in three days is a warning and a metric."""
+    scene = Scene(server, tmp_path)
+    path = f"auth/approle/role/{scene.role.name}"
+    scene.root("POST", path, {"secret_id_ttl": "72h"})
+    scene.role.put_new()
+    with scene:
+        scene.wait_first()
+        scene.wait_for(lambda: scene.own().get("ends_soon") is True)
+        assert "ENDS SOON" in scene.run("status", "--own").stdout
+        _, metrics = scene.ask("metrics")
+        assert "own_credential_expiry_timestamp_seconds" in str(metrics)
+    assert scene.log.read_text().count("own-login.ends") == 1
+    code, found = scene.ask("check", "--probe")
+    rows = {row["name"]: row for row in found["checks"]}
+    assert code == 1
+    assert not rows["login bao"]["ok"]
+    assert rows["entries bao"]["ok"]
+
+
+@pytest.mark.parametrize("end", ["sigterm", "reload"])
+def test_its_token_is_dead_afterwards(server: openbao.Server, tmp_path: Path, end: str) -> None:
+    """At SIGTERM, and when a reload drops the connection, no token of the daemon's is left."""
+    scene = Scene(server, tmp_path, rotate={"every": "1d", "grace": "1h"})
+    scene.start()
+    try:
+        scene.wait_first()
+        scene.wait_for(lambda: scene.own() != {})
+        assert scene.tokens() >= 1
+        if end == "reload":
+            scene.content["connections"] = {"files": {"type": "file", "root": str(tmp_path / "a")}}
+            scene.content["agents"]["agent-0"]["destinations"][0]["to"] = "files"
+            scene.write()
+            assert scene.ask("reload")[0] == 0
+            scene.wait_for(lambda: scene.tokens() == 0)
+    finally:
+        assert scene.stop() == 0
+    assert scene.tokens() == 0
+
+
+def test_a_token_of_others_is_left_alone(server: openbao.Server, tmp_path: Path) -> None:
+    """One that somebody gave us is not ours to revoke, and its end is said."""
+    scene = Scene(server, tmp_path)
+    made = scene.root(
+        "POST",
+        "auth/token/create",
+        {"ttl": "48h", "renewable": False, "policies": [scene.role.name]},
+    )["auth"]
+    path = tmp_path / "login" / "token"
+    path.touch(mode=0o600)
+    path.write_text(made["client_token"])
+    scene.content["connections"]["bao"]["auth"] = {"method": "token", "token_file": str(path)}
+    scene.write()
+    with scene:
+        scene.wait_first()
+        scene.wait_for(lambda: scene.own().get("ends_soon") is True)
+    found = scene.root("POST", "auth/token/lookup-accessor", {"accessor": made["accessor"]})
+    assert found["data"]["ttl"] > 0
+
+
+def _twins(content: dict[str, Any]) -> None:
+    content["connections"]["twin"] = {**copy.deepcopy(content["connections"]["bao"]), "prefix": "t"}
+
+
+def _read_only(content: dict[str, Any]) -> None:
+    content["connections"]["bao"]["auth"]["secret_id_file"] = "/run/credentials/k.service/secret-id"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [(_twins, "both would replace"), (_read_only, "LoadCredential=")]
+)
+def test_files_that_cannot_be_ours_are_refused(
+    server: openbao.Server, tmp_path: Path, change: Callable[[Any], None], said: str
+) -> None:
+    """Before anything runs: one owner for each file, and none that others put there anew."""
+    scene = Scene(server, tmp_path, rotate={"every": "1d", "grace": "1h"})
+    change(scene.content)
+    scene.write()
+    done = scene.run("check")
+    assert done.returncode != 0
+    assert said in done.stdout + done.stderr
+
+
+def test_changed_files_are_read_anew(server: openbao.Server, tmp_path: Path) -> None:
+    """A person's new secret id is used at the next login, without a reload."""
+    with Scene(server, tmp_path, every="2s", grace="6s", consumer_cache="2s") as scene:
+        scene.wait_first()
+        (old,) = scene.role.accessors()
+        scene.role.put_new()
+        path = f"auth/approle/role/{scene.role.name}/secret-id-accessor/destroy"
+        scene.root("POST", path, {"secret_id_accessor": old})
+        for accessor in scene.root("LIST", "auth/token/accessors")["data"]["keys"]:
+            found = scene.root("POST", "auth/token/lookup-accessor", {"accessor": accessor})
+            if (found["data"].get("meta") or {}).get("role_name") == scene.role.name:
+                scene.root("POST", "auth/token/revoke-accessor", {"accessor": accessor})
+        before, until = scene.read("agent-0")["version"], time.monotonic() + 30
+        while scene.read("agent-0")["version"] == before:
+            assert time.monotonic() < until
+            time.sleep(0.1)
