@@ -77,6 +77,7 @@ class _Run:
     own: Own
     seen: OwnRun = field(default_factory=OwnRun)
     conflicts: int = 0
+    barred_by: tuple[OwnAction, DestinationError] | None = None
 
     def __post_init__(self) -> None:
         self.seen = OwnRun(holding=self.world.held.version_id)
@@ -85,7 +86,7 @@ class _Run:
         while not self.world.stopping():
             action = life.decide(self.own, self.seen, self.world.plan, self._now())
             if action.step is OwnStep.REST:
-                return self._rested(action)
+                return self._failed(*self.barred_by) if self.barred_by else self._rested(action)
             try:
                 _PERFORM[action.step](self, action)
             except Conflict:
@@ -94,7 +95,10 @@ class _Run:
                 if self.conflicts > CONFLICTS_PER_RUN:
                     return self._failed(action, Conflict("the file changes too fast"))
             except DestinationError as error:
-                return self._failed(action, error)
+                if action.step is not OwnStep.DESTROY:
+                    return self._failed(action, error)
+                self.barred_by = action, error
+                self.seen = replace(self.seen, barred=True)
         return self._now()
 
     # --- the steps --------------------------------------------------------------------------

@@ -294,6 +294,32 @@ def test_a_folder_that_cannot_be_written_costs_nothing(bench: Bench) -> None:
     assert len(bench.role.accessors()) == 1
 
 
+def test_what_cannot_be_destroyed_keeps_no_new_one_back(bench: Bench) -> None:
+    """Where the right to destroy is missing it rotates on, and says so until that is mended."""
+    authority: Any = bench.destination.own_authority
+    destroy = authority.destroy
+
+    def refused(_accessor: str) -> None:
+        raise Denied("no right to destroy")
+
+    authority.destroy = refused
+    texts = {bench.role.text()}
+    for _ in range(3):
+        bench.clock.advance(7 * DAY)
+        bench.go()
+        texts.add(bench.role.text())
+    assert len(texts) == 4
+    problem = bench.known().problem
+    assert problem is not None
+    assert "no right to destroy" in problem.detail
+
+    authority.destroy = destroy
+    bench.clock.advance(DAY)
+    bench.go()
+    assert bench.known().problem is None
+    assert len(bench.role.accessors()) == 1
+
+
 def test_a_dead_secret_id_is_not_replaced_by_us(bench: Bench) -> None:
     """Whoever destroys it wants us out: our token that still lives makes no new one."""
     (accessor,) = bench.role.accessors()

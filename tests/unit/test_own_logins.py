@@ -44,6 +44,7 @@ PENDING = version("new", S.PENDING)
 GONE = version("gone", S.PREVIOUS, deadline=START)
 LEFT = version("left", S.PREVIOUS, deadline=START + DAY)
 MADE = version("made", S.SURPLUS)
+THREE = [version(f"made {n}", S.SURPLUS) for n in range(3)]
 ASKED = OwnVersion(id="asked", state=S.MINTING, at=START)
 
 DECISIONS: list[tuple[Own, OwnRun, OwnStep, str]] = [
@@ -55,7 +56,9 @@ DECISIONS: list[tuple[Own, OwnRun, OwnStep, str]] = [
     (own(OLD, ASKED), OwnRun(shown="old"), OwnStep.SEARCH, ""),
     (own(OLD, ASKED), OwnRun(shown="old", searched=True), OwnStep.MINT, ""),
     (own(OLD, MADE), OwnRun(shown="old"), OwnStep.DESTROY, "made"),
-    (own(OLD, GONE), OwnRun(shown="old"), OwnStep.MINT, ""),
+    (own(OLD, GONE), OwnRun(shown="old"), OwnStep.DESTROY, "gone"),
+    (own(OLD, GONE, MADE), OwnRun(shown="old", barred=True), OwnStep.MINT, ""),
+    (own(OLD, *THREE), OwnRun(shown="old", barred=True), OwnStep.REST, ""),
     (own(OLD, PENDING), OwnRun(shown="old"), OwnStep.DISCARD, "new"),
     (own(OLD, PENDING), OwnRun(shown="old", holding="new"), OwnStep.PROVE, "new"),
     (own(OLD, PENDING), OwnRun(shown="old", holding="new", proven="new"), OwnStep.PUBLISH, "new"),

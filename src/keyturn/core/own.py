@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 
+SURPLUS_LIMIT = 3  # made, of no use, and not destroyed: no more of them then
 RENEW_AT = 2 / 3  # of what the authority lets one live
 _FIRST_PAUSE, _LONGEST_PAUSE = timedelta(seconds=5), timedelta(minutes=15)
 
@@ -99,6 +100,7 @@ class OwnRun:
     holding: str | None = None  # id of the version whose plaintext is in memory
     proven: str | None = None
     searched: bool = False
+    barred: bool = False  # nothing could be destroyed: that must not keep a new one from being made
 
 
 class OwnStep(StrEnum):
@@ -126,7 +128,7 @@ class OwnAction:
 
 
 def decide(own: Own, run: OwnRun, plan: OwnPlan, now: datetime) -> OwnAction:
-    """Say what comes next. Total; a new one goes before the end of old ones."""
+    """Say what comes next. Total; what is over goes first, or each crash would leave one more."""
     if run.shown is None:
         return OwnAction(step=OwnStep.LOOK)
     shown = own.by_accessor(run.shown)
@@ -136,15 +138,20 @@ def decide(own: Own, run: OwnRun, plan: OwnPlan, now: datetime) -> OwnAction:
         return OwnAction(step=OwnStep.SEARCH)
     for one in own.only(OwnState.PENDING):
         return OwnAction(step=_of_pending(one, run), version_id=one.id)
-    for one in own.only(OwnState.SURPLUS):  # before another one is made: there is never a second
-        return OwnAction(step=OwnStep.DESTROY, version_id=one.id)
-    due = due_at(own, plan)
-    if due is not None and due <= now:
+    over = list(_over(own, now))
+    if over and not run.barred:
+        return OwnAction(step=OwnStep.DESTROY, version_id=over[0].id)
+    due, surplus = due_at(own, plan), sum(1 for _ in own.only(OwnState.SURPLUS))
+    if due is not None and due <= now and surplus < SURPLUS_LIMIT:
         return OwnAction(step=OwnStep.MINT)
+    return OwnAction(step=OwnStep.REST, until=_next_look(own, plan, due))
+
+
+def _over(own: Own, now: datetime) -> Iterator[OwnVersion]:
+    yield from own.only(OwnState.SURPLUS)
     for one in own.only(OwnState.PREVIOUS):
         if one.deadline is not None and one.deadline <= now:
-            return OwnAction(step=OwnStep.DESTROY, version_id=one.id)
-    return OwnAction(step=OwnStep.REST, until=_next_look(own, plan, due))
+            yield one
 
 
 def _of_pending(one: OwnVersion, run: OwnRun) -> OwnStep:

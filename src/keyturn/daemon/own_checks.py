@@ -55,6 +55,8 @@ def looked_at(destination: DestinationBase) -> str:
     login = destination.own_login()
     if login is None:
         return ""
+    if destination.own_authority is not None:
+        destination.own_authority.find(())  # what a rotation asks first
     if login.ends_at is None:
         return f"{login.method}: {login.note}"
     words = f"{login.method}: ends at {login.ends_at.isoformat(timespec='seconds')}"
