@@ -19,12 +19,12 @@ from keyturn.cli.client import AdminClient
 from keyturn.core.model import Target
 from keyturn.testing import openbao
 from support.own_logins import Role
-from support.running import Keyturn, file_at
+from support.running import Keyturn
 from support.vault import new_prefix, root_of
 from support.workloads import Workload
 
 SEED = int(os.environ.get("KEYTURN_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 30)
-AGENTS = 4
+AGENTS = 3
 RETRY = {"first": "100ms", "max": "1s", "settle_after": "4s"}
 QUICK = {"every": "2s", "grace": "1s"}
 
@@ -124,7 +124,7 @@ class Scene(Keyturn):
 
 @pytest.mark.parametrize(
     ("kills", "rotations"),
-    [(3, 3), pytest.param(40, 20, marks=[pytest.mark.full, pytest.mark.timeout(1800)])],
+    [(2, 2), pytest.param(40, 20, marks=[pytest.mark.full, pytest.mark.timeout(1800)])],
     ids=["few", "many"],
 )
 def test_killed_at_effects_it_can_always_log_in(
@@ -156,10 +156,9 @@ def test_killed_at_effects_it_can_always_log_in(
         scene.wait_for(lambda: rotated(scene) >= wanted, seconds=120)
         done = rotated(scene)
         scene.change(rotate={"every": "1h", "grace": "1s"})
-        assert scene.ask("reload")[0] == 0
-        scene.wait_for(lambda: len(scene.role.accessors()) == 1, seconds=30)
+        scene.call("reload")
+        scene.wait_for(lambda: quiet(scene), seconds=30)
         assert scene.role.logs_in()
-        row = scene.own()
     for one in agents:
         one.end()
     for one in agents:
@@ -171,10 +170,16 @@ def test_killed_at_effects_it_can_always_log_in(
         f"\nseed {SEED}: {kills} kills, {done} rotations of the secret id, at most {most}"
         f" of them at once; agents: {versions} versions, {dict(totals)}"
     )
-    assert row["error"] is None
     assert totals["refused"] == 0
     assert totals["accepted"] > 100
     assert versions > AGENTS
+
+
+def quiet(scene: Scene) -> bool:
+    """Tell whether one secret id is left, at the server as in the journal, and nothing is wrong."""
+    row = scene.own()
+    states = [one["state"] for one in row.get("versions", ()) if one["state"] != "minting"]
+    return states == ["current"] and not row["error"] and len(scene.role.accessors()) == 1
 
 
 def rotated(scene: Scene) -> int:
@@ -184,7 +189,7 @@ def rotated(scene: Scene) -> int:
 
 
 def test_what_one_sees_of_it(server: openbao.Server, tmp_path: Path) -> None:
-    """Status and log say when it is replaced and what failed; dropped by a reload it logs out."""
+    """Status and log say when it is replaced and what failed; a reload that changes it logs out."""
     with Scene(server, tmp_path, rotate={"every": "30d", "grace": "1d"}) as scene:
         scene.wait_first()
         scene.wait_for(lambda: scene.own() != {})
@@ -194,21 +199,16 @@ def test_what_one_sees_of_it(server: openbao.Server, tmp_path: Path) -> None:
         assert row["note"] == "it does not end"
         assert row["next_rotation_at"] is not None
         assert [one["state"] for one in row["versions"]] == ["current"]
-        assert "does not end" in scene.run("status", "--own").stdout
         assert 'expiry_timestamp_seconds{connection="bao"}' not in scene.call("metrics")["text"]
+        assert scene.tokens() == 1
         (accessor,) = scene.role.accessors()
         path = f"auth/approle/role/{scene.role.name}/secret-id-accessor/destroy"
         scene.root("POST", path, {"secret_id_accessor": accessor})
         scene.change(rotate={"every": "1s", "grace": "1s"})
-        assert scene.ask("reload")[0] == 0
+        scene.call("reload")
         scene.wait_for(lambda: (scene.own().get("error") or {}).get("code") == "denied")
         assert scene.own()["ends_soon"] is False
-        assert scene.tokens() >= 1
-        scene.content["connections"] = {"files": file_at(tmp_path / "agents")}
-        scene.content["agents"]["agent-0"]["destinations"][0]["to"] = "files"
-        scene.write()
-        assert scene.ask("reload")[0] == 0
-        scene.wait_for(lambda: scene.tokens() == 0)
+        assert scene.tokens() == 0  # that of the connection as it was before
     said = scene.log.read_text()
     assert "own-login.failing" in said
     # With the daemon down the store says what it knows.
@@ -225,7 +225,6 @@ def test_an_end_within_the_week_is_said(server: openbao.Server, tmp_path: Path) 
     with scene:
         scene.wait_first()
         scene.wait_for(lambda: scene.own().get("ends_soon") is True)
-        assert "ENDS SOON" in scene.run("status", "--own").stdout
         line = 'keyturn_own_credential_expiry_timestamp_seconds{connection="bao"}'
         assert line in scene.call("metrics")["text"]
         assert scene.tokens() >= 1

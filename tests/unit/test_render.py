@@ -269,3 +269,35 @@ def test_a_try_whose_time_has_come_is_made_now() -> None:
     assert "trying now, publish" in text
     assert "next try" not in text
     assert "trying now" in render.status([STATUS | {"rotation": waits}], NOW)
+
+
+OWN: list[dict[str, Any]] = [
+    {
+        "connection": "bao",
+        "method": "approle",
+        "expires_at": "2026-03-04T12:00:00+00:00",
+        "note": "",
+        "ends_soon": True,
+        "last_rotation_at": "2026-02-01T12:00:00+00:00",
+        "next_rotation_at": "2026-02-08T12:00:00+00:00",
+        "versions": [{"state": "previous"}, {"state": "current"}],
+        "error": {
+            "code": "denied",
+            "detail": "mint: bao: the login lacks update on auth/approle/role/k/secret-id",
+            "next_try_at": "2026-03-01T12:05:00+00:00",
+        },
+    },
+    {"connection": "aws", "method": "keys", "note": "access keys do not end"},
+]
+
+
+def test_own_logins_say_until_when_and_what_keeps_them() -> None:
+    """One line for each connection, and below it why one is not replaced."""
+    text = render.own_logins(OWN, NOW)
+    assert "ENDS SOON" in text
+    assert "(in 3d)" in text
+    assert "previous, current" in text
+    assert "lacks update on auth/approle/role/k/secret-id" in text
+    assert "next try in 5m" in text
+    assert "access keys do not end" in text
+    assert "no connection logs in" in render.own_logins([], NOW)
