@@ -134,7 +134,6 @@ def test_killed_at_effects_it_can_always_log_in(
     scene = Scene(
         server, tmp_path, agents=AGENTS, rotate=QUICK, every="3s", grace="6s", jitter="30%"
     )
-    draw = random.Random(SEED)
     with scene:
         scene.wait_first()
     verifier = scene.verifier()
@@ -144,7 +143,28 @@ def test_killed_at_effects_it_can_always_log_in(
     ]
     for one in agents:
         one.start()
-    most = 1
+    try:
+        done, most = kill_and_rotate(scene, kills, rotations)
+    finally:
+        for one in agents:
+            one.end()
+        for one in agents:
+            one.join(10)
+        verifier.close()
+    totals: Counter[str] = sum((one.counts for one in agents), Counter())
+    versions = sum(len(set(one.versions)) for one in agents)
+    print(
+        f"\nseed {SEED}: {kills} kills, {done} rotations of the secret id, at most {most}"
+        f" of them at once; agents: {versions} versions, {dict(totals)}"
+    )
+    assert totals["refused"] == 0
+    assert totals["accepted"] > 100
+    assert versions > AGENTS
+
+
+def kill_and_rotate(scene: Scene, kills: int, rotations: int) -> tuple[int, int]:
+    """Return how many rotations there were, and the most secret ids that a kill left."""
+    draw, most = random.Random(SEED), 1
     for _ in range(kills):
         scene.killed(draw.randrange(1, 14))
         assert scene.role.logs_in()
@@ -159,20 +179,7 @@ def test_killed_at_effects_it_can_always_log_in(
         scene.call("reload")
         scene.wait_for(lambda: quiet(scene), seconds=30)
         assert scene.role.logs_in()
-    for one in agents:
-        one.end()
-    for one in agents:
-        one.join(10)
-    totals: Counter[str] = sum((one.counts for one in agents), Counter())
-    versions = sum(len(set(one.versions)) for one in agents)
-    verifier.close()
-    print(
-        f"\nseed {SEED}: {kills} kills, {done} rotations of the secret id, at most {most}"
-        f" of them at once; agents: {versions} versions, {dict(totals)}"
-    )
-    assert totals["refused"] == 0
-    assert totals["accepted"] > 100
-    assert versions > AGENTS
+    return done, most
 
 
 def quiet(scene: Scene) -> bool:
