@@ -370,7 +370,7 @@ def test_a_role_is_all_that_is_needed() -> None:
         {"method": "kubernetes", "role": "k", "token_file": "relative"},
         {"method": "kubernetes", "role": "k", "mount": "../sys"},
         {"method": "kubernetes", "role": "k", "mount": "a%2fb"},
-        {"method": "approle", "role_id": "x", "secret_id_file": "/x", "role": "k"},
+        {"method": "approle", "role_id": "x", "secret_id_file": "/x", "role": "k/../x"},
         {"method": "token", "token_file": "/x", "mount": "kubernetes"},
     ],
 )

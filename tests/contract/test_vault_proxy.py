@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -17,6 +16,7 @@ from keyturn.errors import DestinationUnavailable, KeyturnError, Rejected, Throt
 from keyturn.testing.contract import PLACE, new_entry
 from keyturn.testing.production import Production, production
 from keyturn.testing.wire import Answer, Call, Forward, HangUp, straight
+from support.faults import late, reset_after, short
 from support.recording_proxy import Proxy, StandbyBehind, recording_proxy
 from support.vault import approle, connect, new_prefix, printed_policy
 
@@ -271,22 +271,6 @@ def at_write(scene: Scene, fault: Callable[[Call, Forward], Answer]) -> Callable
     return rule
 
 
-def _lost(call: Call, forward: Forward) -> Answer:
-    forward(call)
-    raise HangUp
-
-
-def _late(call: Call, forward: Forward) -> Answer:
-    answer = forward(call)
-    time.sleep(1.5)
-    return answer
-
-
-def _short(call: Call, forward: Forward) -> Answer:
-    answer = forward(call)
-    return replace(answer, body=answer.body[:20], missing=len(answer.body) - 20)
-
-
 def _garbled(call: Call, forward: Forward) -> Answer:
     return replace(forward(call), body=b"<html>gateway</html>")
 
@@ -296,7 +280,7 @@ def _gone(call: Call, forward: Forward) -> Answer:
     return Answer(status=502, body=b"<html>bad gateway</html>")
 
 
-@pytest.mark.parametrize("fault", [_lost, _late, _short, _garbled, _gone])
+@pytest.mark.parametrize("fault", [reset_after, late, short, _garbled, _gone])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_write_whose_answer_is_lost_is_found_once(
     scene: Scene, fault: Callable[..., Answer], first: bool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from keyturn.testing.wire import Answer, Call, Forward, HangUp
 
@@ -25,6 +26,19 @@ def stall(call: Call, forward: Forward) -> Answer:
     """Answer after the deadline of the call."""
     time.sleep(1.2)
     return forward(call)
+
+
+def late(call: Call, forward: Forward) -> Answer:
+    """Do it, and say so when nobody waits any more."""
+    answer = forward(call)
+    time.sleep(1.5)
+    return answer
+
+
+def short(call: Call, forward: Forward) -> Answer:
+    """Do it, and promise more bytes than are sent."""
+    answer = forward(call)
+    return replace(answer, body=answer.body[:20], missing=len(answer.body) - 20)
 
 
 def far_too_much(call: Call, forward: Forward) -> Answer:

@@ -129,7 +129,7 @@ def test_a_revoke_lets_broken_off_runs_go_on(watching: Watching) -> None:
 def test_what_is_no_connection_any_more_is_no_alert(watching: Watching) -> None:
     """A connection that a reload drops takes its samples along; nothing says for ever that it is down."""
     parts = cast("Any", watching)._parts
-    parts.destinations = {"old": SimpleNamespace(login_ends_in=timedelta(hours=1))}
+    parts.destinations = {"old": SimpleNamespace()}
     watching.step(
         step="observe",
         case=case(),
@@ -138,12 +138,13 @@ def test_what_is_no_connection_any_more_is_no_alert(watching: Watching) -> None:
         code="destination-unavailable",
         detail="",
     )
-    watching._read_logins()
+    watching.metrics.own_credential_expiry.labels("old").set(1)
+    watching._forget_dropped()
     assert counted(watching, "destination_up", destination="old") == 0
     assert counted(watching, "own_credential_expiry_timestamp_seconds", connection="old")
 
-    parts.destinations = {"new": SimpleNamespace(login_ends_in=None)}
-    watching._read_logins()
+    parts.destinations = {"new": SimpleNamespace()}
+    watching._forget_dropped()
 
     assert counted(watching, "destination_up", destination="old") is None
     assert counted(watching, "own_credential_expiry_timestamp_seconds", connection="old") is None

@@ -6,12 +6,12 @@ API references of Secrets Manager, STS and KMS.
 
 from __future__ import annotations
 
-import ssl
-from datetime import timedelta
 from typing import Any
 
 import botocore.exceptions as vendor
 
+from keyturn.destinations.base import pause
+from keyturn.destinations.network import trouble
 from keyturn.errors import (
     Conflict,
     Denied,
@@ -22,7 +22,6 @@ from keyturn.errors import (
     Throttled,
 )
 
-LONGEST_RETRY_AFTER = 300
 # Credentials that were good once: others may be had.
 WORN_OUT = frozenset(
     {"ExpiredToken", "ExpiredTokenException", "UnrecognizedClientException",
@@ -73,7 +72,9 @@ def _refusal(
     status = int(meta.get("HTTPStatusCode") or 0)
     if code in THROTTLED or status == 429:
         headers = meta.get("HTTPHeaders") or {}
-        return Throttled(f"{name}: {operation} is throttled", retry_after=_pause(headers))
+        return Throttled(
+            f"{name}: {operation} is throttled", retry_after=pause(headers.get("retry-after"))
+        )
     if status >= 500:
         return DestinationUnavailable(f"{name}: {operation} failed ({status})", sent=write)
     if 300 <= status < 400:
@@ -124,35 +125,14 @@ def _named(
 
 
 def _broken(error: Exception, *, name: str, write: bool) -> DestinationError:
-    if isinstance(error, vendor.SSLError):
-        # Only a certificate that did not hold is sure to be met before anything was sent.
-        early = any(isinstance(one, ssl.SSLCertVerificationError) for one in _chain(error))
-        return DestinationUnavailable(
-            f"{name}: TLS failed",
-            hint="check ca_file and the server's certificate",
-            sent=write and not early,
-        )
+    found = trouble(error)
+    if found is not None:
+        sent = write and found.sent
+        return DestinationUnavailable(f"{name}: {found.what}", hint=found.hint, sent=sent)
     if isinstance(error, vendor.EndpointConnectionError | vendor.ConnectTimeoutError):
         return DestinationUnavailable(f"{name}: cannot be reached", sent=False)
     # Cut connections, late and senseless answers: perhaps it landed.
     return DestinationUnavailable(f"{name}: {type(error).__name__}", sent=write)
-
-
-def _chain(error: Any) -> list[Any]:
-    """Return an error and those that it was made from, as the libraries hand them on."""
-    found, more = [error], [error]
-    while more:
-        one = more.pop()
-        inner = [getattr(one, "reason", None), getattr(one, "__cause__", None)]
-        inner += [
-            getattr(one, "__context__", None),
-            (getattr(one, "kwargs", None) or {}).get("error"),
-        ]
-        inner += list(getattr(one, "args", ()))
-        fresh = [i for i in inner if isinstance(i, BaseException) and i not in found]
-        found += fresh
-        more += fresh
-    return found
 
 
 def _action_of(error: vendor.ClientError, operation: str) -> str:
@@ -177,10 +157,3 @@ def _part(error: BaseException, name: str) -> dict[str, Any]:
     response = getattr(error, "response", None)
     found = response.get(name) if isinstance(response, dict) else None
     return found if isinstance(found, dict) else {}
-
-
-def _pause(headers: Any) -> timedelta:
-    """Read a Retry-After of seconds, bounded: a server must not park us."""
-    said = headers.get("retry-after") if isinstance(headers, dict) else None
-    seconds = int(said) if isinstance(said, str) and said.isdecimal() else 1
-    return timedelta(seconds=min(max(seconds, 1), LONGEST_RETRY_AFTER))

@@ -25,10 +25,14 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from keyturn import ambient
-from keyturn.credential_file import CREDENTIAL_FORM, credential_path, read_credential
+from keyturn.credential_file import read_credential
 from keyturn.destinations.aws_door import ANSWER_LIMIT, Keys
 from keyturn.destinations.aws_errors import understand
-from keyturn.destinations.base import Form
+from keyturn.destinations.base import (
+    CredentialFile,
+    Form,
+    is_safe_address,
+)
 from keyturn.errors import ConfigError, Denied, DestinationUnavailable, KeyturnError
 
 RENEW_AT = 2 / 3  # of what is left of their life
@@ -52,13 +56,7 @@ def _agent(value: object) -> object:
 
 def is_agent_address(address: str) -> bool:
     """Whether an address may be asked for a container's role: https, or an agent's own over http."""
-    parts = urlsplit(address)
-    plain = not (parts.fragment or "@" in parts.netloc)
-    safe = parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in _PLAIN_HOSTS)
-    return plain and safe and bool(parts.hostname)
-
-
-CredentialFile = Annotated[Path | None, BeforeValidator(credential_path), Form(CREDENTIAL_FORM)]
+    return is_safe_address(address, plain_hosts=_PLAIN_HOSTS, bare=False)
 
 
 class AuthOptions(BaseModel):

@@ -16,11 +16,17 @@ from keyturn.core.duration import FORM
 from keyturn.core.model import Target
 from keyturn.destinations.aws_errors import ACTIONS
 from keyturn.destinations.aws_login import AuthOptions
-from keyturn.destinations.base import ConnectionOptions, Form, duration, rate
+from keyturn.destinations.base import (
+    ConnectionOptions,
+    Form,
+    checked_tags,
+    duration,
+    is_safe_address,
+    rate,
+)
 
 DAY = timedelta(hours=24)
 _OF_AWS = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws", ".on.aws")
-_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _REGION = re.compile(r"[a-z]{2,4}(-[a-z]+)+-[0-9]{1,2}", re.ASCII)
 _ROLE = re.compile(r"arn:(aws[a-z-]*):iam::([0-9]{12}):role/[\w+=,.@/-]{1,512}", re.ASCII)
 _TAG = re.compile(r"[\w .:/=+@-]{1,128}")
@@ -41,13 +47,9 @@ def _role(value: object) -> object:
 
 
 def _endpoint(value: object) -> object:
-    parts = urlsplit(value) if isinstance(value, str) else None
-    if parts is None or parts.path.strip("/") or parts.query or parts.fragment:
+    if not isinstance(value, str) or not is_safe_address(value):
         raise ValueError
-    safe = parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in _LOOPBACK)
-    if not safe or not parts.hostname or "@" in parts.netloc:
-        raise ValueError
-    return str(value).rstrip("/")
+    return value.rstrip("/")
 
 
 def _ca_file(value: object) -> object:
@@ -57,13 +59,11 @@ def _ca_file(value: object) -> object:
 
 
 def _tags(value: object) -> object:
-    if not isinstance(value, dict) or len(value) > 40:
-        raise ValueError
-    for key, text in value.items():
-        good = isinstance(key, str) and _TAG.fullmatch(key) and isinstance(text, str)
-        if not good or len(text) > 256 or key.lower().startswith(("aws:", "keyturn-")):
-            raise ValueError
-    return value
+    return checked_tags(value, most=40, name_is_good=_is_tag)
+
+
+def _is_tag(name: str) -> bool:
+    return _TAG.fullmatch(name) is not None and not name.lower().startswith("aws:")
 
 
 Endpoint = Annotated[

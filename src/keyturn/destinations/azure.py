@@ -35,7 +35,14 @@ from keyturn.destinations.azure_calls import (
     Deleted,
 )
 from keyturn.destinations.azure_login import PUBLIC_CLOUD, AuthOptions, Login, https_origin
-from keyturn.destinations.base import ConnectionOptions, DestinationBase, Form, duration, rate
+from keyturn.destinations.base import (
+    ConnectionOptions,
+    DestinationBase,
+    Form,
+    checked_tags,
+    duration,
+    rate,
+)
 from keyturn.destinations.entry import merged, observed, parsed, refuse_foreign, without_ours
 from keyturn.errors import (
     ConfigError,
@@ -55,18 +62,11 @@ STALE_PAUSE = 0.05
 STALE_LIMIT = 60.0  # seconds after which an older answer is believed: somebody put a backup back
 RECOVERY_PAUSE = 0.5
 PROBED = "keyturn-probe"
-_FORBIDDEN_TAG = re.compile(r"keyturn-", re.IGNORECASE)
 _ACTIONS = (READ, LIST, WRITE, UPDATE, RECOVER)
 
 
 def _tags(value: object) -> object:
-    if not isinstance(value, dict) or len(value) > MOST_TAGS:
-        raise ValueError
-    for name, text in value.items():
-        good = isinstance(name, str) and isinstance(text, str) and 0 < len(name) <= 256
-        if not good or len(text) > 256 or _FORBIDDEN_TAG.match(name):
-            raise ValueError
-    return value
+    return checked_tags(value, most=MOST_TAGS, name_is_good=lambda name: 0 < len(name) <= 256)
 
 
 class AzureOptions(ConnectionOptions):

@@ -31,10 +31,10 @@ from keyturn.destinations.azure_login import (
     Session,
     foreign,
     parsed,
-    pause,
     transport,
     unreachable,
 )
+from keyturn.destinations.base import pause
 from keyturn.errors import (
     Conflict,
     Denied,

@@ -12,7 +12,6 @@ import contextlib
 import io
 import json
 import logging
-import ssl
 import threading
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -31,11 +30,15 @@ from azure.identity import (
     WorkloadIdentityCredential,
 )
 from cryptography import x509
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from keyturn.credential_file import CREDENTIAL_FORM, credential_path, read_credential
-from keyturn.destinations.base import Form
-from keyturn.destinations.network import BoundedAdapter
+from keyturn.credential_file import read_credential
+from keyturn.destinations.base import (
+    CredentialFile,
+    Form,
+    pause,
+)
+from keyturn.destinations.network import BoundedAdapter, trouble
 from keyturn.errors import (
     ConfigError,
     Denied,
@@ -50,7 +53,6 @@ from keyturn.errors import (
 logging.getLogger("azure.identity").setLevel(logging.CRITICAL)
 
 ANSWER_LIMIT = 1024 * 1024
-LONGEST_RETRY_AFTER = 300
 PUBLIC_CLOUD = "https://login.microsoftonline.com"
 IMDS = "http://169.254.169.254"  # link-local: it never leaves the machine
 # The retry policies of azure-core and of azure-identity; ours is the saga.
@@ -74,12 +76,6 @@ _CODES = {
     700024: "the assertion is outside of its time: check the clock",
 }
 
-_UNSENT = (
-    urllib3.exceptions.NewConnectionError,
-    urllib3.exceptions.ConnectTimeoutError,
-    urllib3.exceptions.NameResolutionError,
-)
-
 Credential = (
     ManagedIdentityCredential
     | WorkloadIdentityCredential
@@ -98,9 +94,6 @@ def https_origin(value: object) -> str:
         raise ValueError
     port = "" if parts.port in (None, 443) else f":{parts.port}"
     return f"https://{parts.hostname}{port}"
-
-
-CredentialFile = Annotated[Path | None, BeforeValidator(credential_path), Form(CREDENTIAL_FORM)]
 
 
 class AuthOptions(BaseModel):
@@ -417,32 +410,12 @@ def foreign(name: str) -> Denied:
 
 
 def unreachable(what: str, error: Exception, *, harmless: bool = False) -> DestinationUnavailable:
-    """Name a failure below HTTP. Where no connection was made nothing was sent; `harmless`: a read."""
-    chain = _chain(error)
-    if any(isinstance(one, ssl.SSLCertVerificationError) for one in chain):
-        hint = "check ca_file and the server's certificate"
-        return DestinationUnavailable(f"{what}: TLS failed", hint=hint, sent=False)
-    if any(isinstance(one, _UNSENT) for one in chain):
-        return DestinationUnavailable(f"{what} cannot be reached", sent=False)
+    """Name a failure below HTTP, by what the network did. `harmless`: a read."""
+    found = trouble(error)
+    if found is not None:
+        sent = found.sent and not harmless
+        return DestinationUnavailable(f"{what}: {found.what}", hint=found.hint, sent=sent)
     return DestinationUnavailable(f"{what}: {type(error).__name__}", sent=not harmless)
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    """Return an error and what it was made of, as requests, urllib3 and azure-core wrap it."""
-    found: list[BaseException] = []
-    todo: list[Any] = [error]
-    while todo and len(found) < 20:
-        one = todo.pop()
-        if isinstance(one, BaseException) and one not in found:
-            found.append(one)
-            todo += [*one.args, getattr(one, "reason", None), getattr(one, "inner_exception", None)]
-    return found
-
-
-def pause(retry_after: str | None) -> timedelta:
-    """Read a Retry-After of seconds (RFC 9110, 10.2.3), bounded: a server must not park us."""
-    seconds = int(retry_after) if retry_after and retry_after.isdecimal() else 1
-    return timedelta(seconds=min(max(seconds, 1), LONGEST_RETRY_AFTER))
 
 
 def parsed(body: bytes) -> dict[str, Any]:

@@ -12,18 +12,20 @@ import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from queue import Empty, SimpleQueue
 from typing import Annotated, Any, ClassVar, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from keyturn.core.duration import FORM, parse_duration
 from keyturn.core.model import Target, Traits
+from keyturn.credential_file import CREDENTIAL_FORM, credential_path
 from keyturn.errors import (
     ConfigError,
     DestinationError,
@@ -42,6 +44,8 @@ PATH_FORM = "a relative path of segments of A-Z a-z 0-9 . _ - without . and .."
 _SEGMENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", re.ASCII)
 _RATE = re.compile(r"([0-9]{1,5})/s", re.ASCII)
 LONGEST_PAUSE = timedelta(seconds=1)  # that a call waits for the write limit; then it gives way
+LONGEST_RETRY_AFTER = 300
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 _NO_TIME = timedelta(0)
 # What a vendor's library raises to say something is none of these; they are bugs, ours or theirs.
 _BUGS = (TypeError, AttributeError, NameError, AssertionError, LookupError)
@@ -69,6 +73,41 @@ def duration(value: object) -> timedelta:
     if not isinstance(value, str):
         raise ValueError  # noqa: TRY004 - pydantic turns only a ValueError into a problem
     return parse_duration(value)
+
+
+def is_safe_address(
+    address: str, *, plain_hosts: Collection[str] = LOOPBACK, bare: bool = True
+) -> bool:
+    """Whether an address is https, or http at one of `plain_hosts`, without user and fragment.
+
+    `bare`: nothing but scheme, host and port.
+    """
+    parts = urlsplit(address)
+    more = (
+        parts.fragment or "@" in parts.netloc or (bare and (parts.path.strip("/") or parts.query))
+    )
+    safe = parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in plain_hosts)
+    return safe and not more and bool(parts.hostname)
+
+
+CredentialFile = Annotated[Path | None, BeforeValidator(credential_path), Form(CREDENTIAL_FORM)]
+
+
+def checked_tags(value: object, *, most: int, name_is_good: Callable[[str], bool]) -> object:
+    """Read an option that is a mapping of tags, texts of at most 256 characters. Raises ValueError."""
+    if not isinstance(value, dict) or len(value) > most:
+        raise ValueError
+    for name, text in value.items():
+        good = isinstance(name, str) and isinstance(text, str) and len(text) <= 256
+        if not good or name.lower().startswith("keyturn-") or not name_is_good(name):
+            raise ValueError
+    return value
+
+
+def pause(retry_after: object) -> timedelta:
+    """Read a Retry-After of seconds (RFC 9110, 10.2.3), bounded: a server must not park us."""
+    seconds = int(retry_after) if isinstance(retry_after, str) and retry_after.isdecimal() else 1
+    return timedelta(seconds=min(max(seconds, 1), LONGEST_RETRY_AFTER))
 
 
 def _prefix(value: object) -> object:

@@ -23,7 +23,12 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import NameResolutionError, NewConnectionError, ReadTimeoutError
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    NameResolutionError,
+    NewConnectionError,
+    ReadTimeoutError,
+)
 
 from keyturn.bounded import BoundedAnswer
 
@@ -115,7 +120,8 @@ def _connecting(error: BaseException) -> Trouble | None:
         return Trouble("its name is unknown", "check the name, and this host's DNS", sent=False)
     if isinstance(error, ConnectionRefusedError):
         return Trouble("refused", "nothing listens there: is it up, is the port right?", sent=False)
-    if isinstance(error, requests.exceptions.ConnectTimeout):
+    late = isinstance(error, ConnectTimeoutError) and not isinstance(error, NewConnectionError)
+    if late or isinstance(error, requests.exceptions.ConnectTimeout):
         hint = "see whether it is up, and what firewalls lie between"
         return Trouble("no connection in time", hint, sent=False)
     if isinstance(error, OSError) and error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
@@ -142,5 +148,12 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
             return
         one = waiting.pop(0)
         yield one
-        inside = (getattr(one, "reason", None), *one.args, one.__cause__, one.__context__)
+        inside = (
+            getattr(one, "reason", None),  # urllib3
+            getattr(one, "inner_exception", None),  # azure-core
+            (getattr(one, "kwargs", None) or {}).get("error"),  # botocore
+            *one.args,
+            one.__cause__,
+            one.__context__,
+        )
         waiting += [other for other in inside if isinstance(other, BaseException)]

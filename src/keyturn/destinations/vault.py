@@ -24,11 +24,17 @@ from pydantic import BeforeValidator, Field
 
 from keyturn.core.duration import FORM
 from keyturn.core.model import Target, Traits
-from keyturn.destinations.base import ConnectionOptions, DestinationBase, Form, duration
+from keyturn.destinations.base import (
+    ConnectionOptions,
+    DestinationBase,
+    Form,
+    duration,
+    is_safe_address,
+)
 from keyturn.destinations.entry import merged, observed, refuse_foreign, without_ours
 from keyturn.destinations.network import trouble
 from keyturn.destinations.vault_auth import AUTH_FORM, AuthOptions, plain_place
-from keyturn.destinations.vault_login import Login, canonical, is_safe_address
+from keyturn.destinations.vault_login import Login, canonical
 from keyturn.destinations.vault_reads import Reads
 from keyturn.destinations.vault_secret_id import SecretIds, own_login
 from keyturn.destinations.vault_secret_id import rights as own_rights

@@ -16,11 +16,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import hvac.exceptions as vendor
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from keyturn.core.duration import FORM
 from keyturn.credential_file import CREDENTIAL_FORM, credential_path, read_credential
-from keyturn.destinations.base import Form, duration, is_plain
+from keyturn.destinations.base import (
+    ConnectionOptions,
+    CredentialFile,
+    Form,
+    duration,
+    is_plain,
+)
 from keyturn.errors import ConfigError, Denied, DestinationError, DestinationUnavailable
 
 WRAPPED_BY = "secret-id"  # end of the only path that may have made a wrapped secret id
@@ -65,9 +71,7 @@ _BELONGS = {
 class RotateOptions(BaseModel):
     """How the secret id is replaced by Keyturn itself."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, hide_input_in_errors=True, validate_default=False
-    )
+    model_config = ConnectionOptions.model_config
 
     every: Annotated[
         timedelta,
@@ -92,9 +96,7 @@ class RotateOptions(BaseModel):
 class AuthOptions(BaseModel):
     """How to log in. Secrets are only ever named by file."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, hide_input_in_errors=True, validate_default=False
-    )
+    model_config = ConnectionOptions.model_config
 
     method: Annotated[
         Literal["token", "approle", "kubernetes"],

@@ -21,6 +21,7 @@ import hvac.exceptions as vendor
 import requests
 import urllib3
 
+from keyturn.destinations.base import pause
 from keyturn.destinations.network import BoundedAdapter
 from keyturn.destinations.vault_auth import AppRole, AuthOptions, method_of, text_of
 from keyturn.errors import (
@@ -35,17 +36,7 @@ from keyturn.errors import (
 RENEW_AT = 2 / 3  # of the token's life
 TRY_AGAIN = 5.0  # seconds, to replace a token that still lives
 ANSWER_LIMIT = 1024 * 1024
-LONGEST_RETRY_AFTER = 300
 LONGEST_GOODBYE = 2.0  # seconds that a reload or SIGTERM waits for a token's revocation
-_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
-
-
-def is_safe_address(address: str) -> bool:
-    """Whether an address is https, or http on this host; nothing but scheme, host and port."""
-    parts = urlsplit(address)
-    plain = not (parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc)
-    safe = parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in _LOOPBACK)
-    return plain and safe and bool(parts.hostname)
 
 
 def canonical(address: str) -> str:
@@ -373,7 +364,7 @@ def _judged(status: int, body: bytes, retry_after: str | None) -> Any:
             hint="set the connection's address to the node or load balancer that answers itself",
         )
     if status == 429:
-        raise Throttled("the server asks us to slow down", retry_after=_pause(retry_after))
+        raise Throttled("the server asks us to slow down", retry_after=pause(retry_after))
     try:
         found = json.loads(body) if body else {}
     except ValueError:
@@ -386,9 +377,3 @@ def _judged(status: int, body: bytes, retry_after: str | None) -> Any:
     raise vendor.VaultError.from_status(
         status, "refused", errors=errors or [], method="", url="", text="", json=found
     )
-
-
-def _pause(retry_after: str | None) -> timedelta:
-    """Read a Retry-After of seconds (RFC 9110, 10.2.3), bounded: a server must not park us."""
-    seconds = int(retry_after) if retry_after and retry_after.isdecimal() else 1
-    return timedelta(seconds=min(max(seconds, 1), LONGEST_RETRY_AFTER))
