@@ -191,11 +191,14 @@ class Authority(Protocol):
 # --- the daemon's own logins ---------------------------------------------------------------
 
 
+NOT_KNOWN = "not known: "
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnLogin:
     """How a connection logs in, and when that ends unless a person does something.
 
-    `note` says why there is no end, or why it is not known. What renews itself has none.
+    `note` says why there is no end, or begins with NOT_KNOWN. What renews itself has none.
     """
 
     method: str

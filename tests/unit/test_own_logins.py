@@ -110,7 +110,7 @@ class Scene:
         self.login: OwnLogin | None = None
         options = SimpleNamespace(auth=SimpleNamespace(rotate=None))
         self.destination: Any = SimpleNamespace(
-            own_login=self._login, own_authority=None, options=options
+            own_login=self._login, own_authority=None, login_ends_in=None, options=options
         )
         store = SimpleNamespace(now=self.clock.now)
         parts = SimpleNamespace(

@@ -23,7 +23,7 @@ from keyturn.daemon.metrics import Metrics
 from keyturn.destinations.base import DestinationBase
 from keyturn.errors import DestinationError, StoreUnavailable
 from keyturn.own import Held, OwnWorld, run
-from keyturn.ports import OwnLogin
+from keyturn.ports import NOT_KNOWN, OwnLogin
 from keyturn.wiring import Parts
 
 LOOK_EVERY = timedelta(hours=1)
@@ -77,10 +77,15 @@ class OwnLogins:
         """Say of every connection how it logs in, until when, and what is next."""
         now = self._parts.store_clock.now()
         return [
-            _row(name, self._kind(name), one.login, one.known, plan_of(one.destination), now=now)
+            self._described(name, one, now)
             for name, one in sorted(self._in_force().items())
             if one.login is not None or one.known is not None
         ]
+
+    def _described(self, name: str, one: _Watched, now: datetime) -> dict[str, Any]:
+        row = _row(name, self._kind(name), one.login, one.known, plan_of(one.destination), now=now)
+        left = one.destination.login_ends_in
+        return {**row, "session_ends_at": _text(now + left) if left is not None else None}
 
     def finish(self, seconds: float) -> None:
         """Give runs that are under way a moment to end; each step of theirs is journalled."""
@@ -158,7 +163,8 @@ class OwnLogins:
     def _look(self, name: str, one: _Watched, now: datetime) -> None:
         try:
             one.login = one.destination.own_login()
-            one.look_at = now + LOOK_EVERY
+            later = one.login is not None and one.login.note.startswith(NOT_KNOWN)
+            one.look_at = now + (LOOK_AGAIN if later else LOOK_EVERY)
         except DestinationError as error:
             one.look_at = now + LOOK_AGAIN
             _log.warning("own-login.unknown", connection=name, code=error.code, problem=str(error))

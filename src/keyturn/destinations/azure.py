@@ -52,7 +52,7 @@ from keyturn.errors import (
     DestinationUnavailable,
     Rejected,
 )
-from keyturn.ports import Clock, Entry, Observed, OwnLogin
+from keyturn.ports import NOT_KNOWN, Clock, Entry, Observed, OwnLogin
 
 OWNER, VERSION, FENCE = "keyturn-owner", "keyturn-version", "keyturn-fence"
 LONGEST_NAME = 127
@@ -182,9 +182,9 @@ class AzureDestination(DestinationBase):
         if left is not None:
             return OwnLogin(method=method, ends_at=datetime.now(UTC) + left)
         renewed = method in ("managed-identity", "workload-identity")
-        note = "the platform renews it" if renewed else "not known: its end shows at the login only"
+        note = "the platform renews it" if renewed else f"{NOT_KNOWN}the first login shows it"
         if method == "client-secret":
-            note = "not known: Azure tells only people (App registrations, Certificates & secrets)"
+            note = f"{NOT_KNOWN}Azure tells only people (App registrations, Certificates & secrets)"
         return OwnLogin(method=method, note=note)
 
     def close(self) -> None:

@@ -182,7 +182,7 @@ class DestinationBase(ABC):
 
     @property
     def login_ends_in(self) -> timedelta | None:
-        """How long our own login lives unless it is renewed; None where it does not end."""
+        """How long our session lives unless it is renewed; None where it does not end."""
         return None
 
     def own_login(self) -> OwnLogin | None:

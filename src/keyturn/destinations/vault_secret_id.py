@@ -29,7 +29,7 @@ from keyturn.errors import (
     NotFound,
     Rejected,
 )
-from keyturn.ports import Abilities, OwnIssued, OwnLogin, OwnSeen
+from keyturn.ports import NOT_KNOWN, Abilities, OwnIssued, OwnLogin, OwnSeen
 
 VERSION, OWNER = "keyturn-version", "keyturn-owner"
 NO_END = "it does not end"
@@ -213,9 +213,9 @@ def own_login(auth: AuthOptions, login: Login, secret_ids: SecretIds) -> OwnLogi
         left = timedelta(seconds=login.last - time.monotonic())
         return OwnLogin(method="token", ends_at=datetime.now(UTC) + left)
     if auth.wrapped:
-        return OwnLogin(method="approle", note="not known: it was unwrapped in memory")
+        return OwnLogin(method="approle", note=f"{NOT_KNOWN}it was unwrapped in memory")
     if auth.role is None:
-        return OwnLogin(method="approle", note="not known: name the role under auth.role")
+        return OwnLogin(method="approle", note=f"{NOT_KNOWN}name the role under auth.role")
     ends_at = secret_ids.seen().ends_at
     return OwnLogin(method="approle", ends_at=ends_at, note="" if ends_at else NO_END)
 
