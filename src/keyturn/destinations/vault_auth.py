@@ -58,8 +58,6 @@ def _role(value: object) -> object:
     return value
 
 
-CredentialFile = Annotated[Path | None, BeforeValidator(credential_path), Form(CREDENTIAL_FORM)]
-
 # What may stand beside `method`, by method.
 _BELONGS = {
     "token": {"token_file"},
