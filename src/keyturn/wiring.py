@@ -51,6 +51,7 @@ from keyturn.storage.ballast import Ballast
 from keyturn.storage.decisions import DecisionReader
 from keyturn.storage.engine import is_sqlite, refuse_open
 from keyturn.storage.ledger import Ledger
+from keyturn.storage.postgresql import Password
 from keyturn.storage.requests import Begun
 from keyturn.storage.store import Store
 from keyturn.verifier.authority import BuiltinAuthority
@@ -517,15 +518,23 @@ def open_verifier(settings: Settings) -> Verifier:
     return Verifier(reader, spool, clock)
 
 
-def password_of(settings: Settings) -> Secret | None:
-    """Return the store's password, where it has one. Raises ConfigError."""
-    path = settings.store.password_file
-    if path is None:
-        return None
-    try:
-        return Secret(read_credential(path).removesuffix("\n"))
-    except ConfigError as error:
-        raise ConfigError(f"store.password_file: {error}", hint=error.hint) from None
+def password_of(settings: Settings) -> Password:
+    """Return what reads the store's password, each time anew: it may have been changed.
+
+    Raises ConfigError where it cannot be read now.
+    """
+
+    def read() -> Secret | None:
+        path = settings.store.password_file
+        if path is None:
+            return None
+        try:
+            return Secret(read_credential(path).removesuffix("\n"))
+        except ConfigError as error:
+            raise ConfigError(f"store.password_file: {error}", hint=error.hint) from None
+
+    read()
+    return read
 
 
 def check_settings(settings: Settings, *, cron: CronCalculator) -> None:

@@ -22,7 +22,8 @@ from keyturn.core.secret import mint
 from keyturn.errors import StorageError, StoreUnavailable, VerificationFailed
 from keyturn.storage import decisions
 from keyturn.storage.decisions import DecisionReader
-from keyturn.storage.engine import PREPARE_AFTER, Database, postgresql_arguments
+from keyturn.storage.engine import PREPARE_AFTER, Database
+from keyturn.storage.postgresql import postgresql_arguments
 from keyturn.storage.store import Store
 from keyturn.testing.certificates import new_authority
 from keyturn.testing.fakes import FakeClock, seeded

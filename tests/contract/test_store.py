@@ -55,18 +55,24 @@ from keyturn.storage.membership import Membership
 from keyturn.storage.store import Store
 from keyturn.storage.tables import metadata
 from keyturn.storage.takeover import TakeOver, Wanted
+from support.pgbouncer import pgbouncer  # noqa: F401 - a fixture
 from support.postgres import postgres  # noqa: F401 - a fixture
 from support.stores import NOW, TTL, Place, add, claim_of, entry, intent, rotation, target, version
 
 CANARY = "kt_canary_never_printed"
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+_POOLED = pytest.param("pgbouncer", marks=pytest.mark.full)
+
+
+@pytest.fixture(params=["sqlite", "postgresql", _POOLED])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
     """Give an empty place for a store on each database."""
     url = f"sqlite:///{tmp_path}/keyturn.db"
-    if request.param == "postgresql":
+    if request.param != "sqlite":
         url = request.getfixturevalue("postgres").new_database()
+    if request.param == "pgbouncer":
+        url = request.getfixturevalue("pgbouncer").url(url)
     place = Place(url, tmp_path)
     yield place
     place.close()

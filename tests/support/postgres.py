@@ -58,7 +58,7 @@ class Cluster:
         """End the server: connections are cut, nothing is lost."""
         if self._process is not None:
             self._process.send_signal(signal.SIGINT)
-            self._process.wait(timeout=30)
+            self._process.wait(timeout=120)  # it writes all that it has to disk first
             self._process = None
 
     def remove(self) -> None:

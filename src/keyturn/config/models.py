@@ -45,6 +45,7 @@ _STORE_KEYS = {
     "sslcert": _FOLDER,
     "sslkey": _FOLDER,
 }
+_GROUP = re.compile(r"[a-z][a-z0-9_]{0,30}", re.ASCII)  # a part of a name in SQL, never quoted
 _LOCAL_HOSTS = {None, "", "localhost", "127.0.0.1", "::1"}
 _WEBHOOK = re.compile(r"https?://[!-~]{1,1000}", re.ASCII)
 
@@ -149,6 +150,12 @@ def _number(value: object) -> object:
     return value
 
 
+def _groups(value: object) -> object:
+    if isinstance(value, dict) and not all(_GROUP.fullmatch(str(name)) for name in value):
+        raise ValueError
+    return value
+
+
 def _id(value: object) -> object:
     if not isinstance(value, str) or not is_id(value):
         raise ValueError
@@ -174,8 +181,20 @@ KeyName = Annotated[str, _matching(_NAME), Form("a key of A-Z a-z 0-9 . _ -, eac
 Flag = Annotated[bool, Form("true or false")]
 
 
+class ReaderSection(Section):
+    """One group of foreign verifiers: `store.readers`, by name."""
+
+    agents: Annotated[
+        list[Id],
+        Field(min_length=1, description="whose accepted hashes its view shows"),
+        Form("a list of agents' ids, one at least"),
+    ]
+
+
 class StoreSettings(Section):
     """Where Keyturn keeps hashes, states, journal and audit."""
+
+    rule: ClassVar[str] = "readers with PostgreSQL only"
 
     url: Annotated[
         str,
@@ -196,6 +215,24 @@ class StoreSettings(Section):
             description="spool and ledger; default: the folder of the database, or /var/lib/keyturn"
         ),
     ] = None
+
+    readers: Annotated[
+        dict[str, ReaderSection],
+        BeforeValidator(_groups),
+        Form("a mapping of groups (a-z 0-9 _, a letter first, 31 at most) to {agents: […]}"),
+        Field(description="services in other languages that verify against a view (PostgreSQL)"),
+    ] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _readers_fit(self) -> StoreSettings:
+        if self.readers and self.url.startswith("sqlite:"):
+            raise ValueError
+        return self
+
+    @property
+    def read_by(self) -> dict[str, list[str]]:
+        """The agents of each group of foreign verifiers."""
+        return {group: reader.agents for group, reader in self.readers.items()}
 
     @property
     def folder(self) -> Path:

@@ -37,6 +37,7 @@ destination (`file`, `vault`, `aws`, `azure`, or one that is installed as an ent
 _SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("Top", models.TopSection),
     ("`store`", models.StoreSettings),
+    ("`store.readers.GROUP`", models.ReaderSection),
     ("`log`", models.LogSettings),
     ("`policies.NAME`", models.PolicySection),
     ("`policies.NAME.max_age`", models.MaxAge),

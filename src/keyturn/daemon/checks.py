@@ -21,8 +21,6 @@ from keyturn.config.file import read_trusted
 from keyturn.config.models import HookSection
 from keyturn.core.model import Agent, Case, Credential, Target
 from keyturn.core.revocations import parse_revocations
-from keyturn.core.secret import Secret
-from keyturn.credential_file import read_credential
 from keyturn.daemon import own_checks
 from keyturn.daemon.certificates import Certificates
 from keyturn.daemon.checking import become_daemon, settings_of
@@ -42,7 +40,7 @@ from keyturn.notify import events, in_words
 from keyturn.notify.hook import send
 from keyturn.ports import Observed
 from keyturn.sight import look
-from keyturn.storage import queries
+from keyturn.storage import queries, roles
 from keyturn.storage.engine import is_sqlite, open_database, refuse_open, sqlite_path
 from keyturn.storage.migrations import HEAD, revision
 from keyturn.storage.tables import meta
@@ -109,6 +107,8 @@ def least_policy(path: Path, kind: str, connection: str = "") -> dict[str, Any]:
 
     Raises ConfigError, and Refused where it is not clear which connection is meant.
     """
+    if kind == "postgresql":
+        return _policy_of_store(load(path))
     adapter = registry.load(kind)
     settings = load(path)
     names = [name for name, one in settings.connections.items() if one.type == kind]
@@ -125,6 +125,17 @@ def least_policy(path: Path, kind: str, connection: str = "") -> dict[str, Any]:
     note = f"connection {wanted[0]}, {len(entries)} entries of the agents in these files; what was"
     note += " added by a command needs its own rules beside them"
     return {"text": adapter.least_policy(options, entries), "notes": [note]}
+
+
+def _policy_of_store(settings: Settings) -> dict[str, Any]:
+    """Return the roles of the store's database. Raises Refused where the store is another one."""
+    url = settings.store.url
+    if is_sqlite(url):
+        raise Refused("the store is an SQLite file", hint="set store.url to postgresql://…")
+    notes = [f"run this in the database {make_url(url).database} as its administrator"]
+    if make_url(url).username != roles.DAEMON:
+        notes.append(f"store.url does not log in as {roles.DAEMON} yet")
+    return {"text": roles.policy(url, settings.store.read_by), "notes": notes}
 
 
 def _wanted(settings: Settings, connection: str) -> list[_Wanted]:
@@ -224,7 +235,10 @@ def _read_store(settings: Settings) -> _Known | None:
     if sqlite and not _lies_there(sqlite_path(settings.store.url)):
         return _Known()
     database = open_database(
-        settings.store.url, clock=wiring.SystemClock(), password=_password(settings), create=False
+        settings.store.url,
+        clock=wiring.SystemClock(),
+        password=wiring.password_of(settings),
+        create=False,
     )
 
     def body(connection: Connection) -> _Known | None:
@@ -259,11 +273,6 @@ def _lies_there(path: Path) -> bool:
             f"{path} cannot be written", hint="run as its owner; is the file system read-only?"
         )
     return there
-
-
-def _password(settings: Settings) -> Secret | None:
-    path = settings.store.password_file
-    return Secret(read_credential(path).removesuffix("\n")) if path is not None else None
 
 
 # --- destinations -----------------------------------------------------------------------------

@@ -23,11 +23,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from keyturn.core.model import AgentState, VersionState
-from keyturn.core.secret import Secret
 from keyturn.core.timekeeping import Anchor
 from keyturn.errors import StoreQuarantined, StoreUnavailable
 from keyturn.storage.codec import instant
-from keyturn.storage.engine import code_of, is_sqlite, postgresql_arguments, sqlite_path
+from keyturn.storage.engine import code_of, is_sqlite, sqlite_path
+from keyturn.storage.postgresql import (
+    Password,
+    asked,
+    no_password,
+    postgresql_arguments,
+    refusal,
+)
 
 WAIT = 0.03  # seconds for a connection where all are in use
 BUSY_MS = 50  # for a writer's commit; both together stay below 100 ms
@@ -97,7 +103,7 @@ class DecisionReader:
         self._idle: deque[_Source] = deque()  # the one used last is taken first: it is the warm one
 
     @classmethod
-    def open(cls, url: str, *, password: Secret | None = None) -> DecisionReader:
+    def open(cls, url: str, *, password: Password = no_password) -> DecisionReader:
         """Prepare to read a store; it is first touched at the first look-up."""
         if is_sqlite(url):
             path = sqlite_path(url)
@@ -232,7 +238,7 @@ class _SqliteSource:
 
 
 class _PostgresSource:
-    def __init__(self, url: str, password: Secret | None) -> None:
+    def __init__(self, url: str, password: Password) -> None:
         self._url = url
         self._password = password
         self._connection: Any = None
@@ -247,13 +253,13 @@ class _PostgresSource:
             self.close()
             died = isinstance(error, psycopg.OperationalError) and error.sqlstate not in _TOO_LONG
             if not (kept and died):
-                raise StoreUnavailable(f"the store cannot be read ({code_of(error)})") from None
+                raise _unreadable(error) from None
         # A connection that was kept may have died since the last look-up: once more with a new one.
         try:
             return self._run(query, value, login)
         except psycopg.Error as error:
             self.close()
-            raise StoreUnavailable(f"the store cannot be read ({code_of(error)})") from None
+            raise _unreadable(error) from None
 
     def close(self) -> None:
         if self._connection is not None:
@@ -281,11 +287,19 @@ class _PostgresSource:
     def _open(self) -> Any:
         import psycopg
 
-        arguments = postgresql_arguments(self._url, self._password)
+        arguments = postgresql_arguments(self._url, asked(self._password))
         arguments["tcp_user_timeout"] = 5000
         connection = psycopg.connect(self._url, autocommit=True, **arguments)
         connection.cursor_factory = psycopg.ClientCursor
         return connection
+
+
+def _unreadable(error: object) -> StoreUnavailable:
+    """Whatever it is, nobody can tell now: a verifier has no other answer."""
+    known = refusal(error)
+    if known is None:
+        return StoreUnavailable(f"the store cannot be read ({code_of(error)})")
+    return StoreUnavailable(str(known), hint=known.hint)
 
 
 _QUERIES = (_BY_ID, _IMPORTED, _ANCHOR)

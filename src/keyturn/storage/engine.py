@@ -21,7 +21,6 @@ import sqlalchemy as sa
 from sqlalchemy import event, exc
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 
-from keyturn.core.secret import Secret
 from keyturn.errors import (
     ConfigError,
     IllegalTransition,
@@ -32,6 +31,16 @@ from keyturn.errors import (
 from keyturn.ports import Clock
 from keyturn.storage.codec import micros
 from keyturn.storage.group import Group
+from keyturn.storage.postgresql import (
+    IDLE_MS,
+    LOCK_MS,
+    STATEMENT_MS,
+    Password,
+    asked,
+    no_password,
+    postgresql_arguments,
+    refusal,
+)
 from keyturn.storage.tables import SQLITE_NOW
 
 T = TypeVar("T")
@@ -45,8 +54,8 @@ SERIALIZATION = frozenset({"40001", "40P01"})
 # Local to the transaction: a session setting would end up with another client of the pooler. One
 # message with the BEGIN, since every transaction pays for it.
 _TIMEOUTS = (
-    "SET LOCAL statement_timeout = 10000; SET LOCAL lock_timeout = 5000;"
-    " SET LOCAL idle_in_transaction_session_timeout = 10000"
+    f"SET LOCAL statement_timeout = {STATEMENT_MS}; SET LOCAL lock_timeout = {LOCK_MS};"
+    f" SET LOCAL idle_in_transaction_session_timeout = {IDLE_MS}"
 )
 BEGIN_WRITE = f"BEGIN; {_TIMEOUTS}"
 BEGIN_READ = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {_TIMEOUTS}"
@@ -105,7 +114,7 @@ class Database:
 
 
 def open_database(
-    url: str, *, clock: Clock, password: Secret | None = None, create: bool = True
+    url: str, *, clock: Clock, password: Password = no_password, create: bool = True
 ) -> Database:
     """Return the database behind a URL, with its file made private where it is a file.
 
@@ -231,39 +240,7 @@ def _begin_sqlite(connection: Connection) -> None:
 # --- PostgreSQL ---------------------------------------------------------------------------
 
 
-NO_FILE = "/nonexistent/"  # libpq complains on stderr about every other kind of file that is none
-
-
-def postgresql_arguments(url: str, password: Secret | None) -> dict[str, Any]:
-    """Return what every psycopg connection of ours is made with, beside its URL."""
-    asked = make_url(url).query
-    verified = asked.get("sslmode") == "verify-full"
-    # SECURITY: libpq looks for whatever is not named in the home of whoever runs it, and goes by it:
-    # passwords, the authorities to trust, a certificate to show, a ticket instead of TLS.
-    named = {
-        "passfile": f"{NO_FILE}pgpass",
-        "sslrootcert": "system" if verified else f"{NO_FILE}root.crt",
-        "sslcert": f"{NO_FILE}postgresql.crt",
-        "sslkey": f"{NO_FILE}postgresql.key",
-        "sslcrl": f"{NO_FILE}root.crl",
-        "gssencmode": "disable",
-    }
-    arguments: dict[str, Any] = {
-        "prepare_threshold": None,  # until it is known that no pooler stands between
-        "connect_timeout": 5,
-        "application_name": "keyturn",
-        "keepalives_idle": 10,
-        "keepalives_interval": 5,
-        "keepalives_count": 3,
-        "tcp_user_timeout": 20000,
-        **{name: value for name, value in named.items() if name not in asked},
-    }
-    if password is not None:
-        arguments["password"] = password.reveal()
-    return arguments
-
-
-def _postgresql(url: URL, password: Secret | None) -> Engine:
+def _postgresql(url: URL, password: Password) -> Engine:
     try:
         engine = sa.create_engine(
             url.set(drivername="postgresql+psycopg"),
@@ -273,15 +250,24 @@ def _postgresql(url: URL, password: Secret | None) -> Engine:
             max_overflow=24,
             pool_timeout=BUSY,
             use_native_hstore=False,
-            connect_args=postgresql_arguments(str(url), password),
+            connect_args=postgresql_arguments(str(url), None),
         )
     except ModuleNotFoundError:
         raise ConfigError(
             "PostgreSQL needs another package", hint="pip install 'keyturn[postgres]'"
         ) from None
+    event.listen(engine, "do_connect", _give_password(password))
     event.listen(engine, "connect", _prepare_postgresql)
     event.listen(engine, "begin", _begin_postgresql)
     return engine
+
+
+def _give_password(password: Password) -> Callable[..., None]:
+    def give(_dialect: object, _record: object, _args: object, named: dict[str, Any]) -> None:
+        if (found := asked(password)) is not None:
+            named["password"] = found.reveal()
+
+    return give
 
 
 def _prepare_postgresql(connection: Any, _record: object) -> None:
@@ -338,7 +324,11 @@ def _translate(error: exc.SQLAlchemyError) -> NoReturn:
             ) from None
         if code_of(origin) == "SQLITE_FULL":
             raise StoreFull from None
+        if (known := refusal(origin)) is not None:
+            raise known from None
         raise StoreUnavailable(f"the store cannot be used now ({code_of(origin)})") from None
+    if (known := refusal(origin)) is not None:
+        raise known from None
     raise StorageError(
         f"the store did not understand ({type(error).__name__}, {code_of(origin)})",
         hint="see that the store belongs to this release and nobody changed its tables",

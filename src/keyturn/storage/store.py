@@ -17,13 +17,13 @@ from sqlalchemy.engine import Connection
 
 from keyturn.core.model import Agent, AgentState, Case, Credential, Drift, Outcome, Version
 from keyturn.core.own import Own
-from keyturn.core.secret import Secret
 from keyturn.errors import ClaimLost
 from keyturn.ports import AuditEntry, Claim, Clock, Saved
 from keyturn.storage import anchors, audit, cases, claims, own, owners, queries, requests, takeover
 from keyturn.storage.engine import Database, open_database
 from keyturn.storage.ledger import Ledger
 from keyturn.storage.migrations import migrate, oldest_at_head
+from keyturn.storage.postgresql import Password, no_password
 from keyturn.storage.requests import Once
 from keyturn.storage.results import Counts, Due, History
 from keyturn.storage.tables import daemons, intents, meta, store_now
@@ -61,7 +61,7 @@ class Store:
         clock: Clock,
         random_bytes: Callable[[int], bytes],
         writer: str,
-        password: Secret | None = None,
+        password: Password = no_password,
         create: bool = True,
     ) -> Store:
         """Open a store, make it or bring its schema up to date.

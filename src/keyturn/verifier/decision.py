@@ -32,6 +32,7 @@ from keyturn.errors import StoreUnavailable, VerificationFailed
 from keyturn.ports import Clock
 from keyturn.storage.decisions import Decision, DecisionReader
 from keyturn.storage.engine import is_sqlite
+from keyturn.storage.postgresql import Password, no_password
 from keyturn.verifier.hashing import Hashing, fingerprint, same_tag, text_of
 from keyturn.verifier.spool import Spool
 
@@ -97,7 +98,7 @@ class Verifier:
         *,
         state_dir: Path,
         clock: Clock,
-        password: Secret | None = None,
+        password: Password = no_password,
         hashing: Hashing | None = None,
     ) -> Verifier:
         """Open a verifier on a store; it reads the spool of this host's state folder."""
