@@ -12,7 +12,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psycopg
@@ -24,8 +24,10 @@ _NUMBERS = itertools.count(1)
 class Cluster:
     """One server process that we started, ended by its pid."""
 
-    def __init__(self, binaries: Path) -> None:
+    def __init__(self, binaries: Path, *, settings: Mapping[str, str] | None = None) -> None:
         self._binaries = binaries
+        self.settings = dict(settings or {})
+        self.port = 5432  # of the unix socket: a part of its name
         self.folder = Path(tempfile.mkdtemp(prefix="keyturn-pg-"))
         self._data = self.folder / "data"
         if os.geteuid() == 0:
@@ -43,6 +45,7 @@ class Cluster:
             "fsync": "on",
             "max_connections": "60",
             "shared_buffers": "32MB",
+            **self.settings,
         }
         options = [f"-c{name}={value}" for name, value in settings.items()]
         with (self.folder / "log").open("ab") as log:
@@ -66,9 +69,29 @@ class Cluster:
         self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def own(self, name: str, content: bytes) -> Path:
+        """Put a file into the server's folder that only the server reads."""
+        path = self.folder / name
+        path.unlink(missing_ok=True)
+        path.touch(mode=0o600)
+        path.write_bytes(content)
+        if os.geteuid() == 0:
+            user = pwd.getpwnam("postgres")
+            os.chown(path, user.pw_uid, user.pw_gid)
+        return path
+
+    def reload(self) -> None:
+        """Let the server read its files again, and wait until it has."""
+        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
+            before = connection.execute("SELECT pg_conf_load_time()").fetchone()
+            connection.execute("SELECT pg_reload_conf()")
+            while connection.execute("SELECT pg_conf_load_time()").fetchone() == before:
+                time.sleep(0.02)
+
     def url(self, database: str) -> str:
         """Return the URL of a database."""
-        return f"postgresql://keyturn@/{database}?host={self.folder}"
+        at = "" if self.port == 5432 else f":{self.port}"
+        return f"postgresql://keyturn@{at}/{database}?host={self.folder}"
 
     def new_database(self) -> str:
         """Make an empty database and return its URL."""

@@ -80,14 +80,10 @@ _REFUSALS = (
         "write the host in store.url as the certificate has it",
     ),
     (
-        "certificate has expired",
-        "the server's certificate has expired",
-        "give the server a new certificate, and let it reload",
-    ),
-    (
-        "certificate verify failed",
-        "the server's certificate is not signed by an authority that is trusted here",
-        "name the authority's file in store.url: &sslrootcert=/etc/keyturn/postgresql-ca.pem",
+        "certificate verify failed",  # libpq says no more
+        "the server's certificate has expired, or no authority that is trusted here has signed it",
+        "see `openssl x509 -enddate`, and name the authority's file in store.url:"
+        " &sslrootcert=/etc/keyturn/postgresql-ca.pem",
     ),
     (
         "root certificate file",

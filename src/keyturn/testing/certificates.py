@@ -24,13 +24,16 @@ class CertificateAuthority:
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate
 
-    def issue(self, name: str, *hosts: str) -> tuple[Path, Path]:
-        """Write a server certificate for this host and for `hosts`, and its key. Returns both paths."""
+    def issue(self, name: str, *hosts: str, life: timedelta = LIFE) -> tuple[Path, Path]:
+        """Write a server certificate for this host and for `hosts`, and its key. Returns both paths.
+
+        With a negative `life` it has expired already.
+        """
         key = ec.generate_private_key(ec.SECP256R1())
         here: list[x509.GeneralName] = [x509.DNSName(host) for host in ("localhost", *hosts)]
         here.append(x509.IPAddress(ipaddress.ip_address("127.0.0.1")))
         made = (
-            _unsigned(name, issuer=self.certificate.subject, key=key)
+            _unsigned(name, issuer=self.certificate.subject, key=key, life=life)
             .add_extension(x509.SubjectAlternativeName(here), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_signed_by(self.key), critical=False)
@@ -65,7 +68,7 @@ def new_authority(folder: Path, *, name: str = "test-authority") -> CertificateA
 
 
 def _unsigned(
-    name: str, *, issuer: x509.Name, key: ec.EllipticCurvePrivateKey
+    name: str, *, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, life: timedelta = LIFE
 ) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     return (
@@ -75,7 +78,7 @@ def _unsigned(
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(minutes=5))
-        .not_valid_after(now + LIFE)
+        .not_valid_after(now + life)
     )
 
 
