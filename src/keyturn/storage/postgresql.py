@@ -80,7 +80,7 @@ _REFUSALS = (
         "write the host in store.url as the certificate has it",
     ),
     (
-        "certificate verify failed",  # libpq says no more
+        "certificate verify failed",
         "the server's certificate has expired, or no authority that is trusted here has signed it",
         "see `openssl x509 -enddate`, and name the authority's file in store.url:"
         " &sslrootcert=/etc/keyturn/postgresql-ca.pem",
