@@ -57,10 +57,10 @@ class Cluster:
             )
         self._wait()
 
-    def stop(self) -> None:
-        """End the server: connections are cut, nothing is lost."""
+    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+        """End the server: connections are cut, nothing is lost. SIGQUIT: as in a crash."""
         if self._process is not None:
-            self._process.send_signal(signal.SIGINT)
+            self._process.send_signal(how)
             self._process.wait(timeout=120)  # it writes all that it has to disk first
             self._process = None
 

@@ -82,8 +82,7 @@ _REFUSALS = (
     (
         "certificate verify failed",
         "the server's certificate has expired, or no authority that is trusted here has signed it",
-        "see `openssl x509 -enddate`, and name the authority's file in store.url:"
-        " &sslrootcert=/etc/keyturn/postgresql-ca.pem",
+        "see `openssl x509 -enddate`; the authority's file goes into store.url: &sslrootcert=/…",
     ),
     (
         "root certificate file",
