@@ -71,6 +71,15 @@ _GRANT = (
     " `keyturn policy postgresql -c FILE | psql …` makes the roles and grants what is missing"
 )
 
+# Somebody is stuck, we or others: what was begun has left nothing.
+_STUCK = {
+    "25P03": "the server ended a transaction of ours that stood still for too long",
+    "25P04": "the server ended a transaction of ours that took too long",
+    "55P03": "somebody else held a lock for too long",
+    "57014": "the server stopped a statement of ours that took too long",
+}
+_WHO = "see who is stuck: SELECT pid, usename, state, xact_start FROM pg_stat_activity"
+
 # What libpq and the server say when no session begins, by a piece of its text: there is no code. Ours
 # goes on instead, since the other one may quote names of the server's.
 _REFUSALS = (
@@ -167,8 +176,8 @@ def refusal(origin: object) -> StorageError | None:
     code = getattr(origin, "sqlstate", None)
     if code in _NOT_GRANTED:
         return StorageError(f"{_NOT_GRANTED[code]} ({code})", hint=_GRANT)
-    if code == "57P01":
-        return None  # cut by an administrator or a restart: it passes
+    if code in _STUCK:
+        return StoreUnavailable(f"{_STUCK[code]} ({code})", hint=_WHO)
     text = "" if code and not code.startswith(("08", "28", "3D", "53")) else str(origin)
     for piece, message, hint in _REFUSALS:
         if piece in text:
