@@ -87,7 +87,7 @@ def test_they_are_ten_lines_and_import_nothing_of_ours() -> None:
     """What the page promises can be counted."""
     for language in ("python", "js"):
         text = snippet(language)
-        assert len(text.splitlines()) <= 10
+        assert len([line for line in text.splitlines() if line]) <= 10
         assert not re.search(r"(import|from|require)\W+keyturn", text)
 
 

@@ -24,9 +24,10 @@ from keyturn.storage.store import Store
 from support.postgres import Cluster, postgres  # noqa: F401 - a fixture
 from support.stores import TTL, Place, RealClock, add, claim_of, version
 
-_EXPANDS = """
+_HEAD = migrations.HEAD
+_EXPANDS = f"""
 from alembic import op
-revision, down_revision, contracts_to = "9001", "0002", None
+revision, down_revision, contracts_to = "9001", "{_HEAD}", None
 def upgrade():
     op.execute("ALTER TABLE agents ADD COLUMN colour TEXT DEFAULT 'none' NOT NULL")
     op.execute("CREATE TABLE colours (name TEXT NOT NULL, PRIMARY KEY (name))")
@@ -116,7 +117,7 @@ def test_nothing_is_taken_from_a_release_that_runs(place: Place) -> None:
         done = upgraded(place, contract=True)
         assert (done["after"], done["left"]) == ("9002", [])
         place.open("n+1", create=False)
-    with pytest.raises(StoreTooNew, match="from schema 9001 on; this one knows 0002") as caught:
+    with pytest.raises(StoreTooNew, match=f"from schema 9001 on; this one knows {_HEAD}") as caught:
         place.open("n again", create=False)
     assert caught.value.exit_code == 78
     assert "install" in caught.value.hint

@@ -19,7 +19,18 @@ from keyturn.core.model import Agent, AgentState, Case, Credential, Drift, Outco
 from keyturn.core.own import Own
 from keyturn.errors import ClaimLost
 from keyturn.ports import AuditEntry, Claim, Clock, Saved
-from keyturn.storage import anchors, audit, cases, claims, own, owners, queries, requests, takeover
+from keyturn.storage import (
+    anchors,
+    audit,
+    cases,
+    claims,
+    own,
+    owners,
+    queries,
+    requests,
+    schema,
+    takeover,
+)
 from keyturn.storage.engine import Database, open_database
 from keyturn.storage.ledger import Ledger
 from keyturn.storage.migrations import migrate, oldest_at_head
@@ -67,13 +78,15 @@ class Store:
         """Open a store, make it or bring its schema up to date.
 
         Raises ConfigError for a URL that is none, StorageError for a store of a newer release, one
-        that other users may reach, or none at all where `create` is False.
+        that other users may reach, one whose tables were changed, or none at all where `create` is
+        False.
         """
         database = open_database(url, clock=clock, password=password, create=create)
         store_id = random_bytes(16).hex()
 
         def prepare(connection: Connection) -> Any:
             migrate(connection, create=create)
+            schema.check(connection)
             row = connection.execute(sa.select(meta)).first()
             if row is None:
                 values = {"id": 1, "store_id": store_id, "incarnation": 1, "epoch": 0}
@@ -406,7 +419,7 @@ class Store:
 
         def body(connection: Connection) -> Own:
             saved = own.save(connection, after)
-            self._record(connection, audit)
+            self.record_in(connection, audit)
             return saved
 
         return self.database.write(body)
