@@ -44,7 +44,7 @@ _FIXED: dict[str, frozenset[str]] = {
     "agents": frozenset({"uid"}),
 }
 _NEVER_CHANGED = frozenset({"audit", "alembic_version"})
-_NEVER_ADDED = frozenset({"meta", "alembic_version"})
+_NEVER_ADDED = frozenset({"alembic_version"})
 _NEVER_DELETED = frozenset({"audit", "alembic_version", "chains", *_FIXED})
 
 # What a decision is made of (`storage.decisions`); its own lease and use come with its service.
