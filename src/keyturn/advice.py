@@ -89,6 +89,12 @@ TABLE = {
         f"see whether its replicas follow; {_BY_ITSELF}",
         _PROBE,
     ),
+    "repair-fight": Advice(
+        "others undo our repairs: three within an hour, now one an hour is tried",
+        "see who writes there (another sync tool, Terraform, a second Keyturn, a restore) and end"
+        " that",
+        _RETRY,
+    ),
     "store-full": Advice(
         "the disk of our own store is full",
         f"free some space there; {_BY_ITSELF}, and a revoke works meanwhile",

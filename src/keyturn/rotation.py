@@ -27,6 +27,7 @@ What a crash leaves, and what the next run does about it:
   promoted          current, previous        nothing
   grace             deadlines                settle, read everywhere, set the deadline
   retirement        intent per copy          repeat until gone; never the one shown
+  intent to copy    intent                   as an intent to show: current is there, or it is copied again
   intent to withdraw  intent                 shows none of ours: done; the revoked one: again, by the
                                              sweep; a later one: left alone
   claim lost        as above                 the loser drops its memory; it may report its own intents
@@ -40,10 +41,10 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from keyturn.casework import Casework
-from keyturn.core import lifecycle, secret, steps
+from keyturn.core import lifecycle, repair, secret, steps
 from keyturn.core.decision import decide, nowhere
 from keyturn.core.model import (
+    Cause,
     Effect,
     Look,
     Target,
@@ -61,6 +62,7 @@ from keyturn.errors import (
     StaleRevision,
     StoreUnavailable,
 )
+from keyturn.mending import Mending
 from keyturn.ports import (
     Destination,
     Entry,
@@ -107,11 +109,10 @@ def _now_if_known(world: World) -> datetime | None:
 
 
 @dataclass(slots=True)
-class _Saga(Casework):
+class _Saga(Mending):
     """The state of one run: its casework, and what was seen."""
 
     plan: Plan = field(init=False)
-    seen: Run = field(init=False)
     plain: Secret | None = None
     conflicts: int = 0
     rest: steps.Rest | None = None  # the claim was given back, and this is what was decided
@@ -219,6 +220,9 @@ class _Saga(Casework):
             if self.conflicts <= CONFLICTS_PER_RUN:
                 self.seen = self.seen.unsaw(where)
                 return
+        if isinstance(action, steps.CopyForward):
+            self._not_mended(action, error)
+            return
         if isinstance(action, steps.Withdraw | steps.Clean):
             # What agents read there can still be read: reported as it is, tried by the sweep.
             effect = Effect.WITHDRAW if isinstance(action, steps.Withdraw) else Effect.RETIRE
@@ -252,6 +256,8 @@ class _Saga(Casework):
             self.case, uid=self.world.new_id(), cause=action.cause, now=self._now()
         )
         self._note("rotation.opened", cause=str(action.cause))
+        self._opened_for(action.drift)
+        self.seen = self.seen.wiped()  # what was tried before it is no try of its own
 
     def observe(self, action: steps.Observe) -> None:
         """2. and 7. Read what agents read."""
@@ -296,8 +302,7 @@ class _Saga(Casework):
             or found.login != version.login
             or not self.world.authority.matches(version, found.secret)
         ):
-            searched = self.seen.no_copy | {action.target.key}
-            self.seen = replace(self.seen, no_copy=searched)
+            self.seen = self.seen.searched(action.target.key)
             return
         self._hold(own, found.secret)
         # What is shown elsewhere is compared with the plaintext now: read it again.
@@ -371,6 +376,8 @@ class _Saga(Casework):
         for key, sight in self.seen.sights.items():
             if sight.shown == own:
                 self.case = lifecycle.place(self.case, own, key, sight.locator)
+        if rotation is not None and rotation.cause is Cause.DRIFT:
+            self.case = repair.rotated(self.case, now)
         held = {
             v.id for v in self.case.versions if not nowhere(self.case, v, self.seen, self.plan, now)
         }
@@ -451,10 +458,7 @@ class _Saga(Casework):
 
     def record_sweep(self, action: steps.RecordSweep) -> None:
         """Store what differs; news is audited."""
-        known = {(d.target, d.kind) for d in self.case.credential.drift}
-        for drift in action.drift:
-            if (drift.target, drift.kind) not in known:
-                self._note("drift.found", outcome=drift.kind, target=drift.target)
+        self._tell(action.drift)
         now = self._now()
         sweep_at = None if action.last else now + self.world.sweep_every
         looks = (
@@ -462,6 +466,7 @@ class _Saga(Casework):
             for key, sight in self.seen.sights.items()
         )
         self.case = lifecycle.record_sweep(self.case, action.drift, sweep_at=sweep_at, looks=looks)
+        self._judge(action.drift)
 
     def wait(self, action: steps.Wait) -> None:
         """Park the rotation; it goes on by itself."""
@@ -502,15 +507,7 @@ class _Saga(Casework):
         own = self.case.version(self._own_id())
         if own is None or self.plain is None:
             raise IllegalTransition("there is no plaintext to publish")
-        entry = Entry(
-            login=own.login,
-            secret=self.plain,
-            version_id=own.id,
-            owner=self.world.journal.store_id,
-            fence=own.fence,
-            minted_at=own.minted_at,
-            not_after=own.not_after,
-        )
+        entry = self._entry(own, self.plain)
         self._write(
             target,
             effect,
@@ -548,7 +545,11 @@ def _where(action: Action) -> str:
 
 
 def _detail(action: Action) -> str:
-    """Say why a rotation stops here; "" for every other step."""
+    """Say why a rotation stops here or what is mended; "" for every other step."""
+    mended = getattr(action, "drift", ())
+    if isinstance(action, steps.Open | steps.CopyForward) and mended:
+        found = mended if isinstance(mended, tuple) else (mended,)
+        return ", ".join(f"{one.kind} at {one.target}" for one in found)
     if not isinstance(action, steps.Wait | steps.Stall):
         return ""
     why = action.code or str(getattr(action, "reason", ""))
@@ -576,6 +577,7 @@ _PERFORM: dict[type[Action], Callable[[_Saga, Any], None]] = {
     steps.Retire: _Saga.retire,
     steps.Clean: _Saga.clean,
     steps.Withdraw: _Saga.withdraw,
+    steps.CopyForward: _Saga.copy_forward,
     steps.Forget: _Saga.forget,
     steps.Leave: _Saga.leave,
     steps.RecordSweep: _Saga.record_sweep,

@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from keyturn import advice
+from keyturn.core import repair
 from keyturn.core.decision import ENDING
 from keyturn.core.lifecycle import pinned
 from keyturn.core.model import (
@@ -172,6 +173,7 @@ def _step(case: Case, rotation: Rotation) -> str:
 
 def _destination(case: Case, target: Target) -> dict[str, Any]:
     drift, code = _drift(case, target), _error_code(case, target)
+    record = repair.record_of(case, target.key)
     # What is there now is none of ours: what we read before says nothing any more.
     shown, read_at = _shown(case, target) if code not in advice.ALTERED else (None, None)
     withheld = target.to in case.credential.withheld
@@ -185,6 +187,7 @@ def _destination(case: Case, target: Target) -> dict[str, Any]:
         "withheld": withheld,
         "error_code": code or ("withheld" if withheld else None),
         "since": _at(drift.since) if drift else None,
+        "repairs": {"last_hour": len(record.at), "next_try_at": _at(repair.next_try_at(record))},
     }
 
 
@@ -199,6 +202,8 @@ def _error_code(case: Case, target: Target) -> str | None:
         return rotation.waiting.code or str(rotation.waiting.reason)
     if rotation is not None and rotation.error_code and rotation.error_where == target.key:
         return rotation.error_code
+    if drift is not None and repair.record_of(case, target.key).fight is not None:
+        return "repair-fight"
     return drift.kind if drift else None
 
 
@@ -254,7 +259,10 @@ def _hint(case: Case, now: datetime) -> str:
         return advice.hint(code, name, oldest=_oldest(case))
     if _safe_to_retire(case, now)["ok"] is False and (held := _leaving_that_holds(case)):
         return f"keyturn destinations forget {name} {held}   # if nobody reads there any more"
+    fought = {one.target for one in repair.fights(case)}
     for drift in case.credential.drift:
+        if drift.target in fought:
+            return advice.hint("repair-fight", name)
         if drift.kind == "unreadable":
             return f"keyturn check --probe   # {drift.target} cannot be read"
         if drift.kind == "unknown":

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from keyturn.core import lifecycle
+from keyturn.core import lifecycle, repair
 from keyturn.core.model import AgentState, VersionState
 from keyturn.errors import (
     Denied,
@@ -118,6 +118,21 @@ class RotationMachine(RuleBasedStateMachine):
         if name in self.bench.played:
             self.bench.played[name].inner.raw_delete(self.bench.targets[name])
 
+    @rule(name=NAMES, data=st.data())
+    def an_old_value_comes_back(self, name: str, data: st.DataObject) -> None:
+        """Write a value from outside that was shown once: a restore, or a tool that holds it."""
+        if name in self.bench.played and self.bench.texts:
+            known = sorted(self.bench.texts)
+            version = data.draw(st.sampled_from(known), label="version")
+            login, text = self.bench.texts[version]
+            self.bench.edit(name, id=login, secret=text, version=version)
+
+    @rule(name=NAMES)
+    def a_stranger_edits(self, name: str) -> None:
+        """Write something that never was ours; a person takes it away before the end."""
+        if name in self.bench.played:
+            self.bench.edit(name, id="bot", secret="hand-made", version="x")
+
     @rule(names=st.sampled_from([("d0",), ("d1",), ("d0", "d1")]))
     @precondition(lambda self: len(self.bench.played) == 2)
     def destinations_change(self, names: tuple[str, ...]) -> None:
@@ -189,7 +204,8 @@ class RotationMachine(RuleBasedStateMachine):
         """Read a secret and keep it in a cache."""
         if name in self.bench.played:
             values = self.bench.played[name].inner.raw_get(self.bench.targets[name])
-            if values is not None and "secret" in values:  # else it was withdrawn
+            edited = values == self.bench.edited.get(name)  # nothing is promised of that
+            if values is not None and "secret" in values and not edited:  # else it was withdrawn
                 now = self.bench.clock.now()
                 self.cached.append((values["id"], values["secret"], values["version"], now))
 
@@ -234,12 +250,18 @@ class RotationMachine(RuleBasedStateMachine):
         for played in bench.played.values():
             played.faults, played.read_faults, played.stale = [], [], False
             played.land()
+        for name, values in bench.edited.items():
+            # What still stands there may be good by now, so that nothing replaces it: I1 holds again.
+            if bench.played[name].inner.raw_get(bench.targets[name]) == values:
+                bench.played[name].inner.raw_delete(bench.targets[name])
+        bench.edited.clear()
         bench.retarget(*bench.played)
         bench.amend(lifecycle.resume)
         for name in bench.case.credential.withheld:
             bench.amend(lambda case, now, name=name: lifecycle.readmit(case, name, now=now))
         with suppress(KeyturnError):
             bench.amend(lifecycle.retry)
+        bench.amend(repair.peace)
         with suppress(StaleRevision):
             bench.crashing_run()
         bench.go(runs=80)

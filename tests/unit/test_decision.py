@@ -18,11 +18,14 @@ from keyturn.core.model import (
     Case,
     Cause,
     Credential,
+    Drift,
     Effect,
     Placement,
     Policy,
+    Repairs,
     Request,
     RotationState,
+    Target,
     Traits,
     VersionState,
     WaitReason,
@@ -110,6 +113,32 @@ FULL = case(S.PREVIOUS, S.PREVIOUS, S.PREVIOUS, S.CURRENT, rotating=OPEN)
 for _days, _version in enumerate(FULL.versions[:3]):
     FULL = having(FULL, _version.seq, deadline=SOON + timedelta(_days))
 
+A_BIT = timedelta(minutes=1)
+
+
+def opening(kind: str, *targets: Target) -> steps.Open:
+    """Return the rotation that mends these."""
+    drift = tuple(Drift(target=one.key, kind=kind, since=NOW) for one in targets)
+    return steps.Open(cause=Cause.DRIFT, drift=drift)
+
+
+def copying(to: Target, source: Target, *, kind: str, **more: Any) -> steps.CopyForward:
+    """Return the copy of version 2 that mends an entry."""
+    return steps.CopyForward(
+        target=to,
+        source=source,
+        version_id=NEW,
+        expected="5",
+        drift=Drift(target=to.key, kind=kind, since=NOW),
+        **{"stages": False, "empty": False, **more},
+    )
+
+
+def mended(where: Target, *minutes: int) -> Repairs:
+    """Return an entry that was mended so many minutes ago."""
+    return Repairs(target=where.key, at=tuple(NOW - minute * A_BIT for minute in minutes))
+
+
 Row = tuple[Case, Run, Plan, Action]
 
 SENTENCES: dict[str, Row] = {
@@ -158,9 +187,9 @@ SENTENCES: dict[str, Row] = {
     ),
     "a destination that shows a revoked version owes a rotation (rule 14)": (
         case(S.REVOKED, S.CURRENT),
-        run(sees(OLD), sees(NEW)),
+        run(sees(OLD), sees(OLD)),
         plan(),
-        steps.Open(cause=Cause.DRIFT),
+        opening("revoked", A, B),
     ),
     "but not for a suspended agent (rule 14)": (
         case(S.REVOKED, S.CURRENT, agent=AgentState.SUSPENDED, placed=False),
@@ -174,11 +203,106 @@ SENTENCES: dict[str, Row] = {
         plan(),
         steps.Rest(until=SOON),
     ),
-    "an older value is repaired by a rotation, not written back (rule 4)": (
+    "an older value is repaired by copying current forward (rule 4)": (
         case(S.PREVIOUS, S.CURRENT),
         run(sees(OLD), sees(NEW)),
         plan(),
-        steps.Open(cause=Cause.DRIFT),
+        copying(A, B, kind="older"),
+    ),
+    "a value that is missing is copied too": (
+        case(S.PREVIOUS, S.CURRENT),
+        run(sees(NEW), sees(None)),
+        plan(),
+        copying(B, A, kind="missing", empty=True),
+    ),
+    "and so is one that a person refused (rule 14)": (
+        case(S.REVOKED, S.CURRENT),
+        run(sees(OLD), sees(NEW)),
+        plan(),
+        copying(A, B, kind="revoked"),
+    ),
+    "every place is read before anything is mended": (
+        case(S.PREVIOUS, S.CURRENT),
+        run(sees(OLD)),
+        plan(),
+        steps.Observe(target=B),
+    ),
+    "without a copy elsewhere a rotation mends it": (
+        case(S.PREVIOUS, S.CURRENT),
+        run(sees(OLD), sees(OLD)),
+        plan(),
+        opening("older", A, B),
+    ),
+    "nothing is moved back to current: a rotation moves it on (rule 4)": (
+        case(S.CURRENT, S.REVOKED),
+        run(sees(NEW), sees(OLD)),
+        plan(),
+        opening("revoked", A),
+    ),
+    "what can stage gives its own copy": (
+        case(S.PREVIOUS, S.CURRENT),
+        run(sees(OLD), sees(OLD)),
+        plan(STAGING),
+        copying(A, A, kind="older", stages=True),
+    ),
+    "a copy that proved wrong is none": (
+        case(S.PREVIOUS, S.CURRENT),
+        run(sees(OLD), sees(NEW), no_copy=frozenset({B.key})),
+        plan(),
+        opening("older", A),
+    ),
+    "what refused a repair for good is left to a rotation to tell of": (
+        case(S.PREVIOUS, S.CURRENT),
+        run(
+            sees(OLD),
+            sees(NEW),
+            written=frozenset({(A.key, Effect.ACTIVATE)}),
+            unmended=frozenset({A.key}),
+        ),
+        plan(),
+        opening("older", A),
+    ),
+    "a repair that was tried in this run waits for the next look": (
+        case(S.PREVIOUS, S.CURRENT),
+        run(sees(OLD), sees(NEW), written=frozenset({(A.key, Effect.ACTIVATE)})),
+        plan(),
+        steps.Rest(until=SOON),
+    ),
+    "three repairs an hour are enough": (
+        case(S.PREVIOUS, S.CURRENT, repairs=(mended(A, 59, 40, 1),)),
+        run(sees(OLD), sees(NEW)),
+        plan(),
+        steps.Rest(until=SOON),
+    ),
+    "two are not": (
+        case(S.PREVIOUS, S.CURRENT, repairs=(mended(A, 61, 40, 1),)),
+        run(sees(OLD), sees(NEW)),
+        plan(),
+        copying(A, B, kind="older"),
+    ),
+    "in a fight one an hour is": (
+        case(S.PREVIOUS, S.CURRENT, repairs=(replace(mended(A, 59), fight=AGO),)),
+        run(sees(OLD), sees(NEW)),
+        plan(),
+        steps.Rest(until=SOON),
+    ),
+    "and then it is tried again": (
+        case(S.PREVIOUS, S.CURRENT, repairs=(replace(mended(A, 61), fight=AGO),)),
+        run(sees(OLD), sees(NEW)),
+        plan(),
+        copying(A, B, kind="older"),
+    ),
+    "three rotations an hour mend an agent, however many entries it has": (
+        case(S.PREVIOUS, S.CURRENT, repairs=(Repairs(target="", at=(AGO + A_BIT,) * 3),)),
+        run(sees(OLD), sees(OLD)),
+        plan(),
+        steps.Rest(until=SOON),
+    ),
+    "a fight keeps no rotation from its time": (
+        case(S.PREVIOUS, S.CURRENT, next_rotation_at=NOW, repairs=(mended(A, 3, 2, 1),)),
+        run(sees(OLD), sees(NEW)),
+        plan(),
+        steps.Open(cause=Cause.SCHEDULE),
     ),
     "a stale read repairs nothing (rule 5)": (
         having(case(S.PREVIOUS, S.CURRENT), 1, deadline=SOON),
@@ -590,7 +714,7 @@ def test_decide_is_total(
 
 @pytest.mark.parametrize("shown", [OLD, None])
 def test_a_place_where_it_leaked_owes_nothing(shown: str | None) -> None:
-    """Neither a revoked value nor none opens a rotation there, unless a person names the place."""
+    """Neither a revoked value nor none is mended there, unless a person names the place."""
     leaky = target("b", to="leaky")
     of = case(S.REVOKED, S.CURRENT, placed=False, withheld=("leaky",))
     of = replace(of, agent=replace(of.agent, targets=(A, leaky)))
@@ -599,4 +723,5 @@ def test_a_place_where_it_leaked_owes_nothing(shown: str | None) -> None:
 
     assert decide(of, seen, traits, NOW) == steps.Rest(until=SOON)
     named = replace(of, credential=replace(of.credential, withheld=()))
-    assert isinstance(decide(named, seen, traits, NOW), steps.Open)
+    mends = steps.Open if shown is None else steps.CopyForward
+    assert isinstance(decide(named, seen, traits, NOW), mends)

@@ -29,11 +29,21 @@ from keyturn.core.model import (
     VersionState,
     WaitReason,
 )
+from keyturn.core.repair import (
+    DONE_FOR,
+    WHOLE_AGENT,
+    drift_kind,
+    may_mend,
+    owing,
+    source_for,
+    takes_copy,
+)
 from keyturn.core.steps import (
     Action,
     Activate,
     AwaitVerifiers,
     Clean,
+    CopyForward,
     DropAttempt,
     Forget,
     Leave,
@@ -57,7 +67,6 @@ from keyturn.core.steps import (
     Withdraw,
 )
 
-DONE_FOR = frozenset({VersionState.RETIRED, VersionState.REVOKED})
 ENDING = frozenset({VersionState.PREVIOUS, VersionState.KEPT})
 _SHOWING = frozenset({Effect.STAGE, Effect.ACTIVATE})
 
@@ -218,13 +227,14 @@ def _unseen(target: Target) -> Action:
 def _opening(case: Case, run: Run, plan: Plan, now: datetime) -> Action | None:
     if not case.agent.rotates or not case.next_targets:
         return None
-    cause = _cause(case, run, now)
-    if cause is Cause.SCHEDULE and plan.paused:
-        return None
-    return Open(cause=cause) if cause is not None else None
+    cause = _cause(case, run)
+    due = case.credential.next_rotation_at
+    if cause is None and due is not None and due <= now and not plan.paused:
+        cause = Cause.SCHEDULE
+    return Open(cause=cause) if cause is not None else _mending(case, run, plan, now)
 
 
-def _cause(case: Case, run: Run, now: datetime) -> Cause | None:
+def _cause(case: Case, run: Run) -> Cause | None:
     credential = case.credential
     if credential.successor_owed:
         return Cause.REISSUE
@@ -234,31 +244,56 @@ def _cause(case: Case, run: Run, now: datetime) -> Cause | None:
         return Cause.DRIFT if case.versions else Cause.FIRST
     if case.current.login != case.agent.login:
         return Cause.NEW_LOGIN
-    if _has_new_destination(case, run):
-        return Cause.NEW_DESTINATION
-    if any(_owes(case, target, run, now) for target in case.next_targets):
-        return Cause.DRIFT
-    if credential.next_rotation_at is not None and credential.next_rotation_at <= now:
-        return Cause.SCHEDULE
-    return None
+    return Cause.NEW_DESTINATION if _has_new_destination(case, run) else None
 
 
-def _owes(case: Case, target: Target, run: Run, now: datetime) -> bool:
-    """Whether a destination shows a version that is refused or will be, or no version (rule 14).
+def _mending(case: Case, run: Run, plan: Plan, now: datetime) -> Action | None:
+    """Copy current forward, or open a rotation where that mends not everything (rule 4).
 
-    Nothing is ever moved back, so an entry that lost our value or got an older one back is repaired
-    by a rotation. A version with a deadline was seen nowhere: shown again, it came from outside.
+    One that was tried in this run waits for the next look; what refused us for good is opened for
+    all the same: a rotation that stalls tells a person why.
     """
-    sight = run.sights.get(target.key)
-    shown = case.version(sight.shown) if sight is not None else None
-    if sight is None or (shown is not None and _refused(shown, now)):
-        return sight is not None
-    ending = shown is not None and shown.deadline is not None
-    return sight.fresh and (ending or drift_kind(case, target, run, now) in ("older", "missing"))
+    drift = [one for one in owing(case, run, now) if _may_mend(case, one.target, run, now)]
+    if not drift:
+        return None
+    seen = _observe_others(case, run)
+    if seen is not None:
+        return seen
+    copies = [_copy(case, one, run, plan, now) for one in drift]
+    if all(copies):
+        return copies[0]
+    return Open(cause=Cause.DRIFT, drift=tuple(drift)) if _may_rotate(case, now) else None
 
 
-def _refused(version: Version, now: datetime) -> bool:
-    return version.state in DONE_FOR or version.over(now)
+def _may_mend(case: Case, where: str, run: Run, now: datetime) -> bool:
+    tried = (where, Effect.ACTIVATE) in run.written and where not in run.unmended
+    outdated = case.current is not None and run.sights[where].shown == case.current.id
+    return outdated or (not tried and may_mend(case, where, now))
+
+
+def _may_rotate(case: Case, now: datetime) -> bool:
+    outdated = case.current is not None and case.current.over(now)
+    return outdated or may_mend(case, WHOLE_AGENT, now)
+
+
+def _copy(case: Case, drift: Drift, run: Run, plan: Plan, now: datetime) -> CopyForward | None:
+    target = next(one for one in case.next_targets if one.key == drift.target)
+    if case.current is None or target.key in run.unmended:
+        return None
+    stages = plan.traits[target.key].can_stage
+    source = source_for(case, target, run, stages=stages)
+    if source is None or not takes_copy(case, target, run, now):
+        return None
+    sight = run.sights[target.key]
+    return CopyForward(
+        target=target,
+        source=source,
+        version_id=case.current.id,
+        expected=sight.token,
+        stages=stages,
+        empty=sight.empty,
+        drift=drift,
+    )
 
 
 def _has_new_destination(case: Case, run: Run) -> bool:
@@ -495,30 +530,6 @@ def _is_cleared(case: Case, run: Run) -> bool:
 def _drift(case: Case, target: Target, run: Run, now: datetime) -> Drift | None:
     kind = drift_kind(case, target, run, now)
     return Drift(target=target.key, kind=kind, since=now) if kind else None
-
-
-def drift_kind(case: Case, target: Target, run: Run, now: datetime) -> str:
-    """Name what is wrong with what a destination shows; "" if nothing is."""
-    sight = run.sights.get(target.key)
-    if sight is None:
-        return "unreadable"
-    shown, current = case.version(sight.shown), case.current
-    if shown is not None and _refused(shown, now):
-        return "revoked"
-    if sight.blocked:
-        return "unknown"
-    runs = case.rotation is not None and case.rotation.state is RotationState.RUNNING
-    if runs or current is None:
-        return ""  # what is shown changes right now; one that waits may wait for hours
-    if shown is None:
-        return "" if _is_withheld(case, target) else "missing"
-    return "older" if shown.seq < current.seq else ""
-
-
-def _is_withheld(case: Case, target: Target) -> bool:
-    """Whether a person keeps our values from there for now: then none is missed."""
-    suspended = case.agent.state is AgentState.SUSPENDED
-    return suspended or target.to in case.credential.withheld
 
 
 # --- when to look again -------------------------------------------------------------------

@@ -13,6 +13,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
+from keyturn.core import repair
 from keyturn.core.model import (
     AgentState,
     Case,
@@ -316,7 +317,13 @@ def request(case: Case, asked: Request, *, now: datetime) -> Case:
 
 
 def retry(case: Case, *, now: datetime) -> Case:
-    """Let a waiting or stalled rotation go on at once; its read-backs count no more."""
+    """Let a waiting or stalled rotation go on at once; its read-backs count no more.
+
+    Where none is open it takes up the repairs again that were left to a person.
+    """
+    idle = case.rotation is None or not case.rotation.open
+    if idle and case.agent.rotates and repair.fights(case):
+        return repair.peace(case, now)
     rotation = _asked_for(case)
     again = replace(
         rotation,

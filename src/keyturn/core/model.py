@@ -67,7 +67,7 @@ class Cause(StrEnum):
     SCHEDULE = "schedule"
     REQUEST = "request"
     REISSUE = "reissue"
-    DRIFT = "drift"  # a destination shows a version that is refused
+    DRIFT = "drift"  # a destination shows what it should not, and no copy of current is elsewhere
     NEW_DESTINATION = "new-destination"
     NEW_LOGIN = "new-login"
 
@@ -186,6 +186,15 @@ class Look:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Repairs:
+    """When one entry was mended lately, and since when somebody undoes that; see `core.repair`."""
+
+    target: str
+    at: tuple[datetime, ...] = ()
+    fight: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Credential:
     """A named thing that an agent holds, of one kind. Versions belong to it.
 
@@ -208,6 +217,7 @@ class Credential:
     withheld: tuple[str, ...] = ()
     drift: tuple[Drift, ...] = ()
     looks: tuple[Look, ...] = ()
+    repairs: tuple[Repairs, ...] = ()
     revision: int = 0
 
 

@@ -67,6 +67,7 @@ class Run:
     no_copy: frozenset[str] = frozenset()  # targets that were searched for a copy in vain
     # Where which write of it was confirmed; what takes away also where it was tried in vain.
     written: frozenset[tuple[str, Effect]] = frozenset()
+    unmended: frozenset[str] = frozenset()  # that refused a repair for good
     holding: str | None = None  # the version whose plaintext is in memory
     settled: bool = False  # every verifier has applied the epoch of the accept
     in_flight: frozenset[str] = frozenset()  # intents whose call has not returned
@@ -87,6 +88,14 @@ class Run:
     def wrote(self, where: str, effect: Effect) -> Run:
         """A write was confirmed."""
         return replace(self, written=self.written | {(where, effect)})
+
+    def searched(self, where: str, *, found: bool = False) -> Run:
+        """A copy was looked for there, in vain unless `found`."""
+        return replace(self, no_copy=self.no_copy - {where} if found else self.no_copy | {where})
+
+    def gave_up(self, where: str) -> Run:
+        """A repair was refused for good."""
+        return replace(self, unmended=self.unmended | {where})
 
     def wiped(self) -> Run:
         """The attempt's plaintext is gone, and with it what was known of its version."""
@@ -121,9 +130,10 @@ class Action:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Open(Action):
-    """Open a rotation."""
+    """Open a rotation; `drift` is what it mends."""
 
     cause: Cause
+    drift: tuple[Drift, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,6 +237,19 @@ class Withdraw(Action):
     target: Target
     version_id: str
     expected: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyForward(Action):
+    """Write current where it is missing or an older one is shown, with the secret of a copy."""
+
+    target: Target
+    source: Target
+    version_id: str
+    expected: str
+    stages: bool
+    empty: bool
+    drift: Drift
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

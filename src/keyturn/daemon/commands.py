@@ -423,12 +423,13 @@ class Commands:
     def _retry(self, name: str, peer: Peer) -> dict[str, Any]:
         parts = self._parts()
         try:
-            current = parts.store.case_of(name).current
+            case = parts.store.case_of(name)
             parts.administration.retry(name, _caller(peer))
         except KeyturnError as error:
             return {"agent": name, "outcome": "error", "error": _error(error)}
-        after = current.seq if current else 0
-        return {"agent": name, "outcome": "tried again", "after": after}
+        after = case.current.seq if case.current else 0
+        # Repairs that are taken up again may bring no new version: there is nothing to follow.
+        return {"agent": name, "outcome": "tried again", "after": after if case.rotation else None}
 
     def abandon(self, args: Args, peer: Peer, progress: Progress) -> Any:
         """Abandon a rotation."""

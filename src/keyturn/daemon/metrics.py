@@ -22,6 +22,7 @@ AGENT_STATES = (*(state.value for state in AgentState), UNMANAGED)
 VERSION_STATES = tuple(state.value for state in VersionState)
 OUTCOMES = ("promoted", "stalled", "abandoned", "revoked", "kept", "retired")
 TRIGGERS = ("command", "file", "reload", "spool")
+REPAIRS = ("copied", "rotated", "failed", "left")
 DRIFT_KINDS = ("older", "revoked", "unknown", "missing", "unreadable")
 
 
@@ -95,6 +96,10 @@ class Metrics:
         )
         self.destination_drift = self._gauge(
             "destination_drift", "Entries that are not as they should be", "kind"
+        )
+        self.repairs = self._counter("repairs", "Entries that were mended or given up", "outcome")
+        self.repair_fights = self._gauge(
+            "repair_fights", "Entries that others keep from being mended"
         )
         self.own_credential_expiry = self._gauge(
             "own_credential_expiry_timestamp_seconds",

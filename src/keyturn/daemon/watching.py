@@ -11,13 +11,15 @@ from typing import Any
 
 import structlog
 
-from keyturn import incidents
+from keyturn import advice, incidents
+from keyturn.core import repair
 from keyturn.core.model import Case, Drift, VersionState
 from keyturn.daemon.metrics import (
     AGENT_STATES,
     DRIFT_KINDS,
     OPEN_STATES,
     OUTCOMES,
+    REPAIRS,
     TRIGGERS,
     VERSION_STATES,
     Metrics,
@@ -29,7 +31,9 @@ from keyturn.status import OVERDUE_AFTER
 from keyturn.storage.migrations import HEAD
 from keyturn.wiring import Parts
 
-_CALLS = frozenset({"observe", "recover", "stage", "readback", "activate", "clean", "withdraw"})
+_CALLS = frozenset(
+    {"observe", "recover", "stage", "readback", "activate", "clean", "withdraw", "copyforward"}
+)
 _LOUD = frozenset({"open", "promote", "retire", "withdraw", "stall", "wait", "dropattempt"})
 _log = structlog.get_logger(__name__)
 
@@ -44,6 +48,7 @@ class Watching:
         self._counted_to: int | None = None
         self._parts = parts
         self._drifts: set[tuple[str, Drift]] = set()
+        self._fights: set[tuple[str, str]] = set()
         self._ballast = 0
         self._jumped = False
         self._incidents: set[str] = set()  # found, and not in the audit yet
@@ -52,6 +57,8 @@ class Watching:
             metrics.rotations.labels(outcome)
         for trigger in TRIGGERS:
             metrics.revocations.labels(trigger)
+        for outcome in REPAIRS:
+            metrics.repairs.labels(outcome)
 
     # --- as it happens ----------------------------------------------------------------------
 
@@ -66,9 +73,13 @@ class Watching:
         outcome = "" if code else _outcome(step, case)
         if outcome:
             self.rotation_ended(outcome)
+        mends = step == "copyforward" or (step == "open" and bool(detail))
+        if mends:
+            done = "copied" if step == "copyforward" else "rotated"
+            self.metrics.repairs.labels("failed" if code else done).inc()
         # A stall needs a person, whatever it stalled at; what waits goes on by itself.
         level = (
-            "error" if step == "stall" else "warning" if code or step == "wait"
+            "error" if step == "stall" else "warning" if code or mends or step == "wait"
             else "info" if step in _LOUD else "debug"
         )  # fmt: skip
         getattr(_log, level)(
@@ -178,6 +189,26 @@ class Watching:
         for agent, drift in found - self._drifts:
             _log.warning("drift.found", agent=agent, where=drift.target, kind=drift.kind)
         self._drifts = found
+        self._count_fights()
+
+    def _count_fights(self) -> None:
+        """Tell of each fight once: it is a person's now."""
+        found = {(agent, one.target): one for agent, one in self._parts.store.fights()}
+        self.metrics.repair_fights.set(len(found))
+        for agent, where in found.keys() - self._fights:
+            self.metrics.repairs.labels("left").inc()
+            fight, again = found[agent, where].fight, repair.next_try_at(found[agent, where])
+            _log.error(
+                "repair.fight",
+                agent=agent,
+                where=where,
+                since=str(fight),
+                next_try_at=str(again),
+                hint=advice.hint("repair-fight", agent),
+            )
+        for agent, where in self._fights - found.keys():
+            _log.info("repair.over", agent=agent, where=where)
+        self._fights = set(found)
 
     def _count_others(self, head: int) -> None:
         """Count the revocations of other processes: commands on the bare store, other hosts."""

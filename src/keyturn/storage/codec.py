@@ -11,7 +11,17 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from keyturn.core.model import Cause, Drift, Keys, Look, Request, Target, Waiting, WaitReason
+from keyturn.core.model import (
+    Cause,
+    Drift,
+    Keys,
+    Look,
+    Repairs,
+    Request,
+    Target,
+    Waiting,
+    WaitReason,
+)
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
@@ -103,6 +113,28 @@ def looks_from(value: str) -> tuple[Look, ...]:
     """Return what the last sweeps saw."""
     return tuple(
         Look(target=target, at=instant(at), shown=shown) for target, at, shown in json.loads(value)
+    )
+
+
+def repairs_text(repairs: Iterable[Repairs]) -> str:
+    """Return the text of what is remembered of repairs."""
+    return text(
+        [
+            [one.target, [micros(at) for at in one.at], micros(one.fight) if one.fight else None]
+            for one in repairs
+        ]
+    )
+
+
+def repairs_from(value: str) -> tuple[Repairs, ...]:
+    """Return what is remembered of repairs."""
+    return tuple(
+        Repairs(
+            target=target,
+            at=tuple(instant(moment) for moment in at),
+            fight=None if fight is None else instant(fight),
+        )
+        for target, at, fight in json.loads(value)
     )
 
 

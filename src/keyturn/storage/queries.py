@@ -17,6 +17,7 @@ from keyturn.core.model import (
     Case,
     Credential,
     Drift,
+    Repairs,
     Rotation,
     RotationState,
     Version,
@@ -257,6 +258,17 @@ def drifts(connection: Connection) -> list[tuple[str, Drift]]:
         )
     )
     return [(row.name, drift) for row in connection.execute(query) for drift in row.drift]
+
+
+def fights(connection: Connection) -> list[tuple[str, Repairs]]:
+    """Return the entries that others keep from being mended, with the agent's name."""
+    query = (
+        sa.select(agents_table.c.name, credentials.c.repairs)
+        .join_from(credentials, agents_table, credentials.c.agent_uid == agents_table.c.uid)
+        .where(credentials.c.repairs != sa.literal((), credentials.c.repairs.type), _LIVES)
+    )
+    rows = connection.execute(query)
+    return [(row.name, one) for row in rows for one in row.repairs if one.fight is not None]
 
 
 def stopped(connection: Connection) -> list[tuple[str, str]]:

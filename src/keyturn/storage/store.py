@@ -15,7 +15,16 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from keyturn.core.model import Agent, AgentState, Case, Credential, Drift, Outcome, Version
+from keyturn.core.model import (
+    Agent,
+    AgentState,
+    Case,
+    Credential,
+    Drift,
+    Outcome,
+    Repairs,
+    Version,
+)
 from keyturn.core.own import Own
 from keyturn.errors import ClaimLost
 from keyturn.ports import AuditEntry, Claim, Clock, Saved
@@ -395,6 +404,10 @@ class Store:
     def drifts(self) -> list[tuple[str, Drift]]:
         """Return what the last sweeps found, with the agent's name."""
         return self.database.read(queries.drifts)
+
+    def fights(self) -> list[tuple[str, Repairs]]:
+        """Return the entries that others keep from being mended, with the agent's name."""
+        return self.database.read(queries.fights)
 
     def stopped(self) -> list[tuple[str, str]]:
         """Return the agents whose rotation waits or is stalled, and at which target."""

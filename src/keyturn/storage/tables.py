@@ -123,6 +123,7 @@ TARGETS = Coded(codec.targets_text, codec.targets_from)
 REQUEST = Coded(codec.request_text, codec.request_from)
 DRIFT = Coded(codec.drift_text, codec.drift_from)
 LOOKS = Coded(codec.looks_text, codec.looks_from)
+REPAIRS = Coded(codec.repairs_text, codec.repairs_from)
 NAMES = Coded(codec.names_text, codec.names_from)
 WAITING = Coded(codec.waiting_text, codec.waiting_from)
 DETAIL = Coded(codec.detail_text, codec.detail_from)
@@ -217,6 +218,7 @@ credentials = sa.Table(
     sa.Column("withheld", NAMES, nullable=False),
     sa.Column("drift", DRIFT, nullable=False),
     sa.Column("looks", LOOKS, nullable=False),
+    sa.Column("repairs", REPAIRS, nullable=False, server_default="[]"),
     _number("revision"),
     sa.Column("holder", sa.Text),
     sa.Column("holder_writer", sa.Text),
