@@ -232,14 +232,7 @@ def test_a_stale_answer_is_not_mended(make: Make) -> None:
 # --- what fails ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", DRIFTS)
-@pytest.mark.parametrize(
-    "shapes", [("staging", "azure"), ("vault", "file"), ("file", "staging")], ids="-".join
-)
-def test_a_crash_at_every_point_of_a_repair_converges(
-    make: Make, shapes: tuple[str, str], kind: str
-) -> None:
-    """After a crash anywhere a new process mends it, without minting, and counts every try."""
+def _crashes_everywhere(make: Make, shapes: tuple[str, str], kind: str, step: int = 1) -> None:
     number = 0
     while True:
         bench = make(*shapes)
@@ -256,7 +249,24 @@ def test_a_crash_at_every_point_of_a_repair_converges(
         assert writes(bench) <= 2 * (1 + (shapes[0] == "staging")), number
         if not crashed:
             return
-        number += 1
+        number += step
+
+
+def test_a_crash_in_a_repair_converges(make: Make) -> None:
+    """After a crash a new process mends it, without minting, and counts every try."""
+    _crashes_everywhere(make, ("vault", "file"), "older", step=2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", DRIFTS)
+@pytest.mark.parametrize(
+    "shapes", [("staging", "azure"), ("vault", "file"), ("file", "staging")], ids="-".join
+)
+def test_a_crash_at_every_point_of_a_repair_converges(
+    make: Make, shapes: tuple[str, str], kind: str
+) -> None:
+    """The same at every point, for every kind of drift and destination."""
+    _crashes_everywhere(make, shapes, kind)
 
 
 @pytest.mark.parametrize("fault", ["before", "after", "unsent", "late"])
@@ -336,18 +346,11 @@ def test_an_entry_that_changes_all_the_time_makes_few_writes(make: Make) -> None
 # --- no fights ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", DRIFTS)
-@pytest.mark.parametrize(
-    "shapes", [("vault", "file"), ("file",), ("azure",), ("staging",)], ids="-".join
-)
-def test_whoever_undoes_a_repair_makes_few_writes(
-    make: Make, shapes: tuple[str, ...], kind: str
-) -> None:
-    """Three repairs an hour, then one an hour; told once, in status, audit and metric."""
+def _undone_for_hours(make: Make, shapes: tuple[str, ...], kind: str, hours: int) -> None:
     bench = make(*shapes)
     start = bench.clock.now()
     repairs: list[int] = []
-    for _ in range(4 * 12):
+    for _ in range(hours * 12):
         DRIFTS[kind](bench)
         before = count(bench, "copyforward") + count(bench, "open")
         bench.restart()  # what was counted survives each of them
@@ -363,6 +366,24 @@ def test_whoever_undoes_a_repair_makes_few_writes(
     assert len(repairs) <= 2 * MOST + 1, repairs
     assert told(bench, "repair.fight")[:1] == ["left"]
     assert [where for _, where in [(n, r.target) for n, r in bench.store.fights()]] == ["d0:bot"]
+
+
+@pytest.mark.parametrize("shapes", [("vault", "file"), ("azure",)], ids="-".join)
+def test_whoever_undoes_a_repair_makes_few_writes(make: Make, shapes: tuple[str, ...]) -> None:
+    """Three repairs an hour, then one an hour; told once, in status, audit and metric."""
+    _undone_for_hours(make, shapes, "older", hours=2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", DRIFTS)
+@pytest.mark.parametrize(
+    "shapes", [("vault", "file"), ("file",), ("azure",), ("staging",)], ids="-".join
+)
+def test_whoever_undoes_a_repair_for_hours_makes_few_writes(
+    make: Make, shapes: tuple[str, ...], kind: str
+) -> None:
+    """The same for every kind of drift and destination, and longer."""
+    _undone_for_hours(make, shapes, kind, hours=4)
 
 
 def test_a_person_takes_the_repair_up_again(make: Make) -> None:
