@@ -10,7 +10,7 @@ LOCK := $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-versio
 	--no-header --no-emit-index-url --no-emit-find-links --upgrade
 SBOM ?= dist/keyturn.cdx.json
 
-.PHONY: demo test test-full check audit bench docs lock wheel sbom clean
+.PHONY: demo test test-full check audit bench drill docs lock wheel sbom clean
 
 demo: .venv/demo.stamp  ## the main job on the embedded defaults; DEST=vault|aws|azure|all
 	@$(BIN)/keyturn demo --dest $(DEST)
@@ -35,6 +35,9 @@ audit: .venv/bin/python  ## known vulnerabilities of what is installed
 
 bench: .venv/test.stamp  ## rotations per second beside the bare clients, in one run
 	@$(BIN)/python benchmarks/rotations.py
+
+drill: .venv/test.stamp  ## how long a revoke takes, by each way, under load
+	@$(BIN)/python benchmarks/revocation.py
 
 docs: .venv/test.stamp  ## pages that are generated
 	@$(BIN)/python -m keyturn.config.reference > docs/reference/configuration.md

@@ -18,6 +18,7 @@ from keyturn.core.model import (
     Look,
     Placement,
     Policy,
+    Repairs,
     Request,
     RotationState,
     Waiting,
@@ -244,8 +245,21 @@ def test_every_code_has_its_advice() -> None:
     found = errors | {str(one) for one in WaitReason} | advice.ALTERED | {"not-shown"}
     # These two never come without a code of their own.
     found -= {str(WaitReason.DESTINATION), str(WaitReason.FOREIGN_STAGED)}
-    found |= {StoreFull.code, StoreUnavailable.code}
+    found |= {StoreFull.code, StoreUnavailable.code, "repair-fight"}
     assert found == set(advice.TABLE)
+
+
+def test_a_fight_is_told_with_its_next_try_and_its_command() -> None:
+    """The code, when it is tried again, whom to look for, and the command that takes it up again."""
+    fight = Repairs(target=A.key, at=(AGO, NOW), fight=NOW)
+    drift = (Drift(target=A.key, kind="older", since=AGO),)
+    row = seen(case(S.PREVIOUS, S.CURRENT, drift=drift, repairs=(fight,)))
+    place = row["destinations"][0]
+
+    assert (place["error_code"], place["in_sync"]) == ("repair-fight", False)
+    assert place["repairs"]["last_hour"] == 2
+    assert place["repairs"]["next_try_at"] == (NOW + timedelta(hours=1)).isoformat()[:19] + "Z"
+    assert row["hint"].startswith("keyturn rotation retry bot   # repair-fight: others undo")
 
 
 def test_after_a_revoke_the_latest_version_is_what_is_shown() -> None:
