@@ -18,7 +18,7 @@ import pytest
 
 from keyturn.administration import Administration
 from keyturn.core.model import AgentState, VersionState
-from keyturn.daemon import service as service_module
+from keyturn.daemon import revoking
 from keyturn.daemon.service import Service, load
 from keyturn.errors import Refused, StoreUnavailable, UnknownVersion
 from keyturn.leaks import Leak
@@ -388,7 +388,7 @@ def test_a_revoke_that_cancels_an_owed_successor_says_so(scene: Scene) -> None:
 
 def test_a_standby_applies_its_own_spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was revoked on its host while the store was away stands in no other host's spool."""
-    monkeypatch.setattr(service_module, "REVOCATIONS_POLL", 0.0)
+    monkeypatch.setattr(revoking, "POLL", 0.0)
     daemon = Service(load(Keyturn(tmp_path, agents=1).config), socket=tmp_path / "socket")
     store, verbs = daemon.parts.store, daemon.parts.administration
     scene = Scene(tmp_path / "state", store, verbs)

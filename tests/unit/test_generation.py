@@ -250,11 +250,11 @@ def test_a_revocations_file_in_a_volume_is_read_anew_after_a_swap(keyturn: Insta
     keyturn.content["revocations_file"] = str(volume.folder / "revocations")
     keyturn.reload()
     now = keyturn.parts.clock.now().isoformat().replace("+00:00", "Z")
-    assert [entry.agent for entry in keyturn.service._read_file()] == ["a"]
+    assert [entry.agent for entry in keyturn.service.revoking.read_file()] == ["a"]
 
     volume.swap({"revocations": line.format("a") + f"agent:b at={now}\n"})
-    entries = keyturn.service._read_file()
-    keyturn.service._apply_entries(entries, trigger="file")
+    entries = keyturn.service.revoking.read_file()
+    keyturn.service.revoking.apply_entries(entries, trigger="file")
 
     assert [entry.agent for entry in entries] == ["a", "b"]
     assert (keyturn.accepts(held["a"]), keyturn.accepts(held["b"])) == (True, False)

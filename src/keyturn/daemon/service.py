@@ -14,7 +14,6 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -24,9 +23,7 @@ import structlog
 from apscheduler.schedulers.background import BackgroundScheduler
 
 from keyturn import __version__, config, rotation, wiring
-from keyturn.config.file import read_trusted
-from keyturn.core.revocations import RevocationEntry, parse_revocations
-from keyturn.daemon import anchoring, filewatch, logs, own_checks, rehearsal
+from keyturn.daemon import anchoring, filewatch, logs, own_checks, rehearsal, revoking
 from keyturn.daemon.anchoring import AnchorCommands, Anchoring
 from keyturn.daemon.commands import Commands
 from keyturn.daemon.cron import Crontab
@@ -37,12 +34,12 @@ from keyturn.daemon.own_logins import OwnLogins
 from keyturn.daemon.peer import Roles
 from keyturn.daemon.readiness import Readiness, Reason
 from keyturn.daemon.recovery import Recovery
+from keyturn.daemon.revoking import Revoking
 from keyturn.daemon.signals import Signals
 from keyturn.daemon.socket import AdminServer
 from keyturn.daemon.supervision import Supervisor, beating
 from keyturn.daemon.watching import Watching
 from keyturn.errors import ClaimLost, ConfigError, KeyturnError, Refused, StoreUnavailable
-from keyturn.leaks import Caller, Leak
 from keyturn.notify import Notifier
 from keyturn.ports import AuditEntry
 from keyturn.storage.membership import Membership
@@ -52,8 +49,6 @@ from keyturn.wiring import Parts
 TICK = 0.25  # seconds between two looks at the due-queue
 OWN_LOGINS = 1.0  # seconds between two looks at which of our own logins is due
 MEASURE = 5.0  # seconds between two counts for the metrics
-REVOCATIONS_POLL = 2.0
-REVOCATIONS_PATIENCE = 10.0  # seconds for lines whose rows the store does not take
 FORGET_REQUESTS = 3600.0
 LEAD_TTL = timedelta(seconds=15)
 LEAD_RENEW = 5.0
@@ -132,11 +127,8 @@ class Service:
         self._running: set[str] = set()
         self._guard = threading.Lock()
         self._reloading = threading.Lock()
-        self._revoking = threading.Lock()
-        self._applied: set[RevocationEntry] = set()
-        self._counted: set[RevocationEntry] = set()
+        self.revoking = Revoking(self.parts, self.metrics, self.kick)
         self._away = False
-        self._problems: tuple[tuple[str, str], ...] = ()
         self._files = filewatch.FileWatch(
             lambda: self.parts.settings,
             lambda: self.reload(allow_mass_change=False, actor="daemon:files"),
@@ -176,12 +168,12 @@ class Service:
             self.readiness.hold(Reason.QUARANTINED)
         self._notifier = notifier = notifier_of(parts, self.metrics)
         notifier.apply(specs_of(parts.settings))
-        self._apply_spool_alone()
+        self.revoking.apply_spool_alone()
         self._reconcile_at_start()
-        self._apply_inline()
+        self.revoking.apply_inline()
         self._ready.set()
         self._supervisor.starting("applying revocations")
-        self.apply_revocations()
+        self.revoking.apply()
         roles = roles_of(parts.settings)
         for name in roles.missing:
             _log.warning("admin.no-such-group", group=name)
@@ -240,8 +232,8 @@ class Service:
             self._supervisor.starting("standby: another daemon leads on this store")
             if time.monotonic() >= look_at:
                 # What was revoked on this host while the store was away stands in no other spool.
-                self._apply_spool_alone()
-                look_at = time.monotonic() + REVOCATIONS_POLL
+                self.revoking.apply_spool_alone()
+                look_at = time.monotonic() + revoking.POLL
             self._stop.wait(1.0)
         return False
 
@@ -251,7 +243,7 @@ class Service:
         every(tick, "interval", seconds=TICK, id="tick")
         every(self.watching.measure, "interval", seconds=MEASURE, id="measure")
         every(self.own_logins.tick, "interval", seconds=OWN_LOGINS, id="own-logins")
-        every(self._poll_revocations, "interval", seconds=REVOCATIONS_POLL, id="revocations")
+        every(self.revoking.poll, "interval", seconds=revoking.POLL, id="revocations")
         every(self._forget_requests, "interval", seconds=FORGET_REQUESTS, id="requests")
         every(self._files.look, "interval", seconds=filewatch.POLL, id="files")
         every(self._anchoring.start, id="anchor-start")  # once, now
@@ -435,113 +427,10 @@ class Service:
         """Whether something may wait for the room that was just given back."""
         return not self._stop.is_set() and len(self._running) < WORKERS_AT_MOST
 
-    # --- revocations ------------------------------------------------------------------------
-
     def apply_revocations(self) -> None:
-        """Apply the spool and the revocations file (SIGUSR1, and polled)."""
-        if not self._ready.is_set():
-            return  # they are applied before the daemon is ready
-        entries = self._read_file()
-        self._refuse_first(entries, trigger="file")
-        if not self._revoking.acquire(blocking=False):
-            return  # it refuses already, and whoever waits for the store now writes the rest
-        try:
-            # Each for itself: a lock that keeps the one from the store must not veto the other.
-            steps: tuple[Callable[[], None], ...] = (
-                lambda: self._apply_entries(entries, trigger="file"),
-                self._apply_inline,
-                self._apply_spool,
-            )
-            for apply in steps:
-                try:
-                    apply()
-                except StoreUnavailable as error:
-                    _log.error("revocations.incomplete", code=error.code)
-        finally:
-            self._revoking.release()
-
-    def _apply_spool(self) -> None:
-        self.parts.administration.apply_spool(Caller(name="daemon", trigger="spool"))
-
-    def _apply_spool_alone(self) -> None:
-        """Apply the spool before there is a poll: no tombstone keeps a daemon from its start."""
-        try:
-            self._apply_spool()
-        except KeyturnError as error:
-            _log.error("revocations.incomplete", code=error.code)
-
-    def _poll_revocations(self) -> None:
-        try:
-            self.apply_revocations()
-        except Exception:  # noqa: BLE001  # loop top: a broken file must not end the polling
-            _log.error("revocations.failed", exc_info=True)
-
-    def _read_file(self) -> tuple[RevocationEntry, ...]:
-        path = self.parts.settings.revocations_file
-        if path is None:
-            return ()
-        entries: tuple[RevocationEntry, ...] = ()
-        try:
-            entries, found = parse_revocations(read_trusted(path), now=self.parts.clock.now())
-            problems = tuple((f"{one.line}: {one.text}", "") for one in found)
-        except FileNotFoundError:
-            problems = ()
-        except OSError as error:
-            problems = ((f"cannot be read (errno {error.errno}): no line is applied", ""),)
-        except ConfigError as error:
-            problems = ((str(error), error.hint),)
-        self.metrics.revocations_file_problems.set(len(problems))
-        if problems != self._problems:
-            self._problems = problems
-            for text, hint in problems:
-                _log.error("revocations.problem", path=str(path), problem=text, hint=hint)
-        return entries
-
-    def _apply_inline(self) -> None:
-        self._apply_entries(self.parts.settings.revocations, trigger="reload")
-
-    def _new(self, entries: Iterable[RevocationEntry]) -> list[RevocationEntry]:
-        return [entry for entry in entries if entry not in self._applied]
-
-    def _refuse_first(self, entries: Iterable[RevocationEntry], *, trigger: str) -> None:
-        """Refuse here what the lines name; a lock on the store makes none wait for another."""
-        caller = Caller(name=trigger, trigger=trigger)
-        leaks = [(_leak(entry), caller) for entry in self._new(entries)]
-        self.parts.administration.refuse_first(leaks)
-
-    def _apply_entries(self, entries: Iterable[RevocationEntry], *, trigger: str) -> None:
-        self._refuse_first(entries, trigger=trigger)
-        began, trouble = time.monotonic(), None
-        for entry in self._new(entries):
-            try:
-                if self._apply_entry(entry, trigger):
-                    self._applied.add(entry)
-                    continue
-            except StoreUnavailable as error:
-                trouble = error
-            if time.monotonic() - began > REVOCATIONS_PATIENCE:
-                break  # the store takes none of them now: they are tried again by the next poll
-        if trouble is not None:
-            raise trouble
-
-    def _apply_entry(self, entry: RevocationEntry, trigger: str) -> bool:
-        """Apply one line; True where it needs no second look."""
-        leak = _leak(entry)
-        try:
-            result = self.parts.administration.revoke(leak, Caller(name=trigger, trigger=trigger))
-        except StoreUnavailable:
-            raise
-        except KeyturnError as error:
-            _log.error("revocations.no-match", target=leak.target, code=error.code)
-            return True
-        if result["versions"]:
-            if entry not in self._counted:
-                self._counted.add(entry)
-                self.parts.note_revocation(result, trigger=trigger)
-        else:
-            _log.info("revocations.nothing-left", target=leak.target)
-        self.kick()
-        return not result["incomplete"]
+        """Apply the spool and the revocations file, for SIGUSR1; a start has done so before it is ready."""
+        if self._ready.is_set():
+            self.revoking.apply()
 
     # --- reload -----------------------------------------------------------------------------
 
@@ -573,7 +462,7 @@ class Service:
                 settings = load(before.path)
                 self._same_store(before, settings)
                 # Revoked first: no other line of the file may keep a revocation from working.
-                self._apply_entries(settings.revocations, trigger="reload")
+                self.revoking.apply_entries(settings.revocations, trigger="reload")
                 done = self._take_over(
                     settings, actor, allow_mass_change=allow_mass_change, take_over=take_over
                 )
@@ -664,13 +553,3 @@ class Service:
         """Return the metrics in the Prometheus text format."""
         self.watching.measure()
         return self.metrics.text()
-
-
-def _leak(entry: RevocationEntry) -> Leak:
-    return Leak(
-        agent=entry.agent,
-        version=entry.version_id,
-        reissue=entry.reissue,
-        reason=entry.reason,
-        at=entry.at,
-    )
