@@ -289,6 +289,21 @@ def test_the_pages_say_what_the_daemon_is() -> None:
     assert (refused.status, refused.allow) == (405, "GET, HEAD")
 
 
+def test_a_stuck_daemon_is_to_be_restarted() -> None:
+    """Health says 503 only where a restart helps, and readiness says why."""
+    seconds = [0.0]
+    readiness = Readiness(lambda: seconds[0])
+    readiness.release(Reason.STARTING)
+    pages = Pages(readiness, Metrics())
+    readiness.looked(store_answers=False)
+    assert pages("GET", "/healthz", "").status == 200
+    seconds[0] += 121
+    assert pages("GET", "/healthz", "") == Answer(
+        status=503, kind="application/json", body=b'{"live": false}\n'
+    )
+    assert b'"reason": "stuck"' in pages("GET", "/readyz", "").body
+
+
 def test_many_scrapes_are_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A crowd of scrapers costs one rendering a second, and what they accept costs no memory."""
     metrics = Metrics()

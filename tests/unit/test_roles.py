@@ -16,6 +16,7 @@ ROLES = {
         "identify",
         "audit",
         "metrics",
+        "health",
         "clock",
     },
     Role.RESPOND: {"rotate", "suspend", "resume", "revoke", "rotation.retry"},
