@@ -56,10 +56,10 @@ def known() -> dict[str, set[str]]:
 KNOWN = known()
 
 
-def check(*args: str, folder: Path = MONITORING) -> None:
+def check(*args: str, folder: Path = MONITORING, stdin: str = "") -> None:
     """Run promtool; fail with what it says."""
     done = subprocess.run(
-        ["promtool", *args], cwd=folder, capture_output=True, text=True, check=False
+        ["promtool", *args], input=stdin, cwd=folder, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -78,6 +78,16 @@ def foreign(expression: str) -> Iterator[str]:
     labels = set.union(*KNOWN.values()) | OF_THE_SCRAPE
     for names in re.findall(r"\bby \(([^)]*)\)", expression):
         yield from (name for name in re.split(r",\s*", names) if name not in labels)
+
+
+def test_prometheus_has_nothing_against_the_names() -> None:
+    """The real promtool reads the page: units, endings and texts are as people expect them."""
+    metrics = Metrics()
+    metrics.follow(Readiness())
+    metrics.step_duration.labels("activate", "vault-eu").observe(0.2)
+    metrics.rotations.labels("promoted").inc()
+    metrics.store_up.set(1)
+    check("check", "metrics", stdin=metrics.text())
 
 
 # --- rules ----------------------------------------------------------------------------------
