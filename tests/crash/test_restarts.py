@@ -64,7 +64,7 @@ def kill_and_look(folder: Path, *, kills: int) -> None:
         verifier = keyturn.verifier()
         names = list(keyturn.content["agents"])
         workers = [
-            Workload(name, read, verifier, cache=2, pause=0.1, seed=chance.randrange(1 << 30))
+            Workload(name, read, verifier, cache=2, pause=0.2, seed=chance.randrange(1 << 30))
             for name in names
         ]
         for worker in workers:

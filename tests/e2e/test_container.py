@@ -13,8 +13,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from support.dockerfile import Box, Stage, parse
-from support.peers import needs_root
+from keyturn.daemon.checks import check
+from support.dockerfile import Box, Stage, needs_mounts, parse
 from support.supervised import Supervised
 
 ROOT = Path(__file__).parents[2]
@@ -126,9 +126,8 @@ def test_the_shipped_configurations_are_good(whose: str, tmp_path: Path) -> None
     path = tmp_path / "keyturn.yaml"
     path.touch(mode=0o600)
     path.write_text(text)
-    command = [sys.executable, "-m", "keyturn", "check", "-c", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    report = check(path)
+    assert report["ok"], report
 
 
 # --- run --------------------------------------------------------------------------------------
@@ -188,7 +187,7 @@ def box(tmp_path: Path) -> Box:
     return Box(tmp_path / "final")
 
 
-@needs_root
+@needs_mounts
 def test_the_final_stage_runs_as_kubernetes_runs_it(box: Box, tmp_path: Path) -> None:
     """Its own steps, with what this test run has in place of what the first stage builds."""
     lent = Stage(base=FINAL.base, name="", steps=[s for s in FINAL.steps if s[0] != "COPY"])
@@ -198,7 +197,7 @@ def test_the_final_stage_runs_as_kubernetes_runs_it(box: Box, tmp_path: Path) ->
 
 
 @pytest.mark.full
-@needs_root
+@needs_mounts
 def test_every_step_of_the_image_runs(box: Box, tmp_path: Path) -> None:
     """From the locks and the sources to a healthy daemon, and no tool of the build is left."""
     build = Box(tmp_path / "build")

@@ -16,8 +16,7 @@ import pytest
 import yaml
 
 from support import as_unit
-from support.dockerfile import Box
-from support.peers import needs_root
+from support.dockerfile import Box, needs_mounts
 from support.running import QUIET, file_at
 from support.supervised import Supervised
 
@@ -160,7 +159,7 @@ def host(tmp_path: Path) -> Iterator[Host]:
         path.unlink()  # what agents read holds a secret, as it should
 
 
-@needs_root
+@needs_mounts
 def test_the_daemon_lives_in_its_unit_and_everybody_gets_what_is_theirs(host: Host) -> None:
     """Users, groups, folders, filter and read-only root: the documented setup, as other uids."""
     address = f"@keyturn-unit-{os.getpid()}"
@@ -225,7 +224,7 @@ def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines()
 
 
-@needs_root
+@needs_mounts
 def test_the_launcher_filters(tmp_path: Path) -> None:
     """The sandbox of these tests bites: what the unit forbids fails in it."""
     become = {"uid": 65532, "gid": 65532, "groups": []}

@@ -18,8 +18,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 Done = subprocess.CompletedProcess[str]
 
+_CAN_MOUNT = """
+mount -t tmpfs t /mnt && mkdir /mnt/u /mnt/w /mnt/r &&
+mount -t overlay o -o lowerdir=/,upperdir=/mnt/u,workdir=/mnt/w /mnt/r
+"""
 _INSIDE = """
 set -e
 mount --make-rprivate /
@@ -40,6 +46,16 @@ def becoming(user: str, *groups: int) -> list[str]:
     more = f"--groups={','.join(map(str, groups))}" if groups else "--clear-groups"
     drop = ["--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]
     return ["setpriv", f"--reuid={uid}", f"--regid={gid}", more, *drop]
+
+
+def _can_mount() -> bool:
+    command = ["unshare", "--mount", "sh", "-c", _CAN_MOUNT]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+needs_mounts = pytest.mark.skipif(
+    os.geteuid() != 0 or not _can_mount(), reason="mounts an overlay in a namespace of its own"
+)
 
 
 @dataclass(kw_only=True)
