@@ -19,7 +19,7 @@ TESTS = Path(__file__).parents[1]
 
 @pytest.mark.parametrize(
     "every",
-    [15, pytest.param(1, marks=[pytest.mark.full, pytest.mark.timeout(1800)])],
+    [25, pytest.param(1, marks=[pytest.mark.full, pytest.mark.timeout(1800)])],
     ids=["some", "whole"],
 )
 def test_a_restore_that_was_killed_converges(tmp_path: Path, every: int) -> None:
@@ -46,7 +46,7 @@ def test_a_restore_that_was_killed_converges(tmp_path: Path, every: int) -> None
 
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["kills"] > 3
+    assert found["kills"] > 1
     assert found["failed"] == 0, done.stderr[-3000:]
     print(f"\n{found['kills']} kills at {found['points']} points: {found['failed']} failed")
     shutil.rmtree(tmp_path / "lost")

@@ -263,7 +263,7 @@ def test_a_replaced_file_is_read_at_once(scene: Scene, rounds: int) -> None:
 
 @pytest.mark.parametrize(
     "rounds",
-    [300, pytest.param(10_000, marks=[pytest.mark.full, pytest.mark.timeout(3600)])],
+    [100, pytest.param(10_000, marks=[pytest.mark.full, pytest.mark.timeout(3600)])],
     ids=["some", "whole"],
 )
 def test_a_restored_store_is_read_at_once(scene: Scene, rounds: int) -> None:

@@ -105,7 +105,7 @@ def test_a_restore_of_a_file_neither_revives_nor_forgets(folder: Path, count: in
     print(f"\n{count} histories, {asked} secrets: 0 revived, 0 forgotten (seed {SEED})")
 
 
-@histories(2, 100)
+@histories(1, 100)
 def test_a_restore_by_pg_restore_neither_revives_nor_forgets(
     folder: Path,
     postgres: Cluster,  # noqa: F811 - the fixture

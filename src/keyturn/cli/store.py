@@ -32,7 +32,10 @@ def status(
     config: options.ConfigOfDaemon = options.CONFIG,
     socket: options.Socket = options.SOCKET,
 ) -> None:
-    """Say what the store is: schema, size, ledger, last backup, and what is in quarantine."""
+    """Say what the store is.
+
+    Schema, size, ledger, last backup, and what is in quarantine (then exit 75).
+    """
     try:
         found = ask("store.status", {}, socket=socket, config=config)
     except DaemonDown:
@@ -53,7 +56,7 @@ def upgrade(
     json: options.Json = False,
     config: options.Config = options.CONFIG,
 ) -> None:
-    """Bring the store's schema up to this release.
+    """Bring the schema up to this release.
 
     It only adds, so that the release before goes on working; `keyturn run` does as much by itself on
     SQLite. PostgreSQL: with the login that owns the tables, in `KEYTURN_STORE__URL`.
@@ -68,9 +71,9 @@ def backup(
     json: options.Json = False,
     config: options.Config = options.CONFIG,
 ) -> None:
-    """Copy the store into a new file, also while the daemon runs.
+    """Copy the store into a new file.
 
-    The copy is of one moment, private (0600), checked and synced, and never half-written under its
+    Also while the daemon runs. The copy is of one moment, private (0600), checked and synced, and never half-written under its
     name. Ledger and revoked.d are not in it: copy those folders all the time, a restore needs them
     newer than the backup.
     """
@@ -96,7 +99,7 @@ def restore(
     json: options.Json = False,
     config: options.Config = options.CONFIG,
 ) -> None:
-    """Put a backup back, with everything that happened since then.
+    """Put a backup back, with all that happened since.
 
     The daemon must be down. Verifiers answer 503 until ledger and revoked.d are merged, every
     destination was read, and you have seen what differs. What the ledger does not know stays at 503
@@ -146,9 +149,9 @@ def release(
     config: options.ConfigOfDaemon = options.CONFIG,
     socket: options.Socket = options.SOCKET,
 ) -> None:
-    """Decide about agents that a restore left at 503: what the store has of them is accepted again.
+    """Decide about agents that a restore left at 503.
 
-    A version that was accepted after the backup, and that no ledger knows, is refused then: where an
+    What the store has of them is accepted again. A version that was accepted after the backup, and that no ledger knows, is refused then: where an
     agent may hold one, say --reissue.
     """
     names = list(agents or ())

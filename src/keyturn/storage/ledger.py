@@ -111,7 +111,8 @@ class Ledger:
         at: datetime,
     ) -> None:
         """Append everything that is accepted now, where a ledger begins. Raises StoreUnavailable."""
-        told = []
+        pairs, told = list(pairs), []
+        few = len(pairs) <= FEW
         for agent, credential, accepted in pairs:
             line = _agent_line(agent, credential, incarnation=incarnation, at=at, bump=0)
             told.append(line | {"accepted": [version.id for version in accepted]})
@@ -124,9 +125,10 @@ class Ledger:
                 "revision": credential.revision,
             }
             if accepted:
-                self.append(agent, [_version_line(v) | common for v in accepted], sync=False)
+                self.append(agent, [_version_line(v) | common for v in accepted], sync=few)
         if told:
-            os.sync()  # thousands of files at once
+            if not few:
+                os.sync()  # one for all of thousands of files
             self._append(self.folder / AGENTS, told, sync=True)
             self.confirm_agents(line["agent"]["uid"] for line in told)
 
@@ -262,6 +264,7 @@ class SealedLedger(Ledger):
 
 
 AGENTS, STORE = "_agents.jsonl", "_store.jsonl"
+FEW = 100  # files that are synced one by one
 TAIL = 16 * 1024  # more than any commit appends of one agent
 _ACCEPTED_WORDS = frozenset({"pending", "current", "previous", "kept"})
 
