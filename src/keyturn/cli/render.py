@@ -96,7 +96,7 @@ def _status_row(row: Row, now: datetime) -> tuple[str, ...]:
     following = when(row.get("next_rotation_at"), now)
     return (
         safe(row.get("agent")),
-        safe(row.get("state")),
+        "QUARANTINE" if row.get("quarantine") else safe(row.get("state")),
         safe(current.get("version")),
         when(current.get("promoted_at"), now),
         f"overdue, {following}" if row.get("overdue") else following,

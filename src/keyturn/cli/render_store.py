@@ -125,7 +125,7 @@ def differences(report: Row) -> str:
         parts.append("every destination shows what it should")
     if report["undecided"]:
         parts.append(
-            f"{len(report['undecided'])} agents stay at 503 until you decide:"
+            f"at 503 until you decide: {', '.join(safe(name) for name in report['undecided'])}:"
             " `keyturn store release AGENT`, or with --reissue"
         )
     return "\n\n".join(parts)
@@ -143,8 +143,9 @@ def restored(found: Row) -> str:
 
 def released(found: Row) -> str:
     """Say who was let go."""
-    names = ", ".join(safe(name) for name in found["released"]) or "nobody else"
-    text = f"let go: {names}"
+    names = ", ".join(safe(name) for name in found["released"])
+    others = "everybody whom the ledger knows" if found["everybody"] else "" if names else "nobody"
+    text = f"let go: {', '.join(one for one in (others, names) if one)}"
     if found["reissue"] and found["released"]:
         text += "; all that the store had of them is revoked, a new secret is on its way"
     if found["undecided"]:

@@ -183,7 +183,7 @@ def restore(path: Path, file: Path | None, *, dry_run: bool, ask: Ask) -> dict[s
     `ask` is shown the differences before anything is let go. Raises Refused where a daemon runs.
     """
     settings = _whole_settings(path)
-    logs.configure(level="error", form=settings.log.format)  # what it does is shown, not logged
+    logs.configure(level="critical", form=settings.log.format)  # what it does is shown, not logged
     copy = _taken(settings, file) if file is not None else None
     offline.become_owner(settings.store.folder)
     if dry_run:
@@ -366,7 +366,7 @@ def release(path: Path, names: list[str], *, reissue: bool, actor: str) -> dict[
     """Let agents go while no daemon runs."""
     caller = Caller(name=actor, trigger="command")
     settings = _whole_settings(path)
-    logs.configure(level="error", form=settings.log.format)
+    logs.configure(level="critical", form=settings.log.format)
     offline.become_owner(settings.store.folder)
     parts = wiring.build(settings, cron=Crontab(), create=False)
     membership = _lead(parts, None)

@@ -186,7 +186,8 @@ class Recovery:
 
         Without names everybody. Raises UnknownAgent.
         """
-        if self.everybody is not None:
+        everybody = self.everybody is not None
+        if everybody:
             self.merge()
             self.finish([])
         store = self.parts.store
@@ -204,7 +205,12 @@ class Recovery:
             restoring.release(store, name, actor=caller.name)
             released.append(name)
         left = [name for name in undecided if name not in released]
-        return {"released": released, "reissue": reissue, "undecided": left}
+        return {
+            "everybody": everybody,
+            "released": released,
+            "reissue": reissue,
+            "undecided": left,
+        }
 
     def _bury_shown(self, case: Case) -> None:
         """Make what destinations show of an unknown version of ours a tombstone: a successor may go there.
