@@ -18,6 +18,7 @@ ROLES = {
         "metrics",
         "health",
         "clock",
+        "store.status",
     },
     Role.RESPOND: {"rotate", "suspend", "resume", "revoke", "rotation.retry"},
     Role.ADMIN: {
@@ -25,6 +26,7 @@ ROLES = {
         "agents.remove",
         "destinations.forget",
         "clock.trust",
+        "store.release",
         "rotate.forced",
         "rotation.abandon",
         "reload",
