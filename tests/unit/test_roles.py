@@ -30,6 +30,7 @@ ROLES = {
         "rotate.forced",
         "rotation.abandon",
         "reload",
+        "reload.rehearsed",
     },
 }
 

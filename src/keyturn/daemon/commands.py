@@ -96,7 +96,7 @@ class Commands:
             "resume": Command(role=respond, function=self.resume),
             "revoke": Command(role=respond, function=self.revoke),
             "reload": Command(role=admin, function=self.reload),
-            "reload.rehearsed": Command(role=respond, function=self.rehearse),
+            "reload.rehearsed": Command(role=admin, function=self.rehearse),
             "rotation.retry": Command(role=respond, function=self.retry),
             "rotation.abandon": Command(role=admin, function=self.abandon),
             "identify": Command(role=view, function=self.identify),
