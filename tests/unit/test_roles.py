@@ -17,6 +17,7 @@ ROLES = {
         "audit",
         "metrics",
         "health",
+        "report",
         "clock",
         "store.status",
     },

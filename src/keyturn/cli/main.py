@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from keyturn import __version__
-from keyturn.cli import act, complete, files, init, look, options, output, render
+from keyturn.cli import act, complete, files, init, look, options, output, render, report
 from keyturn.cli.agents import agents, destinations
 from keyturn.cli.health import health
 from keyturn.cli.notify import notify
@@ -48,6 +48,7 @@ app.command("clock")(look.clock)
 app.command("metrics")(look.metrics)
 app.command("health")(health)
 app.add_typer(store, name="store")
+app.command("report")(report.report)
 app.command("init")(init.init)
 app.command("check")(files.check)
 app.command("reload")(files.reload)

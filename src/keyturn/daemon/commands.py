@@ -25,7 +25,7 @@ from keyturn.core.model import (
     Target,
     Version,
 )
-from keyturn.daemon import names
+from keyturn.daemon import names, report
 from keyturn.daemon.own_logins import stored_rows
 from keyturn.daemon.peer import Peer, Role
 from keyturn.daemon.recovery import Recovery, in_doubt
@@ -107,6 +107,7 @@ class Commands:
             "store.release": Command(role=admin, function=self.store_release),
             "metrics": Command(role=view, function=self.metrics),
             "health": Command(role=view, function=self.health),
+            "report": Command(role=view, function=self.report),
         }
 
     # --- look -------------------------------------------------------------------------------
@@ -215,6 +216,12 @@ class Commands:
         """Return whether the daemon lives and is ready."""
         del args, peer, progress
         return self._running().health()
+
+    def report(self, args: Args, peer: Peer, progress: Progress) -> Any:
+        """Tell how often each agent's secret changed."""
+        del peer, progress
+        seconds = min(float(args.get("since_seconds", 0)), report.LONGEST.total_seconds())
+        return report.report(self._parts(), since=timedelta(seconds=seconds))
 
     def clock(self, args: Args, peer: Peer, progress: Progress) -> Any:
         """Compare the wall clock with the time since boot."""
