@@ -195,7 +195,7 @@ def examples(count: int) -> Any:
 
 def test_whatever_the_loader_accepts_the_schema_accepts(tmp_path: Path) -> None:
     """No editor underlines what works: with values of every kind in every place."""
-    examples(80)(folder=tmp_path)
+    examples(40)(folder=tmp_path)
 
 
 @pytest.mark.full
