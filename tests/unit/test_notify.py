@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -111,10 +112,21 @@ class World:
             )
 
 
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty store, to be copied: making one takes longer than most tests."""
+    folder = tmp_path_factory.mktemp("empty")
+    place = Place(url=f"sqlite:///{folder}/k.db", state_dir=folder)
+    place.open()
+    place.close()
+    return folder / "k.db"
+
+
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
+def world(tmp_path: Path, empty: Path) -> Iterator[World]:
     """A world with an empty store."""
     (tmp_path / "state").mkdir(mode=0o700)
+    shutil.copy(empty, tmp_path / "state" / "k.db")  # with its mode
     place = Place(url=f"sqlite:///{tmp_path}/state/k.db", state_dir=tmp_path / "state")
     yield World(tmp_path, place)
     place.close()
@@ -333,6 +345,19 @@ def test_a_summary_that_may_be_known_stays_as_it_is(world: World) -> None:
         None,
     ]
     assert len({one["id"] for one in world.taken}) == 3
+
+
+def test_a_full_queue_does_not_hasten_a_dead_receiver(world: World) -> None:
+    """What is cut resets no back-off, and `keyturn status` still says since when it fails."""
+    hook = world.hook()
+    hook._most, world.answer = 2, NO
+    for number in range(20):
+        world.promoted(f"v{number}")
+        hook._turn()
+    assert len(world.tried) == 1
+    world.passed = 3700
+    assert "fails since" in hook.status()["problem"]
+    assert len(hook._summaries) <= 2
 
 
 def test_one_message_that_is_refused_does_not_hold_the_others(world: World) -> None:

@@ -35,6 +35,7 @@ from keyturn.storage.hooks import Cursors, HookRecords
 POLL = 1.0  # seconds between two looks at the audit
 MOST = 5_000  # events that wait; more are told in sum
 OLDEST = timedelta(days=3)  # that an event waits; then it is told in sum
+SUMMARIES = 4  # of different reasons; the last one then takes whatever comes
 FLUSH = 1.0  # seconds of deliveries between two commits: a crash repeats no more than those
 IDLE_FLUSH = 60.0  # seconds between two commits that only pass over what is not told
 RETRY = Retry(first=timedelta(seconds=1), max=timedelta(minutes=5))
@@ -245,6 +246,8 @@ class Hook:
         oldest = self._oldest()
         age = (self._around.now() - oldest).total_seconds() if oldest else 0.0
         waiting = len(self._queue) + len(self._summaries)
+        if self._left:
+            return
         self._around.instruments.waiting(self.spec.name, waiting, max(0.0, age))
 
     def _oldest(self) -> datetime | None:
@@ -266,13 +269,13 @@ class Hook:
             self._sum_up(
                 cut, "too many events waited" if cut[-1].at >= limit else "not taken for days"
             )
-            _log.error("webhook.summed-up", hook=self.spec.name, events=len(cut))
 
     def _sum_up(self, cut: list[Recorded], why: str) -> None:
         """Add events to the last summary, or begin one where that may have been sent already."""
         with self._guard:
             last = self._summaries[-1] if self._summaries else None
-            if last is None or last["sent"] or last["why"] != why:
+            other = last is not None and last["why"] != why and len(self._summaries) < SUMMARIES
+            if last is None or last["sent"] or other:
                 self._number += 1
                 last = {
                     "number": self._number,
@@ -282,11 +285,12 @@ class Hook:
                     "sent": False,
                 }
                 self._summaries.append(last)
+                _log.error("webhook.summed-up", hook=self.spec.name, why=why)
             for kind, number in events.counted(cut).items():
                 last["counts"][kind] = last["counts"].get(kind, 0) + number
             last["to"] = events.shown(cut[-1].at)
             self._dirty = True
-            self._again()
+            self._refused = (0, 0.0)  # another message comes first now; the receiver is as it was
 
     # --- sending ----------------------------------------------------------------------------
 
@@ -384,7 +388,7 @@ class Hook:
         _log.error("webhook.let-go", hook=self.spec.name, type=message.kind, id=message.id)
         if message.kind == "summary":
             self._over(lambda: self._summaries.pop(0))
-            self._again()
+            self._refused = (0, 0.0)
         else:
             self._sum_up([self._queue.popleft()], "refused by the receiver")
 
