@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from keyturn.errors import StorageError
 
 START = "0" * 64
+NO_ANCHOR = "there is no anchor in the file"
 LONGEST = 1 << 30  # bytes of a file
 
 
@@ -84,7 +85,7 @@ def read_anchors(path: Path) -> Anchors:
         raise AnchorsUnusable(f"{path} cannot be read (errno {error.errno})") from None
     found = _parsed(content)
     if not found.lines and not found.problems:
-        found.problems.append("there is no anchor in the file")
+        found.problems.append(NO_ANCHOR)
     return found
 
 

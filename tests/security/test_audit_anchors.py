@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from keyturn.anchor_file import AnchorFile, Anchors, AnchorsUnusable, read_anchors
+from keyturn.anchor_file import NO_ANCHOR, AnchorFile, Anchors, AnchorsUnusable, read_anchors
 from keyturn.storage import anchors
 from keyturn.storage.store import Store
 from support.forger import KINDS, Forger
@@ -191,7 +191,7 @@ def alarms(folder: Path, number: int) -> tuple[int, list[str]]:
         try:
             for file in live(history):
                 kept = read_anchors(file)
-                if kept.problems == ["there is no anchor in the file"]:
+                if kept.problems == [NO_ANCHOR]:
                     continue  # a copy of a line that was torn
                 compared += 1
                 told += [f"{seed} {file.name}: {one}" for one in found(history.path, kept)]
@@ -312,7 +312,7 @@ def test_a_changed_file_of_anchors_is_told(history: History, tmp_path: Path) -> 
     other.write_bytes(b"".join(lines)[:-9])
     assert read_anchors(other).problems == []
     other.write_bytes(b"nothing")
-    assert read_anchors(other).problems == ["there is no anchor in the file"]
+    assert read_anchors(other).problems == [NO_ANCHOR]
     with pytest.raises(AnchorsUnusable):
         read_anchors(tmp_path / "none")
 
@@ -341,10 +341,12 @@ def test_the_daemon_anchors_and_finds_a_store_that_was_put_back(tmp_path: Path) 
     """At start and end; an older store is an incident at the next start, and `--anchor` names it."""
     kt = Keyturn(tmp_path, agents=1)
     file = tmp_path / "anchors"
+    file.touch(mode=0o600)
     kt.content["audit"] = {"anchor_file": str(file)}
     kt.write()
     with kt:
-        kt.wait_for(file.exists)
+        kt.wait_for(lambda: file.stat().st_size > 0)
+    assert "audit.broken" not in kt.log.read_text()
     older = tmp_path / "older.db"
     shutil.copy(kt.store, older)
     with kt:

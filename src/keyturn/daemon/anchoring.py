@@ -6,6 +6,7 @@ All of it runs beside the work: in jobs of the scheduler, in slices of a few mil
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import structlog
 
-from keyturn.anchor_file import AnchorFile, Quote, read_anchors
+from keyturn.anchor_file import NO_ANCHOR, AnchorFile, Quote, read_anchors
 from keyturn.daemon.metrics import Metrics
 from keyturn.daemon.peer import Peer, Role
 from keyturn.daemon.socket import Command, Progress
@@ -48,7 +49,7 @@ class Anchoring:
     def start(self) -> None:
         """Compare the audit with the file, which may know more than a store that was put back."""
         path = self._parts.settings.anchor_file
-        if path is not None and path.exists():
+        if path is not None and os.access(path, os.F_OK):
             try:
                 found = read_anchors(path)
                 wrong = anchors.unmet(self._parts.store.database.read, found.quotes)
@@ -57,7 +58,8 @@ class Anchoring:
             except StorageError as error:
                 _log.error("audit.not-compared", code=error.code, problem=str(error))
             else:
-                self._break(wrong + found.problems)
+                # An empty one was made for us, with the attributes that it shall have.
+                self._break(wrong + [one for one in found.problems if one != NO_ANCHOR])
         self.anchor("start")
 
     def hourly(self) -> None:
