@@ -3,7 +3,7 @@
 | the disk | verification | revoke | everything else | when it is good again |
 |---|---|---|---|---|
 | gives EIO, EROFS or ENOSPC for every write | goes on from what is durable | an error, or refused all the same; never silence | refused: nothing without its audit entry | goes on without a restart |
-| takes five seconds for each sync | goes on | refuses before its own sync has returned | waits | goes on |
+| takes five seconds for each sync | goes on; unavailable while a commit holds the lock (ADR 7), never a no | refuses before its own sync has returned | waits | goes on |
 | the folder of the state is gone | unavailable, never a yes | an error that says so | refused | goes on |
 | loses power: nothing unsynced survives | no acknowledged revoke is undone | | no acknowledged promotion is | starts and is whole |
 
@@ -161,7 +161,7 @@ def test_a_sync_that_hangs_delays_no_refusal(host: Host) -> None:
         assert time.monotonic() - began < 5
         time.sleep(0.01)
 
-    assert accepts(verifier, held[1]) is True
+    assert accepts(verifier, held[1]) is not False  # a commit that hangs keeps its lock: a 503
     host.turn("good")
     os.waitpid(child, 0)
     host.keyturn.wait_for(lambda: tried(host, "revoke", agent="agent-0") == "done")

@@ -130,3 +130,11 @@ def test_reasons_are_printable_and_short() -> None:
     assert entry.reason.startswith("a?[31mb x")
     assert len(entry.reason) == 200
     assert NOW - entry.at == timedelta(hours=26)
+
+
+def test_an_entry_is_the_same_wherever_its_line_stands() -> None:
+    """Taking an old line out of the file makes no other one new: none is applied a second time."""
+    line = f"agent:one {AT} reissue why\n"
+    (alone,), (_, below) = read(line)[0], read(f"agent:two {AT}\n{line}")[0]
+
+    assert {alone} == {below}

@@ -14,7 +14,7 @@ Nothing of a line is ever repeated in a problem: people paste leaked secrets her
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from keyturn.core.secret import Secret, is_version_id, parse
@@ -43,7 +43,7 @@ class RevocationEntry:
     at: datetime
     reissue: bool = False
     reason: str = ""
-    line: int = 0
+    line: int = field(default=0, compare=False)  # lines above it may go: it is the same entry
 
     @property
     def target(self) -> str:
