@@ -6,26 +6,21 @@ the daemon (waiting for a saga, reloading) comes in as `Daemon` and is absent th
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Protocol
 
-from keyturn import advice
 from keyturn.core.duration import format_duration
 from keyturn.core.model import (
     Agent,
     AgentState,
     Case,
     Policy,
-    Rotation,
     RotationState,
     Target,
-    Version,
 )
-from keyturn.daemon import names, report
+from keyturn.daemon import answers, names, report
 from keyturn.daemon.own_logins import stored_rows
 from keyturn.daemon.peer import Peer, Role
 from keyturn.daemon.recovery import Recovery, in_doubt
@@ -34,7 +29,7 @@ from keyturn.errors import KeyturnError, Refused, UnknownAgent
 from keyturn.leaks import Caller, Leak
 from keyturn.ports import AuditEntry
 from keyturn.status import describe
-from keyturn.storage.audit import ANCHOR_ACTION, MOST, Recorded
+from keyturn.storage.audit import MOST
 from keyturn.storage.requests import Once
 from keyturn.storage.standing import standing
 from keyturn.wiring import Parts
@@ -168,7 +163,7 @@ class Commands:
         )
         if newest is None:
             return None
-        found = _recorded(newest)
+        found = answers.recorded(newest)
         reason = found["detail"].get("reason")
         return {"by": found["actor"], "at": found["at"], "how": found["action"], "reason": reason}
 
@@ -181,12 +176,12 @@ class Commands:
         """List the definitions."""
         del args, peer, progress
         store = self._parts().store
-        return [_definition(store.case_of(name)) for name in _names(self._parts())]
+        return [answers.definition(store.case_of(name)) for name in _names(self._parts())]
 
     def agents_show(self, args: Args, peer: Peer, progress: Progress) -> Any:
         """Show one definition."""
         del peer, progress
-        return _definition(self._parts().store.case_of(_text(args, "agent")))
+        return answers.definition(self._parts().store.case_of(_text(args, "agent")))
 
     def identify(self, args: Args, peer: Peer, progress: Progress) -> Any:
         """Say whose versions these are."""
@@ -200,7 +195,7 @@ class Commands:
         store = self._parts().store
         limit = max(0, min(int(args.get("limit", 50)), MOST))
         found = store.audit_entries(agent=args.get("agent"), limit=limit)
-        result: dict[str, Any] = {"entries": [_recorded(one) for one in found]}
+        result: dict[str, Any] = {"entries": [answers.recorded(one) for one in found]}
         if args.get("verify"):
             problems = store.verify_audit()
             result["chain"] = {"ok": not problems, "problem": "; ".join(problems)}
@@ -209,8 +204,10 @@ class Commands:
     def metrics(self, args: Args, peer: Peer, progress: Progress) -> Any:
         """Return the metrics."""
         del args, peer, progress
+        from keyturn.daemon.metrics import samples  # its library takes long to load
+
         text = self._running().metrics_text()
-        return {"text": text, "samples": _sampled(text)}
+        return {"text": text, "samples": samples(text)}
 
     def health(self, args: Args, peer: Peer, progress: Progress) -> Any:
         """Return whether the daemon lives and is ready."""
@@ -308,7 +305,7 @@ class Commands:
                 name, _caller(peer), grace=window, force=bool(args.get("force")), once=once
             )
         except KeyturnError as error:
-            return {"agent": name, "outcome": "error", "error": _error(error)}
+            return {"agent": name, "outcome": "error", "error": answers.error_of(error)}
         return {"agent": name, "outcome": "asked", "after": done["after"]}
 
     def _wait_for(self, name: str, *, after: int, progress: Progress) -> dict[str, Any]:
@@ -318,11 +315,11 @@ class Commands:
         while time.monotonic() < until and not getattr(progress, "gone", False):
             case = store.case_of(name)
             if case.current is not None and case.current.seq > after:
-                return _promoted(case, case.current)
+                return answers.promoted(case, case.current)
             if case.rotation is not None and case.rotation.state is RotationState.STALLED:
-                return _stalled(name, case.rotation)
+                return answers.stalled(name, case.rotation)
             parked = self._parts().carried.parked(case.credential.uid)
-            shown = _tell(name, case, shown, progress, parked.code if parked else "")
+            shown = answers.tell(name, case, shown, progress, parked.code if parked else "")
             time.sleep(WAIT_POLL)
         return {"agent": name, "outcome": "waiting"}
 
@@ -433,7 +430,7 @@ class Commands:
             case = parts.store.case_of(name)
             parts.administration.retry(name, _caller(peer))
         except KeyturnError as error:
-            return {"agent": name, "outcome": "error", "error": _error(error)}
+            return {"agent": name, "outcome": "error", "error": answers.error_of(error)}
         after = case.current.seq if case.current else 0
         # Repairs that are taken up again may bring no new version: there is nothing to follow.
         return {"agent": name, "outcome": "tried again", "after": after if case.rotation else None}
@@ -491,21 +488,6 @@ def _refuse_long(grace: timedelta, policy: Policy) -> None:
         )
 
 
-def _sampled(text: str) -> list[dict[str, Any]]:
-    """Return the metrics as data for machines; JSON knows no infinity and no NaN."""
-    from prometheus_client.parser import text_string_to_metric_families
-
-    return [
-        {
-            "name": sample.name,
-            "labels": dict(sample.labels),
-            "value": sample.value if math.isfinite(sample.value) else None,
-        }
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    ]
-
-
 def _once(command: str, args: Args) -> Once | None:
     """Return the request of a command that names itself; waiting is no part of what is done."""
     request_id = args.get("request_id")
@@ -528,93 +510,3 @@ def _text(args: Mapping[str, Any], key: str) -> str:
 
 def _names(parts: Parts) -> list[str]:
     return sorted(agent.name for agent in parts.store.agents())
-
-
-def _recorded(one: Recorded) -> dict[str, Any]:
-    entry = one.entry
-    if entry.action == ANCHOR_ACTION:  # what it quotes is for `--verify`, not for people
-        heads = dict(entry.detail).get("heads", ())
-        entry = replace(entry, detail=(("heads", len(heads)),))
-    return {
-        "at": one.at.isoformat().replace("+00:00", "Z"),
-        "actor": entry.actor,
-        "action": entry.action,
-        "agent": entry.agent,
-        "version": entry.version_id,
-        "outcome": entry.outcome,
-        "detail": {key: value for key, value in entry.detail if value not in ("", (), [], False)},
-        "chain": one.chain,
-        "seq": one.seq,
-        "hash": one.hash,
-    }
-
-
-def _error(error: KeyturnError) -> dict[str, Any]:
-    return {
-        "code": error.code,
-        "message": str(error),
-        "hint": error.hint,
-        "exit_code": error.exit_code,
-    }
-
-
-def _definition(case: Case) -> dict[str, Any]:
-    agent = case.agent
-    return {
-        "agent": agent.name,
-        "login": agent.login,
-        "owner": agent.owner,
-        "policy": agent.policy,
-        "managed_by": str(agent.managed_by),
-        "file": agent.file,
-        "state": agent.shown_state,
-        "targets": [
-            {"to": t.to, "path": t.path, "merge": t.merge, "adopt": t.adopt} for t in agent.targets
-        ],
-    }
-
-
-def _promoted(case: Case, current: Version) -> dict[str, Any]:
-    """Say which version agents read now, and how long the one before it is accepted."""
-    before = [v for v in case.accepted if v.promoted_at is not None and v.seq < current.seq]
-    replaced = max(before, key=lambda v: v.seq, default=None)
-    ends = replaced.deadline if replaced else None
-    return {
-        "agent": case.agent.name,
-        "outcome": "promoted",
-        "version": current.id,
-        "deadline": ends.isoformat().replace("+00:00", "Z") if ends else None,
-    }
-
-
-def _stalled(name: str, rotation: Rotation) -> dict[str, Any]:
-    code = rotation.error_code
-    message = f"{code} at {rotation.error_where}"
-    message += f": {rotation.error_detail}" if rotation.error_detail else ""
-    error = {"code": code, "message": message, "hint": advice.hint(code, name), "exit_code": 4}
-    return {"agent": name, "outcome": "stalled", "error": error}
-
-
-def _tell(name: str, case: Case, shown: str, progress: Progress, parked: str) -> str:
-    """Send an event where the rotation's state has changed since `shown`; return the new one.
-
-    `parked` is the code of the store's that broke the last run off: nothing goes on until it is well.
-    """
-    rotation = case.rotation if case.rotation is not None and case.rotation.open else None
-    if rotation is None and not parked:
-        return shown
-    waiting = rotation.waiting if rotation else None
-    why = parked or (str(waiting.reason) if waiting else "")
-    name_of_state = str(rotation.state) if rotation and not parked else "waiting"
-    state = f"{name_of_state}/{rotation.version_id if rotation else ''}/{why}"
-    if state != shown:
-        progress(
-            {
-                "event": "rotation",
-                "agent": name,
-                "state": name_of_state,
-                "why": why,
-                "target": waiting.where if waiting else "",
-            }
-        )
-    return state

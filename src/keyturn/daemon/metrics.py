@@ -6,7 +6,9 @@ What is not known yet has no sample: a standby's zero would look like an answer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.exposition import choose_encoder
@@ -199,3 +201,18 @@ class Metrics:
         self, name: str, text: str, buckets: tuple[float, ...], *labels: str
     ) -> Histogram:
         return Histogram(f"keyturn_{name}", text, labels, registry=self.registry, buckets=buckets)
+
+
+def samples(text: str) -> list[dict[str, Any]]:
+    """Return the metrics as data for machines; JSON knows no infinity and no NaN."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    return [
+        {
+            "name": sample.name,
+            "labels": dict(sample.labels),
+            "value": sample.value if math.isfinite(sample.value) else None,
+        }
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    ]
