@@ -27,6 +27,7 @@ from keyturn.storage.copying import Facts
 from keyturn.storage.engine import Database, is_sqlite, open_database, sqlite_path
 from keyturn.storage.ledger import SealedLedger
 from keyturn.storage.membership import FileLock, Membership, lock_of
+from keyturn.storage.merge import merge
 from keyturn.storage.store import Store
 from keyturn.wiring import Parts, SystemClock
 
@@ -334,7 +335,7 @@ def _rehearse(settings: Settings, copy: Path | None) -> dict[str, Any]:
         try:
             _connect(parts)
             recovery = Recovery(parts=parts, actor="restore")
-            recovery.differences = restoring.merge(
+            recovery.differences = merge(
                 parts.store,
                 schedule=parts.schedule,
                 identify=lambda _target: None,

@@ -20,6 +20,7 @@ from keyturn.errors import ConfigError, DestinationError, StorageError, StoreUna
 from keyturn.leaks import Caller, Leak
 from keyturn.sight import look
 from keyturn.storage import restoring
+from keyturn.storage.merge import merge
 from keyturn.storage.restoring import EVERYBODY, FOREIGN, Difference
 from keyturn.storage.store import Store
 from keyturn.verifier.hashing import tag, text_of
@@ -94,7 +95,7 @@ class Recovery:
     def merge(self) -> list[Difference]:
         """Bring the store up to ledger and spool. Verifiers still answer that nobody can tell."""
         parts = self.parts
-        self.differences = restoring.merge(
+        self.differences = merge(
             parts.store, schedule=parts.schedule, identify=self._identify, actor=self.actor
         )
         parts.administration.applied.clear()
