@@ -148,3 +148,19 @@ def test_a_damaged_store_is_replaced(drill: Drill) -> None:
     live.write_bytes(b"not a database at all" * 1000)
     assert restore(drill)["undecided"] == []
     assert drill.verdicts() == before
+
+
+def test_a_store_that_goes_back_under_a_running_daemon_is_merged(drill: Drill) -> None:
+    """As after a failover that lost the last commits: what was accepted and cut off stays so."""
+    suspend(drill, "one")
+    revoke(drill, "two")
+    before = drill.verdicts()
+    copying.put_into(drill.folder / "backup.db", drill.folder / "state" / "keyturn.db")
+    assert drill.verdicts() != before
+    assert drill.recovery.at_start()
+    assert set(drill.verdicts().values()) <= {None, False}  # of tombstones it can tell
+    assert drill.recovery.let_go_later()
+    assert drill.verdicts() == before
+    assert drill.parts.store.incarnation == 2
+    assert drill.parts.store.verify_audit() == []
+    assert not drill.recovery.at_start()
