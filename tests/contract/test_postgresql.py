@@ -207,11 +207,11 @@ def test_one_look_up_that_hangs_holds_up_no_other(
 def _held_up(inside: threading.Event, go: threading.Event) -> Callable[..., Any]:
     run = decisions._PostgresSource._run
 
-    def held_up(self: Any, query: str, value: str) -> Any:
+    def held_up(self: Any, query: str, value: str, login: str) -> Any:
         if value == "slow":
             inside.set()
             go.wait(10)
-        return run(self, query, value)
+        return run(self, query, value, login)
 
     return held_up
 
