@@ -166,9 +166,9 @@ class Service:
         quarantined = recovery.at_start()
         if quarantined:
             self.readiness.hold(Reason.QUARANTINED)
+        self.revoking.apply_spool_alone()
         self._notifier = notifier = notifier_of(parts, self.metrics)
         notifier.apply(specs_of(parts.settings))
-        self.revoking.apply_spool_alone()
         self._reconcile_at_start()
         self.revoking.apply_inline()
         self._ready.set()
