@@ -139,7 +139,8 @@ def test_from_an_empty_server_to_a_running_daemon(reader: Reader) -> None:
             "SELECT DISTINCT usename, ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid)"
             " WHERE application_name = 'keyturn'"
         )
-        assert connection.execute(query).fetchall() == [(DAEMON, True)]
+        connection.autocommit = True  # what shows is what was there at a transaction's first look
+        keyturn.wait_for(lambda: connection.execute(query).fetchall() == [(DAEMON, True)])
     again = reader.types(roles.splitlines()[1])
     assert again.returncode == 0, again.stderr
     code, said = keyturn.ask("rotate", "agent-0", "--wait")
