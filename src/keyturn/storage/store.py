@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection
 
 from keyturn.core.model import (
@@ -100,7 +101,8 @@ class Store:
             if row is None:
                 values = {"id": 1, "store_id": store_id, "incarnation": 1, "epoch": 0}
                 values["oldest_schema"] = oldest_at_head()
-                connection.execute(sa.insert(meta).values(**values, created_at=clock.now()))
+                first = _FIRST[connection.dialect.name]
+                connection.execute(first, {**values, "created_at": clock.now()})
                 row = connection.execute(sa.select(meta)).one()
             return row
 
@@ -532,6 +534,10 @@ class Store:
         return found
 
 
+_FIRST = {  # two that open a new store at once both find the row of one
+    "sqlite": sqlite.insert(meta).on_conflict_do_nothing(),
+    "postgresql": postgresql.insert(meta).on_conflict_do_nothing(),
+}
 _NOW = sa.select(store_now())
 _EPOCH = sa.select(meta.c.epoch)
 _BUMP_EPOCH = sa.update(meta).values(epoch=meta.c.epoch + 1).returning(meta.c.epoch)
