@@ -86,7 +86,7 @@ class Keyturn:
                 stderr=log,
                 env=self.environ,
             )
-        self.wait_for(lambda: self.ask("status")[0] == 0, seconds=30)
+        self.wait_for(lambda: self.ask("status")[0] == 0, seconds=90)
 
     def stop(self) -> int:
         """End the daemon by SIGTERM; returns its exit code."""
