@@ -58,7 +58,7 @@ def test_ready_means_that_it_answers_and_every_state_is_said(keyturn: Keyturn) -
 def test_a_standby_is_live_and_not_ready(keyturn: Keyturn, tmp_path: Path) -> None:
     """It says what it waits for and asks for more time; READY comes when it takes over."""
     other = Keyturn(tmp_path)
-    other.content["admin"]["socket"] = str(tmp_path / "run" / "second.sock")
+    other.content["admin"]["socket"] = str(tmp_path / "standby" / "admin.sock")
     other.config, other.log = tmp_path / "second.yaml", tmp_path / "second.log"
     other.write()
     with supervised(keyturn) as first:

@@ -166,7 +166,6 @@ def test_the_daemon_lives_in_its_unit_and_everybody_gets_what_is_theirs(host: Ho
     environ = {
         "PATH": f"/usr/local/bin:{os.environ['PATH']}",
         "KEYTURN_CONFIG": "/etc/keyturn/keyturn.yaml",
-        "RUNTIME_DIRECTORY": "/run/keyturn",
         "CREDENTIALS_DIRECTORY": "/run/credentials/keyturn.service",
     }
     with Supervised(

@@ -93,8 +93,8 @@ class Door:
                 ) from error
             folder.chmod(_FOLDER_MODE)
             self._made_folder = True
-        elif str(folder) in os.environ.get("RUNTIME_DIRECTORY", "").split(":"):
-            self._made_folder = True  # systemd made it for this process: so it is ours to give
+        elif self._is_for_us_alone(folder):
+            self._made_folder = True
         if self._made_folder:
             self._give_to_group(folder)
         found = folder.stat()
@@ -106,6 +106,15 @@ class Door:
             )
         for note in self._shut_out():
             _log.warning("admin.folder-shut", note=note)
+
+    def _is_for_us_alone(self, folder: Path) -> bool:
+        """Whether somebody made it for this daemon (RuntimeDirectory=, or we as a standby).
+
+        Ours, of our own group, and nothing of others in it: so it is ours to give to the group.
+        """
+        found = folder.stat()
+        ours = (found.st_uid, found.st_gid) == (os.geteuid(), os.getegid())
+        return ours and all(one.name.startswith(self.path.name) for one in folder.iterdir())
 
     def _take_lock(self) -> int:
         """Lock a file beside the socket: two daemons that start at once cannot both find it dead."""
