@@ -16,7 +16,6 @@ import yaml
 
 from keyturn.storage.roles import DAEMON, MIGRATOR
 from keyturn.testing.certificates import new_authority
-from support.least_rights import upgrade
 from support.postgres import Cluster, binaries
 from support.running import Keyturn
 
@@ -123,11 +122,7 @@ def test_from_an_empty_server_to_a_running_daemon(reader: Reader) -> None:
     assert early.returncode != 0
     assert "keyturn store upgrade" in early.stderr
     done = reader.types(tables)
-    if done.returncode == 2:  # not in this release yet: what it does
-        readers: dict[str, list[str]] = {}
-        upgrade(reader.cluster.url("keyturn"), reader.folder / "migrator", readers)
-    else:
-        assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr
     check, run = daemon.splitlines()
     assert run == "keyturn run -c /etc/keyturn/keyturn.yaml"
     done = reader.types(check)

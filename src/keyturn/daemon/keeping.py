@@ -22,7 +22,7 @@ from keyturn.daemon.recovery import Recovery
 from keyturn.daemon.service import load
 from keyturn.errors import ConfigError, KeyturnError, Refused, StorageError
 from keyturn.leaks import Caller
-from keyturn.storage import copying, migrations, reading, restoring, standing
+from keyturn.storage import copying, migrations, reading, restoring, roles, standing
 from keyturn.storage.copying import Facts
 from keyturn.storage.engine import Database, is_sqlite, open_database, sqlite_path
 from keyturn.storage.ledger import SealedLedger
@@ -56,7 +56,14 @@ def upgrade(path: Path, *, contract: bool, dry_run: bool) -> dict[str, Any]:
     settings = _settings(path)
     offline.become_owner(settings.store.folder)
     with _database(settings) as database:
-        return database.write(lambda c: _upgrade(c, contract=contract, dry_run=dry_run))
+
+        def body(connection: Any) -> dict[str, Any]:
+            found = _upgrade(connection, contract=contract, dry_run=dry_run)
+            if not dry_run and not database.is_sqlite:
+                roles.apply(connection, settings.store.read_by)
+            return found
+
+        return database.write(body)
 
 
 def _upgrade(connection: Any, *, contract: bool, dry_run: bool) -> dict[str, Any]:
