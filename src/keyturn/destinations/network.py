@@ -32,7 +32,7 @@ from urllib3.exceptions import (
 
 from keyturn.bounded import BoundedAnswer
 
-_LONGEST_CHAIN = 10
+_LONGEST_CHAIN = 20
 
 
 class _Timed:
@@ -143,10 +143,12 @@ def _answering(error: BaseException) -> Trouble | None:
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """Yield an error and those that it holds: vendors wrap each other's in several ways."""
     waiting: list[Any] = [error]
-    for _ in range(_LONGEST_CHAIN):
-        if not waiting:
-            return
+    met: set[int] = set()  # each once: the same one is held as argument, cause and context
+    while waiting and len(met) < _LONGEST_CHAIN:
         one = waiting.pop(0)
+        if id(one) in met:
+            continue
+        met.add(id(one))
         yield one
         inside = (
             getattr(one, "reason", None),  # urllib3
