@@ -698,6 +698,8 @@ def test_the_chains_are_walked_in_short_reads_while_others_append(
 
     def read_and_append(body: Callable[[Connection], Any]) -> Any:
         found = read(body)
+        if not isinstance(found, tuple):
+            return found  # the names of the anchors, which are walked afterwards
         slices.append(len(found[0]))
         for writer in (other, store):  # the last chain grows as well as those that are done
             writer.append_audit(entry("meanwhile", agent=f"agent-{len(slices) % 12}"))

@@ -49,11 +49,11 @@ _NEVER_DELETED = frozenset({"audit", "alembic_version", "chains", *_FIXED})
 
 # What a decision is made of (`storage.decisions`); its own lease and use come with its service.
 _READ_BY_VERIFIERS: dict[str, Sequence[str]] = {
-    "agents": ("uid", "name", "state"),
+    "agents": ("uid", "name", "login", "state"),
     "credentials": ("uid", "agent_uid"),
     "daemons": ("boot_id", "boottime", "wall"),
     "meta": ("id", "incarnation", "epoch"),
-    "quarantine": ("agent_uid",),
+    "quarantine": ("agent_uid", "reason"),
     "versions": (
         "id", "credential_uid", "seq", "login", "state", "scheme", "digest", "tag", "origin",
         "deadline", "not_after",
