@@ -240,8 +240,7 @@ def test_a_store_of_the_release_before_learns_the_files_at_the_next_start(keytur
     keyturn.run("a")
     held, before = keyturn.held("a"), keyturn.case("a")
     with keyturn.parts.store.engine.connect() as connection, connection.begin():
-        connection.execute(sa.text("ALTER TABLE agents DROP COLUMN file"))
-        connection.execute(sa.text("UPDATE alembic_version SET version_num = '0001'"))
+        connection.execute(sa.text("UPDATE agents SET file = NULL"))  # as its migration leaves it
     keyturn.end()
 
     keyturn.begin()

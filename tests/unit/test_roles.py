@@ -10,6 +10,7 @@ from keyturn.daemon.peer import Role
 ROLES = {
     Role.VIEW: {
         "status",
+        "status.own",
         "names",
         "agents.list",
         "agents.show",

@@ -225,7 +225,7 @@ PATCHES: dict[str, Patch] = {
         file="core/repair.py",
         text="    forward = shown is None or shown.seq < current.seq\n",
         instead="    forward = True\n",
-        tests="unit/test_decision.py -k moved_back",
+        tests="unit/test_decision.py -k 'moved and back'",
     ),
     "4 a copy is proven before it is published": Patch(
         file="mending.py",
@@ -243,19 +243,19 @@ PATCHES: dict[str, Patch] = {
         file="core/repair.py",
         text="else recent < MOST",
         instead="else True",
-        tests="unit/test_decision.py -k three_repairs",
+        tests="unit/test_decision.py -k 'three and repairs'",
     ),
     "10 an agent is rotated three times an hour for repair": Patch(
         file="core/decision.py",
         text="outdated or may_mend(case, WHOLE_AGENT, now)",
         instead="True",
-        tests="unit/test_decision.py -k three_rotations",
+        tests="unit/test_decision.py -k 'three and rotations'",
     ),
     "10 a fight is taken up once an hour": Patch(
         file="core/repair.py",
         text="    return recent == 0 if record.fight is not None else recent < MOST",
         instead="    return recent < MOST",
-        tests="unit/test_decision.py -k in_a_fight",
+        tests="unit/test_decision.py -k 'fight and hour'",
     ),
     "10 what is counted is durable": Patch(
         file="storage/codec.py",
@@ -279,7 +279,7 @@ PATCHES: dict[str, Patch] = {
         file="core/repair.py",
         text="    return sight.fresh and (ending or",
         instead="    return (ending or",
-        tests="unit/test_decision.py -k 'stale_read_repairs'",
+        tests="unit/test_decision.py -k 'stale and repairs'",
     ),
     "a rotation that waits keeps its version": Patch(
         file="world.py",

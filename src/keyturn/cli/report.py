@@ -27,7 +27,7 @@ def report(
     config: options.ConfigOfDaemon = options.CONFIG,
     socket: options.Socket = options.SOCKET,
 ) -> None:
-    """Report how often each agent's secret changed, and how old it is.
+    """Tell how often each agent's secret changed.
 
     `keyturn report --since 90d --csv > rotations.csv`
     """
