@@ -28,8 +28,7 @@ def main(options: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="tests-run-") as name:
         outputs = [Path(name, f"part-{number}") for number in range(len(PARTS))]
         running = [
-            _start(folders, output, options)
-            for folders, output in zip(PARTS, outputs, strict=True)
+            _start(folders, output, options) for folders, output in zip(PARTS, outputs, strict=True)
         ]
         codes, total = [], Counter[str]()
         for process, output, folders in zip(running, outputs, PARTS, strict=True):
