@@ -155,7 +155,6 @@ CREATE TABLE versions (
     exposed BOOLEAN NOT NULL,
     fence BIGINT NOT NULL,
     minted_at BIGINT NOT NULL,
-    landed_at BIGINT,
     promoted_at BIGINT,
     deadline BIGINT,
     not_after BIGINT,
