@@ -14,6 +14,7 @@ from keyturn.config.generation import Generation, Include, Looks, Seen
 from keyturn.config.listening import ListenSettings
 from keyturn.config.models import (
     ID_FORM,
+    MAIN_ONLY,
     AdminSettings,
     AgentSection,
     AuditSettings,
@@ -36,17 +37,6 @@ from keyturn.errors import ConfigError
 
 ENVIRONMENT = "KEYTURN_"
 _FROM_ENVIRONMENT = {"store": StoreSettings, "log": LogSettings}
-_MAIN_ONLY = (
-    "store",
-    "log",
-    "verifier",
-    "admin",
-    "audit",
-    "listen",
-    "reload",
-    "connections",
-    "policies",
-)
 _SOME_DAY = datetime(2026, 1, 1, tzinfo=UTC)  # `check` gives the same answer every day
 
 
@@ -84,7 +74,7 @@ class Loading:
         self._main = main = empty if without_file else self._read(self._path)
         refuse(self.problems if not main.data else [])
         self._overlay(environ)
-        sections = ("agents", *_MAIN_ONLY)
+        sections = ("agents", *MAIN_ONLY)
         scalars = {key: value for key, value in main.data.items() if key not in sections}
         top = self._shape(TopSection, scalars, main, ()) or TopSection(version=1)
         self._check_hooks(top.notify)

@@ -509,21 +509,23 @@ class AuditSettings(Section):
     ] = None
 
 
+MAIN_ONLY = (  # keys with a section of their own that files of agents never have
+    "store",
+    "log",
+    "verifier",
+    "admin",
+    "audit",
+    "listen",
+    "reload",
+    "connections",
+    "policies",
+)
+
+
 class TopSection(Section):
     """The other keys of the main file."""
 
-    beside = (
-        "store",
-        "log",
-        "verifier",
-        "admin",
-        "audit",
-        "listen",
-        "reload",
-        "connections",
-        "policies",
-        "agents",
-    )
+    beside = (*MAIN_ONLY, "agents")
 
     version: Annotated[
         Literal[1],
