@@ -6,6 +6,7 @@ from typing import Any
 
 from keyturn import wiring
 from keyturn.config import Settings
+from keyturn.daemon import answers
 from keyturn.errors import KeyturnError
 from keyturn.reconcile import Change
 from keyturn.wiring import Parts
@@ -48,7 +49,7 @@ def rehearse(
     return {
         **counts,
         "changes": [_row(one) for one in sorted(changes, key=lambda one: (one.kind, one.agent))],
-        "refused": None if refused is None else _refusal(refused),
+        "refused": None if refused is None else answers.error_of(refused),
     }
 
 
@@ -60,13 +61,4 @@ def _row(change: Change) -> dict[str, Any]:
         "file": change.file,
         "line": change.line,
         "was_in": change.was_in,
-    }
-
-
-def _refusal(error: KeyturnError) -> dict[str, Any]:
-    return {
-        "code": error.code,
-        "message": str(error),
-        "hint": error.hint,
-        "exit_code": error.exit_code,
     }
