@@ -19,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from keyturn.core.walltime import rfc3339
 from keyturn.errors import StorageError
 
 START = "0" * 64
@@ -144,7 +145,7 @@ class AnchorFile:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX)
                 said = {"store": store_id, "writer": writer, "why": why}
-                shown = at.isoformat().replace("+00:00", "Z")
+                shown = rfc3339(at)
                 return self._append(handle, heads, {"at": shown, **said})
             finally:
                 os.close(handle)

@@ -14,6 +14,7 @@ from keyturn.core import repair
 from keyturn.core.decision import ENDING
 from keyturn.core.lifecycle import pinned
 from keyturn.core.model import (
+    Agent,
     AgentState,
     Case,
     Drift,
@@ -25,6 +26,7 @@ from keyturn.core.model import (
     VersionState,
     WaitReason,
 )
+from keyturn.core.walltime import rfc3339
 from keyturn.world import Parked
 
 OVERDUE_AFTER = timedelta(minutes=5)
@@ -46,13 +48,7 @@ def describe(
     agent, credential = case.agent, case.credential
     current, pending = case.current, case.pending
     return {
-        "agent": agent.name,
-        "login": agent.login,
-        "owner": agent.owner,
-        "policy": agent.policy,
-        "managed_by": str(agent.managed_by),
-        "file": agent.file,
-        "state": agent.shown_state,
+        **definition(agent),
         "suspension": suspension,
         # Of the others it is the time to go on from, and nothing rotates then.
         "next_rotation_at": _at(credential.next_rotation_at) if agent.rotates else None,
@@ -70,6 +66,19 @@ def describe(
     }
 
 
+def definition(agent: Agent) -> dict[str, Any]:
+    """Return what an agent was declared as, without its destinations."""
+    return {
+        "agent": agent.name,
+        "login": agent.login,
+        "owner": agent.owner,
+        "policy": agent.policy,
+        "managed_by": str(agent.managed_by),
+        "file": agent.file,
+        "state": agent.shown_state,
+    }
+
+
 def is_overdue(case: Case, now: datetime) -> bool:
     """Whether a due rotation has not even begun, or is still not done, five minutes later."""
     due = case.credential.next_rotation_at
@@ -77,7 +86,7 @@ def is_overdue(case: Case, now: datetime) -> bool:
 
 
 def _at(moment: datetime | None) -> str | None:
-    return moment.isoformat().replace("+00:00", "Z") if moment else None
+    return rfc3339(moment) if moment else None
 
 
 def _max_age_at(current: Version | None, policy: Policy) -> datetime | None:

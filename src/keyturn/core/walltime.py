@@ -35,6 +35,11 @@ def zone_of(name: str) -> ZoneInfo:
         raise ValueError(f"expected {ZONE_FORM}") from None
 
 
+def rfc3339(at: datetime) -> str:
+    """Write an instant (in UTC) as everything has it that we print, send or log."""
+    return at.isoformat().replace("+00:00", "Z")
+
+
 def instant_of(wall: datetime, zone: ZoneInfo) -> datetime:
     """Return the one instant (UTC) that a naive wall time means in a zone."""
     first = wall.replace(tzinfo=zone, fold=0).astimezone(UTC)

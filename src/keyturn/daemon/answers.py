@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from keyturn import advice
+from keyturn import advice, status
 from keyturn.core.model import Case, Rotation, Version
+from keyturn.core.walltime import rfc3339
 from keyturn.daemon.socket import Progress
 from keyturn.errors import KeyturnError
 from keyturn.storage.audit import ANCHOR_ACTION, Recorded
@@ -19,7 +20,7 @@ def recorded(one: Recorded) -> dict[str, Any]:
         heads = dict(entry.detail).get("heads", ())
         entry = replace(entry, detail=(("heads", len(heads)),))
     return {
-        "at": one.at.isoformat().replace("+00:00", "Z"),
+        "at": rfc3339(one.at),
         "actor": entry.actor,
         "action": entry.action,
         "agent": entry.agent,
@@ -46,13 +47,7 @@ def definition(case: Case) -> dict[str, Any]:
     """Return what an agent is."""
     agent = case.agent
     return {
-        "agent": agent.name,
-        "login": agent.login,
-        "owner": agent.owner,
-        "policy": agent.policy,
-        "managed_by": str(agent.managed_by),
-        "file": agent.file,
-        "state": agent.shown_state,
+        **status.definition(agent),
         "targets": [
             {"to": t.to, "path": t.path, "merge": t.merge, "adopt": t.adopt} for t in agent.targets
         ],
@@ -68,7 +63,7 @@ def promoted(case: Case, current: Version) -> dict[str, Any]:
         "agent": case.agent.name,
         "outcome": "promoted",
         "version": current.id,
-        "deadline": ends.isoformat().replace("+00:00", "Z") if ends else None,
+        "deadline": rfc3339(ends) if ends else None,
     }
 
 

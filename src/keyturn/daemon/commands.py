@@ -20,6 +20,7 @@ from keyturn.core.model import (
     RotationState,
     Target,
 )
+from keyturn.core.walltime import rfc3339
 from keyturn.daemon import answers, names, report
 from keyturn.daemon.own_logins import stored_rows
 from keyturn.daemon.peer import Peer, Role
@@ -225,7 +226,7 @@ class Commands:
         del args, peer, progress
         self._running()
         now, jump = self._parts().store_clock.look()
-        shown = now.isoformat().replace("+00:00", "Z")
+        shown = rfc3339(now)
         return {"now": shown, "jump_seconds": jump.total_seconds(), "ok": not jump}
 
     # --- change -----------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any
 
 from keyturn import config, wiring
 from keyturn.config import Settings
+from keyturn.core.walltime import rfc3339
 from keyturn.daemon import logs, offline
 from keyturn.daemon.cron import Crontab
 from keyturn.daemon.recovery import Recovery
@@ -138,9 +139,9 @@ def backup(path: Path, place: Path) -> dict[str, Any]:
 
 
 def _note(found: Facts, place: Path) -> dict[str, Any]:
-    at = SystemClock().now().isoformat().replace("+00:00", "Z")
+    at = rfc3339(SystemClock().now())
     told = {"file": str(place), "at": at} | asdict(found)
-    return told | {"created_at": found.created_at.isoformat().replace("+00:00", "Z")}
+    return told | {"created_at": rfc3339(found.created_at)}
 
 
 @contextmanager

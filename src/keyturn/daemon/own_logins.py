@@ -19,6 +19,7 @@ from typing import Any
 import structlog
 
 from keyturn.core.own import Own, OwnPlan, OwnProblem, OwnVersion, due_at
+from keyturn.core.walltime import rfc3339
 from keyturn.daemon.metrics import Metrics
 from keyturn.destinations.base import DestinationBase
 from keyturn.errors import DestinationError, StoreUnavailable
@@ -183,7 +184,7 @@ class OwnLogins:
             "own-login.ends",
             connection=name,
             method=one.login.method if one.login else "",
-            ends_at=ends_at.isoformat(timespec="seconds"),
+            ends_at=rfc3339(ends_at.replace(microsecond=0)),
             hint="`keyturn status --own` shows it; put a new one into its file in time",
         )
 
@@ -275,4 +276,4 @@ def _problem(problem: OwnProblem) -> dict[str, Any]:
 
 
 def _text(at: datetime | None) -> str | None:
-    return None if at is None else at.isoformat(timespec="seconds")
+    return None if at is None else rfc3339(at.replace(microsecond=0))

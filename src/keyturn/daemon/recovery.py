@@ -16,6 +16,7 @@ import structlog
 
 from keyturn.core.model import Agent, Case, Target
 from keyturn.core.secret import parse
+from keyturn.core.walltime import rfc3339
 from keyturn.errors import ConfigError, DestinationError, StorageError, StoreUnavailable
 from keyturn.leaks import Caller, Leak
 from keyturn.sight import look
@@ -38,7 +39,7 @@ def in_doubt(store: Store, agent: Agent) -> dict[str, Any]:
     found = next((one for one in restoring.doubts(store) if one.agent_uid in mine), None)
     if found is None:
         return {"quarantine": None}
-    since = found.since.isoformat().replace("+00:00", "Z")
+    since = rfc3339(found.since)
     command = (
         "keyturn store status   # the whole store is in quarantine, and is let go by itself"
         if found.agent_uid == EVERYBODY

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from keyturn.core.model import Case, VersionState
+from keyturn.core.walltime import rfc3339
 from keyturn.storage.tables import versions
 from keyturn.wiring import Parts
 
@@ -59,7 +60,7 @@ def _row(parts: Parts, case: Case, now: datetime) -> dict[str, Any]:
         "file": agent.file,
         "state": agent.shown_state,
         "version": current.id if current is not None else None,
-        "minted_at": current.minted_at.isoformat().replace("+00:00", "Z") if current else None,
+        "minted_at": rfc3339(current.minted_at) if current else None,
         "age_days": round(age / timedelta(days=1), 2) if age is not None else None,
         "over_max_age": bool(age and most and age > most),
     }

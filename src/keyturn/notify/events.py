@@ -15,6 +15,7 @@ from typing import Any
 
 from keyturn import advice, incidents
 from keyturn.core.model import Agent
+from keyturn.core.walltime import rfc3339
 from keyturn.storage.audit import Recorded
 
 _KINDS = {"version.promoted": "promoted", "rotation.stalled": "stalled"}
@@ -118,13 +119,8 @@ def _message(kind: str, id: str, at: datetime, store_id: str, data: dict[str, An
     body = {
         "type": kind,
         "id": id,
-        "timestamp": shown(at),
+        "timestamp": rfc3339(at),
         "data": {"store": store_id, **data},
     }
     text = json.dumps(body, ensure_ascii=True, separators=(",", ":"))
     return Message(kind=kind, id=id, body=text.encode())
-
-
-def shown(at: datetime) -> str:
-    """Write an instant as RFC 3339 has it."""
-    return at.isoformat().replace("+00:00", "Z")

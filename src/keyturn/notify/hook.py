@@ -24,6 +24,7 @@ import structlog
 from keyturn import incidents
 from keyturn.core.model import Agent, Retry
 from keyturn.core.policy import backoff
+from keyturn.core.walltime import rfc3339
 from keyturn.errors import ConfigError, KeyturnError, StorageError
 from keyturn.notify import events, signing
 from keyturn.notify.events import Message
@@ -181,9 +182,9 @@ class Hook:
             "on": sorted(self.spec.on),
             "state": "gone" if self._gone_at else "failing" if since else "ok",
             "waiting": waiting,
-            "oldest_at": events.shown(oldest) if oldest else None,
+            "oldest_at": rfc3339(oldest) if oldest else None,
             "in_sum": sum(sum(one["counts"].values()) for one in list(self._summaries)),
-            "failing_since": events.shown(since) if since else None,
+            "failing_since": rfc3339(since) if since else None,
             "tries": self._tries,
             "last": self.last,
             "problem": self._problem(),
@@ -200,7 +201,7 @@ class Hook:
         if since is None or self._around.now() - since < LONG:
             return ""
         return (
-            f"webhook {name} fails since {events.shown(since)} ({self.last}), {len(self._queue)}"
+            f"webhook {name} fails since {rfc3339(since)} ({self.last}), {len(self._queue)}"
             f" events wait: `keyturn notify test --name {name}`"
         )
 
@@ -280,7 +281,7 @@ class Hook:
                 last = {
                     "number": self._number,
                     "counts": {},
-                    "from": events.shown(cut[0].at),
+                    "from": rfc3339(cut[0].at),
                     "why": why,
                     "sent": False,
                 }
@@ -288,7 +289,7 @@ class Hook:
                 _log.error("webhook.summed-up", hook=self.spec.name, why=why)
             for kind, number in events.counted(cut).items():
                 last["counts"][kind] = last["counts"].get(kind, 0) + number
-            last["to"] = events.shown(cut[-1].at)
+            last["to"] = rfc3339(cut[-1].at)
             self._dirty = True
             self._refused = (0, 0.0)  # another message comes first now; the receiver is as it was
 

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
 from keyturn.anchor_file import Quote, batches
+from keyturn.core.walltime import rfc3339
 from keyturn.ports import AuditEntry
 from keyturn.storage import audit
 from keyturn.storage.audit import ANCHOR, Head, Read
@@ -78,7 +79,7 @@ def quoted(read: Read) -> set[Quote]:
         while rows := read(_slice(chain, seq)):
             seq = rows[-1].seq
             for row in rows:
-                at = row.at.isoformat().replace("+00:00", "Z")
+                at = rfc3339(row.at)
                 heads = dict(row.detail).get("heads", ())
                 found |= {Quote(str(c), int(n), str(h), at) for c, n, h in heads}
     return found

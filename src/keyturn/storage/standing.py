@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sqlite3
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, make_url
 
 from keyturn.core.model import AgentState
+from keyturn.core.walltime import rfc3339
 from keyturn.errors import StorageError
 from keyturn.storage import codec, migrations
 from keyturn.storage.engine import Database, sqlite_path
@@ -80,7 +80,7 @@ def _rows(connection: Connection) -> dict[str, Any]:
         "store": row.store_id if row else None,
         "incarnation": row.incarnation if row else None,
         "epoch": row.epoch if row else None,
-        "created_at": _text(row.created_at) if row else None,
+        "created_at": rfc3339(row.created_at) if row else None,
         "schema": schema,
         "oldest_schema": oldest or schema,
         "this_release": migrations.HEAD,
@@ -108,14 +108,10 @@ def _quarantine(connection: Connection) -> list[dict[str, Any]]:
         {
             "agent": row.name if row.agent_uid else None,
             "reason": row.reason,
-            "since": _text(row.since),
+            "since": rfc3339(row.since),
         }
         for row in connection.execute(query)
     ]
-
-
-def _text(at: datetime) -> str:
-    return at.isoformat().replace("+00:00", "Z")
 
 
 def _kind(database: Database, url: str) -> dict[str, Any]:
@@ -159,6 +155,6 @@ def _ledger(folder: Path, store_id: str) -> dict[str, Any]:
     return {
         "folder": str(ledger.folder),
         "state": state,
-        "since": _text(codec.instant(begun)) if begun else None,
+        "since": rfc3339(codec.instant(begun)) if begun else None,
         "agents": len(ledger.names()),
     }
