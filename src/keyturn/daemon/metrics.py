@@ -1,4 +1,4 @@
-"""The metrics of operating.md that exist so far, in a registry of their own.
+"""The metrics of operating.md in a registry of their own.
 
 Labels are names from the configuration or words of ours, never an agent, never a caller's text.
 What is not known yet has no sample: a standby's zero would look like an answer.

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from keyturn.config import Settings
+from keyturn.core.walltime import rfc3339
 from keyturn.credential_file import refuse_given, refuse_unwritable
 from keyturn.daemon.own_logins import WARN_BEFORE
 from keyturn.destinations.base import DestinationBase
@@ -59,7 +60,7 @@ def looked_at(destination: DestinationBase) -> str:
         destination.own_authority.find(())  # what a rotation asks first
     if login.ends_at is None:
         return f"{login.method}: {login.note}"
-    words = f"{login.method}: ends at {login.ends_at.isoformat(timespec='seconds')}"
+    words = f"{login.method}: ends at {rfc3339(login.ends_at.replace(microsecond=0))}"
     if destination.own_authority is not None:
         return f"{words}; Keyturn replaces it"
     if login.ends_at - datetime.now(UTC) <= WARN_BEFORE:

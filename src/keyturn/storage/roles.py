@@ -47,7 +47,7 @@ _NEVER_CHANGED = frozenset({"audit", "alembic_version"})
 _NEVER_ADDED = frozenset({"alembic_version"})
 _NEVER_DELETED = frozenset({"audit", "alembic_version", "chains", *_FIXED})
 
-# What a decision is made of (`storage.decisions`); its own lease and use come with its service.
+# What a decision is made of (`storage.decisions`), and nothing else.
 _READ_BY_VERIFIERS: dict[str, Sequence[str]] = {
     "agents": ("uid", "name", "login", "state"),
     "credentials": ("uid", "agent_uid"),

@@ -314,9 +314,3 @@ def _xml_refusal(refused: AccessRefused) -> Answer:
         "</Error><RequestId>x</RequestId></ErrorResponse>"
     )
     return Answer(status=refused.status, headers={"Content-Type": "text/xml"}, body=body.encode())
-
-
-def as_document(text: str) -> Policy:
-    """Read a policy as `keyturn policy aws` prints it."""
-    found: Policy = json.loads(text)
-    return found
