@@ -21,8 +21,8 @@ from keyturn.destinations.base import (
     Form,
     checked_tags,
     duration,
-    is_safe_address,
     rate,
+    safe_address,
 )
 
 DAY = timedelta(hours=24)
@@ -46,12 +46,6 @@ def _role(value: object) -> object:
     return value
 
 
-def _endpoint(value: object) -> object:
-    if not isinstance(value, str) or not is_safe_address(value):
-        raise ValueError
-    return value.rstrip("/")
-
-
 def _ca_file(value: object) -> object:
     if not isinstance(value, str) or not Path(value).is_absolute():
         raise ValueError
@@ -67,7 +61,7 @@ def _is_tag(name: str) -> bool:
 
 
 Endpoint = Annotated[
-    str | None, BeforeValidator(_endpoint), Form("https://host[:port] (http on loopback only)")
+    str | None, BeforeValidator(safe_address), Form("https://host[:port] (http on loopback only)")
 ]
 RoleArn = Annotated[str | None, BeforeValidator(_role), Form("arn:aws:iam::ACCOUNT:role/NAME")]
 

@@ -75,6 +75,13 @@ def duration(value: object) -> timedelta:
     return parse_duration(value)
 
 
+def safe_address(value: object) -> str:
+    """Read an option that is the bare address of a server. Raises ValueError."""
+    if not isinstance(value, str) or not is_safe_address(value):
+        raise ValueError
+    return value.rstrip("/")
+
+
 def is_safe_address(
     address: str, *, plain_hosts: Collection[str] = LOOPBACK, bare: bool = True
 ) -> bool:

@@ -29,7 +29,7 @@ from keyturn.destinations.base import (
     DestinationBase,
     Form,
     duration,
-    is_safe_address,
+    safe_address,
 )
 from keyturn.destinations.entry import merged, observed, refuse_foreign, without_ours
 from keyturn.destinations.network import trouble
@@ -55,12 +55,6 @@ STALE_PAUSE = 0.05
 _OWN_TOKEN = ("auth/token/renew-self", "auth/token/revoke-self")
 
 
-def _address(value: object) -> object:
-    if not isinstance(value, str) or not is_safe_address(value):
-        raise ValueError
-    return value.rstrip("/")
-
-
 def _namespace(value: object) -> str | None:
     if value is None:
         return None
@@ -75,7 +69,7 @@ class VaultOptions(ConnectionOptions):
 
     address: Annotated[
         str,
-        BeforeValidator(_address),
+        BeforeValidator(safe_address),
         Form("https://host[:port] (http on loopback only)"),
         Field(description="address of the server"),
     ]

@@ -17,7 +17,7 @@ from keyturn.errors import StorageError
 from keyturn.storage import codec, migrations
 from keyturn.storage.engine import Database, sqlite_path
 from keyturn.storage.ledger import Ledger
-from keyturn.storage.tables import agents, daemons, meta, quarantine, store_now
+from keyturn.storage.tables import agents, daemons, meta, now_micros, quarantine
 
 NOTE = "last-backup.json"  # beside the store, not in it: a restored one would say what is not so
 
@@ -51,16 +51,12 @@ def last_backup(folder: Path) -> dict[str, Any] | None:
 def live_daemons(connection: Connection) -> list[dict[str, Any]]:
     """Return the daemons whose lease runs, and which schema their release knows."""
     query = sa.select(daemons.c.writer, daemons.c.leads, *_knows(connection)).where(
-        daemons.c.died_at.is_(None), sa.type_coerce(daemons.c.until, sa.BigInteger) > _now()
+        daemons.c.died_at.is_(None), sa.type_coerce(daemons.c.until, sa.BigInteger) > now_micros()
     )
     return [
         {"writer": row.writer, "leads": bool(row.leads), "schema": row.knows or "0001"}
         for row in connection.execute(query)
     ]
-
-
-def _now() -> Any:
-    return sa.type_coerce(store_now(), sa.BigInteger)
 
 
 def _knows(connection: Connection) -> list[Any]:
