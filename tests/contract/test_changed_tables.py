@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import sqlalchemy as sa
 
 from keyturn.errors import StorageError
 from support.postgres import postgres  # noqa: F401 - a fixture
-from support.stores import Place
+from support.stores import Place, either_place  # noqa: F401 - a fixture
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    """Give a store on each database, made and closed."""
-    url = f"sqlite:///{tmp_path}/keyturn.db"
-    if request.param == "postgresql":
-        url = request.getfixturevalue("postgres").new_database()
-    place = Place(url, tmp_path)
+@pytest.fixture(autouse=True)
+def made(place: Place) -> None:
+    """Have a store there, made and closed."""
     place.open().close()
-    yield place
-    place.close()
 
 
 def change(place: Place, *statements: str) -> None:

@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from datetime import UTC, datetime
-from pathlib import Path
-
-import pytest
 
 from keyturn.anchor_file import Quote
 from keyturn.storage import anchors, audit
 from keyturn.storage.hooks import Cursors, HookRecords
 from keyturn.storage.store import Store
 from support.postgres import postgres  # noqa: F401 - a fixture
-from support.stores import Place, entry
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    """Give an empty place for a store on each database."""
-    url = f"sqlite:///{tmp_path}/keyturn.db"
-    if request.param == "postgresql":
-        url = request.getfixturevalue("postgres").new_database()
-    found = Place(url, tmp_path)
-    yield found
-    found.close()
+from support.stores import Place, either_place, entry  # noqa: F401 - a fixture
 
 
 def read_all(records: HookRecords, seen: Cursors) -> list[str]:

@@ -15,6 +15,7 @@ from keyturn.storage import migrations
 from keyturn.storage.migrations import versions
 from keyturn.storage.tables import metadata
 from support.postgres import postgres  # noqa: F401 - a fixture
+from support.stores import Place, either_place  # noqa: F401 - a fixture
 
 # An agent as the first release left it: what is accepted was shown to readers, what is pending not yet.
 _ROWS = """
@@ -36,13 +37,10 @@ INSERT INTO intents (uid, credential_uid, version_id, target, effect, expected, 
 """
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
+@pytest.fixture
+def engine(place: Place) -> Iterator[Engine]:
     """Give an empty store on each database."""
-    url = f"sqlite:///{tmp_path}/keyturn.db"
-    if request.param == "postgresql":
-        url = request.getfixturevalue("postgres").new_database()
-    engine = sa.create_engine(url)
+    engine = sa.create_engine(place.url)
     yield engine
     engine.dispose()
 

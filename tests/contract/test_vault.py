@@ -31,6 +31,7 @@ from keyturn.testing.contract import (
     publish,
 )
 from keyturn.testing.fakes import FakeClock
+from support.vault import root_of
 
 _NUMBERS = itertools.count(1)
 
@@ -55,10 +56,8 @@ def strict_mount(server: openbao.Server) -> str:
 
 
 def call(server: openbao.Server, method: str, path: str, body: Any = None) -> Any:
-    """Ask as root, without any code of the adapter."""
-    data = None if body is None else json.dumps(body).encode()
-    found = openbao.call(server, method, path, data)
-    return json.loads(found) if found else {}
+    """Ask as root."""
+    return root_of(server)(method, path, body)
 
 
 def make(

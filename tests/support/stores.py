@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from keyturn.core.model import (
     Agent,
@@ -65,6 +67,17 @@ class Place:
         """Close what was opened."""
         for store in self.opened:
             store.close()
+
+
+@pytest.fixture(name="place", params=["sqlite", "postgresql"])
+def either_place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    """Give an empty place for a store on each database; wants the fixture `postgres` beside it."""
+    url = f"sqlite:///{tmp_path}/keyturn.db"
+    if request.param == "postgresql":
+        url = request.getfixturevalue("postgres").new_database()
+    found = Place(url, tmp_path)
+    yield found
+    found.close()
 
 
 def claim_of(store: Store, uid: str, *, holder: str, ttl: timedelta) -> Claim | None:
