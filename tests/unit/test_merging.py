@@ -194,6 +194,35 @@ def test_nobody_can_tell_where_the_ledger_has_a_gap() -> None:
     assert not in_doubt(case(V1, V2), later, at(10))
 
 
+@pytest.mark.parametrize(
+    "stranger",
+    [
+        replace(V1, digest="of a stranger"),
+        replace(V1, tag=b"stranger"),
+        replace(V1, login="b"),
+        replace(V1, not_after=NOW),
+    ],
+)
+def test_a_backup_does_not_choose_what_an_accepted_id_stands_for(stranger: Version) -> None:
+    """An id that is accepted by the ledger, with another secret: a person looks at that."""
+    sure = Known(lines=(line(V1, 5),), agents=(about(AGENT, 0),))
+    assert in_doubt(case(stranger), sure, at(10))
+
+
+def test_a_backup_that_says_it_is_of_a_later_life_revives_nothing() -> None:
+    """What ledger and spool have refused stays refused, also where it is no news to the row."""
+    agents = (about(AGENT, 0, confirmed=True),)
+    revoked = (line(V1, 5), line(version("v1", 1, S.REVOKED), 6))
+    assert states(after(case(V1), *revoked)) == {"v1": "revoked"}
+    over = Known(lines=(line(V1, 5), line(version("v1", 1, S.RETIRED), 6)), agents=agents)
+    assert in_doubt(case(V1), over, at(10))
+    again = replace(over, lines=(*over.lines, line(V1, 8, life=1)))  # a person let it go
+    assert not in_doubt(case(V1), again, at(10))
+    suspended = about(replace(AGENT, state=AgentState.SUSPENDED), 7, confirmed=True)
+    sure = Known(lines=(line(V1, 5),), agents=(*agents, suspended))
+    assert in_doubt(case(V1), sure, at(10))
+
+
 def test_an_agent_is_what_it_was_last() -> None:
     """What refuses counts when it is announced; what accepts again when it is confirmed."""
     suspended = replace(AGENT, state=AgentState.SUSPENDED)

@@ -114,8 +114,22 @@ def in_doubt(case: Case, known: Known, at: Moment) -> bool:
         return True
     if any(one.accepted is not None and one.moment > at for one in known.agents):
         return False  # it was begun later, with all that was accepted then
-    told = {(v.id, v.state, v.deadline) for v in (one.version for one in known.lines) if v}
-    return any((v.id, v.state, v.deadline) not in told for v in case.accepted)
+    last = known.agents[-1]
+    if last.confirmed and last.moment <= at and last.agent.state is not case.agent.state:
+        return True
+    lines = [(one.version, one.moment) for one in known.lines if one.version is not None]
+    told = {_claims(version) for version, _ in lines}
+    before = {version.id: version.state for version, moment in lines if moment <= at}
+    return any(_claims(v) not in told or before.get(v.id) is S.RETIRED for v in case.accepted)
+
+
+def _claims(version: Version) -> tuple[object, ...]:
+    """Return what decides whether a secret is accepted, and which one.
+
+    SECURITY: the hash too. Who can write a backup must not choose what an accepted id stands for.
+    """
+    secret = version.login, version.scheme, version.digest, version.tag, version.not_after
+    return version.id, version.state, version.deadline, *secret
 
 
 def merged_agent(row: Agent | None, known: Known, at: Moment | None) -> Agent | None:
@@ -156,6 +170,7 @@ def merged(case: Case, known: Known, at: Moment, *, now: datetime, schedule: Sch
             exposed = replace(versions[one.intent.version_id], exposed=True)
             versions[one.intent.version_id] = exposed
         owed = owed if one.owed is None else one.owed
+    _refuse_revoked(versions, known)
     kept = _one_current([_kept(version) for version in versions.values()])
     changed = replace(
         case,
@@ -196,6 +211,16 @@ def _take(versions: dict[str, Version], told: Version, at: datetime) -> None:
     if before is None:
         taken = replace(taken, seq=_free_seq(versions, taken))
     versions[told.id] = replace(taken, seq=before.seq) if before else taken
+
+
+def _refuse_revoked(versions: dict[str, Version], known: Known) -> None:
+    """Revoke what any line has revoked, older than the row or not: a refusal is no old news."""
+    for one in known.lines:
+        told = one.version
+        before = versions.get(told.id) if told is not None else None
+        if told is not None and before is not None and told.state is S.REVOKED:
+            ended = before.ended_at or one.at
+            versions[told.id] = replace(before, state=S.REVOKED, ended_at=ended)
 
 
 def _free_seq(versions: dict[str, Version], told: Version) -> int:
