@@ -19,6 +19,7 @@ from keyturn.errors import Refused, StorageError, StoreFull, StoreUnavailable
 from keyturn.storage import codec
 from keyturn.storage.ballast import is_full
 from keyturn.storage.engine import code_of
+from keyturn.storage.migrations.versions.r0001_first import TOMBSTONES
 
 PATIENCE = 10.0  # seconds for a writer to end
 
@@ -61,6 +62,8 @@ def facts(path: Path, *, thorough: bool = True) -> Facts:
                 found = copy.execute("PRAGMA integrity_check(1)").fetchone()[0]
                 if found != "ok":
                     raise _no_copy(path, "it is damaged")
+                if programs := _programs(copy) - _OURS:
+                    raise _no_copy(path, f"it brings programs with it: {min(programs)[0]!r}")
             row = copy.execute(
                 "SELECT store_id, incarnation, epoch, created_at, version_num"
                 " FROM meta, alembic_version"
@@ -82,6 +85,19 @@ def facts(path: Path, *, thorough: bool = True) -> Facts:
         agents=agents,
         size=path.stat().st_size,
     )
+
+
+def _programs(copy: sqlite3.Connection) -> set[tuple[str, str]]:
+    """Return name and text of what would run by itself.
+
+    SECURITY: a trigger could change a hash after the merge has found it to be the ledger's, and a
+    view could stand where a table was.
+    """
+    query = "SELECT name, sql FROM sqlite_master WHERE type IN ('trigger', 'view')"
+    return {(name, " ".join(text.split())) for name, text in copy.execute(query)}
+
+
+_OURS = {("versions_tombstones", " ".join(text.split())) for text in TOMBSTONES["sqlite"]}
 
 
 def put_into(copy: Path, live: Path) -> None:

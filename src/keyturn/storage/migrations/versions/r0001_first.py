@@ -209,7 +209,7 @@ _REFUSED_AGAIN = (
     "OLD.state IN ('retired', 'revoked')"
     " AND (NEW.state NOT IN ('retired', 'revoked') OR OLD.state = 'revoked' AND NEW.state <> 'revoked')"
 )
-_TOMBSTONES = {
+TOMBSTONES = {
     "sqlite": [
         f"""
         CREATE TRIGGER versions_tombstones BEFORE UPDATE ON versions WHEN {_REFUSED_AGAIN}
@@ -240,5 +240,5 @@ def upgrade() -> None:
     dialect = op.get_context().dialect.name
     for statement in _TABLES.format(**_TYPES[dialect]).split(";"):
         op.execute(statement)
-    for statement in _TOMBSTONES[dialect]:
+    for statement in TOMBSTONES[dialect]:
         op.execute(statement)
