@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from keyturn.daemon import keeping, logs
 from keyturn.errors import Refused, StorageError
+from keyturn.leaks import Leak
 from keyturn.storage import copying, restoring
 from support.drill import CALLER, Drill, revoke, rotate, suspend
 
@@ -164,3 +167,43 @@ def test_a_store_that_goes_back_under_a_running_daemon_is_merged(drill: Drill) -
     assert drill.parts.store.incarnation == 2
     assert drill.parts.store.verify_audit() == []
     assert not drill.recovery.at_start()
+
+
+def test_a_resume_that_never_came_does_not_come_by_a_restore(drill: Drill) -> None:
+    """It was announced, its commit failed, and something else of the agent was committed later."""
+    suspend(drill, "one")
+    state = drill.folder / "state"
+    (drill.folder / "backup.db").unlink()
+    copying.snapshot(state / "keyturn.db", drill.folder / "backup.db")
+    with closing(sqlite3.connect(state / "keyturn.db")) as other:
+        other.execute("ALTER TABLE audit RENAME TO elsewhere")
+        with pytest.raises(StorageError):
+            drill.parts.administration.resume("one", CALLER)
+        other.execute("ALTER TABLE elsewhere RENAME TO audit")
+    old = next(v for v in drill.parts.store.case_of("one").accepted if v.state == "previous")
+    drill.parts.administration.revoke(Leak(version=old.id), CALLER)
+    before = drill.verdicts()
+    assert before[shown(drill, "one")] is False
+    drill.close()
+    assert restore(drill)["undecided"] == []
+    assert drill.verdicts() == before
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "CREATE TRIGGER planted AFTER UPDATE ON versions BEGIN SELECT 1; END",
+        "DROP TRIGGER versions_tombstones;"
+        " CREATE TRIGGER versions_tombstones BEFORE UPDATE ON versions BEGIN SELECT 1; END",
+        "CREATE VIEW planted AS SELECT 1",
+    ],
+    ids=["a trigger", "another one under our name", "a view"],
+)
+def test_a_backup_brings_no_program_with_it(drill: Drill, planted: str) -> None:
+    """A trigger would change rows after the merge had found them to be what the ledger says."""
+    drill.close()
+    file = drill.folder / "backup.db"
+    with closing(sqlite3.connect(file)) as copy:
+        copy.executescript(planted)
+    with pytest.raises(Refused, match="no copy of a store"):
+        keeping.restore(drill.config, file, dry_run=False, ask=lambda _report: True)

@@ -82,7 +82,7 @@ class Ledger:
         # The commit is done: an error here would tell the caller that nothing was changed.
         with contextlib.suppress(StoreUnavailable):
             self.append(case.agent, [line], sync=False)
-        self.confirm_agents([case.agent.uid])
+        self.confirm_agents([case.agent])
 
     def announce_agents(
         self,
@@ -130,13 +130,16 @@ class Ledger:
             if not few:
                 os.sync()  # one for all of thousands of files
             self._append(self.folder / AGENTS, told, sync=True)
-            self.confirm_agents(line["agent"]["uid"] for line in told)
+            self.confirm_agents(agent for agent, _, _ in pairs)
 
-    def confirm_agents(self, uids: Iterable[str]) -> None:
-        """Note that what was announced of agents is committed. Losing this note is harmless."""
-        if uids := list(uids):
+    def confirm_agents(self, agents: Iterable[Agent]) -> None:
+        """Note what agents are by a commit that returned. Losing this note is harmless.
+
+        SECURITY: with their states. An announced resume whose commit never came may stand between.
+        """
+        if states := {agent.uid: agent.state.value for agent in agents}:
             with contextlib.suppress(StoreUnavailable):
-                self._append(self.folder / AGENTS, [{"confirmed": uids}], sync=False)
+                self._append(self.folder / AGENTS, [{"confirmed": states}], sync=False)
 
     def agent_lines(self) -> Iterator[dict[str, Any]]:
         """Yield the lines about agents, oldest first. Raises StoreUnavailable."""

@@ -62,8 +62,8 @@ def _read_agents(ledger: Ledger, found: dict[str, _Gathered]) -> None:
     last: dict[str, AgentNews] = {}
     for line in ledger.agent_lines():
         if "confirmed" in line:
-            for uid in line["confirmed"]:
-                if uid in last:
+            for uid, state in line["confirmed"].items():
+                if uid in last and last[uid].agent.state == state:
                     _confirm(found[last[uid].credential.uid], last[uid])
             continue
         news = AgentNews(

@@ -276,7 +276,7 @@ class Store:
             return case
 
         added = self.database.write(body)
-        self.ledger.confirm_agents([agent.uid])
+        self.ledger.confirm_agents([agent])
         return added
 
     def amend_agent(
@@ -307,7 +307,7 @@ class Store:
             return [cases.load_one(connection, case.credential.uid) for case in changed]
 
         amended = self.database.write(body)
-        self.ledger.confirm_agents([agent.uid])
+        self.ledger.confirm_agents([agent])
         return amended
 
     def take_over(self, taken: TakeOver) -> None:
@@ -324,7 +324,7 @@ class Store:
             self.record_in(connection, [wanted.audit for wanted in taken.wanted], at=now)
 
         self.database.write(body)
-        self.ledger.confirm_agents(wanted.agent.uid for wanted in taken.wanted)
+        self.ledger.confirm_agents(wanted.agent for wanted in taken.wanted)
 
     def owned(self) -> list[Owned]:
         """Return every entry that an agent has or is leaving."""
