@@ -305,14 +305,23 @@ def test_a_stuck_daemon_is_to_be_restarted() -> None:
 
 
 def test_many_scrapes_are_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A crowd of scrapers costs one rendering a second, and what they accept costs no memory."""
+    """A crowd of scrapers costs two renderings a second, whatever each of them says it accepts."""
     metrics = Metrics()
-    pages, rendered = Pages(Readiness(), metrics), []
+    pages, rendered = Pages(Readiness(), metrics, clock=lambda: 1.0), []
     page = metrics.page
     monkeypatch.setattr(metrics, "page", lambda accept: rendered.append(accept) or page(accept))  # type: ignore[func-returns-value]
-    for _ in range(50):
-        pages("GET", "/metrics", "text/plain")
-    assert len(rendered) <= 2
     for number in range(100):
-        pages("GET", "/metrics", f"text/{number}")
-    assert len(pages._rendered) <= 8
+        for kind in ("text/plain", "application/openmetrics-text", f"text/{number}"):
+            pages("GET", "/metrics", f"{kind}; version=1.{number}.0")
+    assert len(rendered) == 2
+    assert len(pages._rendered) == 2
+
+
+@pytest.mark.parametrize("version", ["none", "1.0.0\xff", "1..0", "9" * 5000])
+def test_whatever_is_accepted_there_is_a_page(version: str) -> None:
+    """A version that is none costs neither the answer nor a traceback in the log."""
+    pages = Pages(Readiness(), Metrics())
+    for kind in ("text/plain", "application/openmetrics-text"):
+        found = pages("GET", "/metrics", f"{kind}; version={version}")
+        assert found.status == 200
+        assert version not in found.kind

@@ -15,16 +15,19 @@ from keyturn.daemon.metrics import Metrics
 from keyturn.daemon.readiness import Readiness
 
 SAME_FOR = 1.0  # seconds for which a page of metrics is sent again: nobody can keep us rendering
-_KINDS = 8  # pages that are kept; what is accepted is the caller's text
+_OPEN, _PLAIN = "application/openmetrics-text", "text/plain"
 _METHODS = ("GET", "HEAD")
 
 
 class Pages:
     """Answers a request by its path. Thread-safe only in so far as one loop uses it."""
 
-    def __init__(self, readiness: Readiness, metrics: Metrics) -> None:
+    def __init__(
+        self, readiness: Readiness, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._readiness = readiness
         self._metrics = metrics
+        self._clock = clock
         self._rendered: dict[str, tuple[float, Answer]] = {}
 
     def __call__(self, method: str, target: str, accept: str) -> Answer:
@@ -51,14 +54,14 @@ class Pages:
         return _json(found["ready"], {key: found[key] for key in ("ready", "reasons")})
 
     def _metrics_page(self, accept: str) -> Answer:
-        now = time.monotonic()
-        kept = self._rendered.get(accept)
+        # SECURITY: the caller's text is not passed on: each other one would be rendered anew, and
+        # prometheus_client raises for a version that is none.
+        offered = {one.partition(";")[0].strip() for one in accept.split(",")}
+        form, now = _OPEN if _OPEN in offered else _PLAIN, self._clock()
+        kept = self._rendered.get(form)
         if kept is None or now - kept[0] > SAME_FOR:
-            body, kind = self._metrics.page(accept)
-            kept = now, Answer(status=200, kind=kind, body=body)
-            if len(self._rendered) >= _KINDS:
-                self._rendered.clear()
-            self._rendered[accept] = kept
+            body, kind = self._metrics.page(form)
+            kept = self._rendered[form] = now, Answer(status=200, kind=kind, body=body)
         return kept[1]
 
 
