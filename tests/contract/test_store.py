@@ -49,7 +49,7 @@ from keyturn.errors import (
     UnknownVersion,
 )
 from keyturn.ports import AuditEntry
-from keyturn.storage import audit
+from keyturn.storage import audit, reading, restoring
 from keyturn.storage.decisions import DecisionReader
 from keyturn.storage.membership import Membership
 from keyturn.storage.store import Store
@@ -932,6 +932,18 @@ def test_the_ledger_has_every_activation(store: Store) -> None:
     amend(store, uid, lambda c: replace(c, versions=(pending,), intents=(intent(pending), staging)))
     found = [line["intent"] for line in store.ledger.lines("a") if "intent" in line]
     assert found == [intent(pending).uid]
+
+
+def test_the_end_of_a_ledger_is_found_behind_a_long_note(store: Store) -> None:
+    """A confirmation of a whole life of versions does not hide how far the ledger goes."""
+    uid = add(store)
+    restoring.keep_ledger(store)
+    case = amend(store, uid, with_version(uid, VersionState.CURRENT))
+    many = [f"{number:014}" for number in range(2000)]
+    note = {"refused": many, "credential": uid, "confirmed": case.credential.revision + 5}
+    store.ledger.append(case.agent, [note], sync=False)
+    assert reading.read(store.ledger, whole=False)[uid].confirmed.revision == note["confirmed"]
+    assert restoring.compare(store) == restoring.AHEAD
 
 
 # --- look-ups and numbers -----------------------------------------------------------------
