@@ -157,7 +157,8 @@ class AnchorFile:
         self, handle: int, heads: Mapping[str, tuple[int, str]], said: Mapping[str, str]
     ) -> int:
         before = os.fstat(handle)
-        if not stat.S_ISREG(before.st_mode) or before.st_mode & 0o022:
+        stranger = before.st_uid not in (0, os.geteuid())
+        if not stat.S_ISREG(before.st_mode) or before.st_mode & 0o022 or stranger:
             raise AnchorsUnusable(f"{self.path} can be written by others, or is no plain file")
         content = b""
         if self._known != _place(before):

@@ -63,7 +63,7 @@ class History:
             )
             for _ in range(number)
         ]
-        store.database.write(lambda connection: store._record(connection, made))
+        store.database.write(lambda connection: store.record_in(connection, made))
 
     def anchor(self, store: Store) -> None:
         """Anchor as a daemon does."""
@@ -330,6 +330,15 @@ def test_a_line_is_short(history: History) -> None:
 def test_a_file_that_others_can_write_is_not_used(history: History) -> None:
     """It would prove nothing."""
     history.file.chmod(0o666)
+    with pytest.raises(AnchorsUnusable, match="can be written by others"):
+        history.anchor(history.writer("w1"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_file_of_somebody_else_is_not_used(history: History) -> None:
+    """Its owner writes it, whatever its mode says."""
+    history.anchor(history.writer("w1"))
+    os.chown(history.file, 12345, -1)
     with pytest.raises(AnchorsUnusable, match="can be written by others"):
         history.anchor(history.writer("w1"))
 
