@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from keyturn.daemon import keeping, logs
 from keyturn.errors import Refused, StorageError
 from keyturn.leaks import Leak
 from keyturn.storage import copying, restoring
-from support.drill import CALLER, Drill, revoke, rotate, suspend
+from support.drill import CALLER, Drill, Killed, revoke, rotate, suspend
 
 
 @pytest.fixture
@@ -207,3 +208,32 @@ def test_a_backup_brings_no_program_with_it(drill: Drill, planted: str) -> None:
         copy.executescript(planted)
     with pytest.raises(Refused, match="no copy of a store"):
         keeping.restore(drill.config, file, dry_run=False, ask=lambda _report: True)
+
+
+def test_a_doubt_outlives_a_restore_that_was_killed(drill: Drill) -> None:
+    """What the first merge has made of a version that the ledger lacks is no news to the second one."""
+    for steps in range(1, 12):
+        drill.parts.administration.rotate("one", CALLER)
+        with suppress(Killed):
+            drill.run("one", steps=steps)
+        pending = [v for v in drill.parts.store.case_of("one").accepted if v.state == "pending"]
+        if pending:
+            break
+        drill.kill()
+        drill.parts = drill.open()
+    (drill.folder / "backup.db").unlink()
+    copying.snapshot(drill.folder / "state" / "keyturn.db", drill.folder / "backup.db")
+    drill.kill()
+    ledger = drill.folder / "state" / "ledger" / "one.jsonl"
+    lines = ledger.read_bytes().split(b"\n")
+    ledger.write_bytes(b"\n".join(one for one in lines if pending[0].id.encode() not in one))
+
+    def dies(report: dict[str, Any]) -> bool:
+        assert report["undecided"] == ["one"]
+        raise Killed
+
+    with pytest.raises(Killed):
+        keeping.restore(drill.config, drill.folder / "backup.db", dry_run=False, ask=dies)
+    drill.parts = drill.open()
+    held = {one.agent_uid for one in restoring.doubts(drill.parts.store)}
+    assert held == {drill.parts.store.case_of("one").agent.uid}

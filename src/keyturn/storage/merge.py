@@ -152,9 +152,11 @@ class _Merge:
             last = max(before.credential.revision, known.announced.revision)
             _write_case(connection, before, after, last + 1, known.fence + 1)
             moved = after, cases.with_revision(after, last + 1)
-            self.store.ledger.announce(
-                before, moved[1], incarnation=self.store.incarnation, at=now, revision=last + 1
-            )
+            if not doubt:
+                # SECURITY: else a merge after a crash would find there what this one has guessed.
+                self.store.ledger.announce(
+                    before, moved[1], incarnation=self.store.incarnation, at=now, revision=last + 1
+                )
             self.store.record_in(connection, [self._entry(one) for one in found], at=now)
             return before, moved[1], found
 
