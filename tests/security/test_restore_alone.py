@@ -108,6 +108,9 @@ def test_a_restore_can_be_looked_at_and_held(drill: Drill) -> None:
     assert held["released"] is False
     drill.parts = drill.open()
     assert set(drill.verdicts().values()) == {None}
+    with pytest.raises(Refused, match="the whole store"):  # a no to all is no yes by one name
+        drill.recovery.release(["one"], CALLER, reissue=False)
+    assert set(drill.verdicts().values()) == {None}
     drill.recovery.release([], CALLER, reissue=False)
     assert drill.verdicts() == before
     assert not list(state.glob(".restore*"))

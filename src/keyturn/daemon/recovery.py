@@ -17,7 +17,7 @@ import structlog
 from keyturn.core.model import Agent, Case, Target
 from keyturn.core.secret import parse
 from keyturn.core.walltime import rfc3339
-from keyturn.errors import ConfigError, DestinationError, StorageError, StoreUnavailable
+from keyturn.errors import ConfigError, DestinationError, Refused, StorageError, StoreUnavailable
 from keyturn.leaks import Caller, Leak
 from keyturn.sight import look
 from keyturn.storage import restoring
@@ -186,9 +186,14 @@ class Recovery:
     def release(self, names: Sequence[str], caller: Caller, *, reissue: bool) -> dict[str, Any]:
         """Let agents go as the store has them, or with all of it revoked and a successor.
 
-        Without names everybody. Raises UnknownAgent.
+        Without names everybody. Raises UnknownAgent, and Refused where a name would stand for all.
         """
         everybody = self.everybody is not None
+        if everybody and names:
+            raise Refused(
+                "the whole store is in quarantine, and nobody is let go from it alone",
+                hint="`keyturn store status` shows why; `keyturn store release --all` lets go",
+            )
         if everybody:
             self.merge()
             self.finish([])
