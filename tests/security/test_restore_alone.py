@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from keyturn.daemon import keeping, logs
-from keyturn.errors import Refused, StorageError
+from keyturn.errors import ClaimLost, Refused, StorageError
 from keyturn.leaks import Leak
 from keyturn.storage import copying, restoring
+from keyturn.storage.membership import lock_of
 from support.drill import CALLER, Drill, Killed, revoke, rotate, suspend
 
 
@@ -240,3 +241,20 @@ def test_a_doubt_outlives_a_restore_that_was_killed(drill: Drill) -> None:
     drill.parts = drill.open()
     held = {one.agent_uid for one in restoring.doubts(drill.parts.store)}
     assert held == {drill.parts.store.case_of("one").agent.uid}
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_an_answer_that_comes_too_late_is_none(drill: Drill, answer: bool) -> None:
+    """Another process leads by then: it is not told that all is held, or let go, as it was shown."""
+    drill.close()
+    lock = lock_of(drill.folder / "state" / "keyturn.db")
+
+    def slow(_report: dict[str, Any]) -> bool:
+        (drill.folder / "state" / "keyturn.db.lead").unlink()  # as a lease of PostgreSQL runs out
+        assert lock.take()
+        return answer
+
+    with pytest.raises(ClaimLost):
+        keeping.restore(drill.config, drill.folder / "backup.db", dry_run=False, ask=slow)
+    lock.drop()
+    drill.parts = drill.open()

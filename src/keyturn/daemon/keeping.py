@@ -189,7 +189,8 @@ def restore(path: Path, file: Path | None, *, dry_run: bool, ask: Ask) -> dict[s
     """Put a backup into the live store, merge what happened since, show it, and let go.
 
     Without a file the store is one that was restored already: by pg_restore, by hand, by a failover.
-    `ask` is shown the differences before anything is let go. Raises Refused where a daemon runs.
+    `ask` is shown the differences before anything is let go. Raises Refused where a daemon runs, and
+    ClaimLost where one took the lead while somebody thought about the answer.
     """
     settings = _whole_settings(path)
     logs.configure(level="critical", form=settings.log.format)  # what it does is shown, not logged
@@ -303,7 +304,9 @@ def _recover(settings: Settings, lock: FileLock | None, *, adopt: bool, ask: Ask
         shown = recovery.survey()
         undecided = [one.agent for one in recovery.differences if one.what == "undecided"]
         report = recovery.report(shown, undecided)
-        if not ask(report):
+        answer = ask(report)
+        membership.renew(ttl=LEAD)  # a daemon that took the lead meanwhile lets go by itself
+        if not answer:
             restoring.hold(parts.store)
             return report | {"released": False, "dry_run": False}
         recovery.finish(shown)
