@@ -8,16 +8,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from keyturn.anchor_file import NO_ANCHOR, AnchorFile, Anchors, AnchorsUnusable, read_anchors
+from keyturn.daemon.anchoring import Anchoring
+from keyturn.daemon.metrics import Metrics
 from keyturn.storage import anchors
 from keyturn.storage.store import Store
 from support.forger import KINDS, Forger
@@ -341,6 +346,23 @@ def test_a_file_of_somebody_else_is_not_used(history: History) -> None:
     os.chown(history.file, 12345, -1)
     with pytest.raises(AnchorsUnusable, match="can be written by others"):
         history.anchor(history.writer("w1"))
+
+
+def test_a_pipe_in_the_place_of_the_file_stops_no_start(
+    history: History, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever waits for its other end would wait for ever."""
+    pipe = history.folder / "pipe"
+    os.mkfifo(pipe, 0o600)
+    settings = SimpleNamespace(anchor_file=pipe)
+    parts: Any = SimpleNamespace(settings=settings, store=history.writer("w1"))
+    starts = threading.Thread(
+        target=Anchoring(parts, Metrics(), lambda _code: None).start, daemon=True
+    )
+    starts.start()
+    starts.join(10.0)
+    assert not starts.is_alive()
+    assert "no plain file" in capsys.readouterr().out
 
 
 # --- the daemon ---------------------------------------------------------------------------
