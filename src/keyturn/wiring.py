@@ -47,6 +47,7 @@ from keyturn.destinations.base import DestinationBase
 from keyturn.errors import ConfigError, Refused, StaleRevision, StoreUnavailable
 from keyturn.ports import AuditEntry, Clock
 from keyturn.reconcile import SWEEP_EVERY, Change, Reconciling, check_use, credential_of, undone
+from keyturn.storage import restoring
 from keyturn.storage.ballast import Ballast
 from keyturn.storage.decisions import DecisionReader
 from keyturn.storage.engine import is_sqlite, refuse_open
@@ -439,6 +440,8 @@ def build(settings: Settings, *, cron: CronCalculator, create: bool) -> Parts:
     parts: Parts
 
     def open_store() -> Store:
+        if (folder / "ledger").exists():
+            restoring.refuse_lost(settings.store.url, Ledger(folder / "ledger"))
         return Store.open(
             settings.store.url,
             state_dir=folder,

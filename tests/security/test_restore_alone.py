@@ -11,7 +11,12 @@ from typing import Any
 
 import pytest
 
+from keyturn import wiring
+from keyturn.cli import render_store
 from keyturn.daemon import keeping, logs
+from keyturn.daemon.cron import Crontab
+from keyturn.daemon.recovery import in_doubt
+from keyturn.daemon.service import load
 from keyturn.errors import ClaimLost, Refused, StorageError
 from keyturn.leaks import Leak
 from keyturn.storage import copying, restoring
@@ -112,7 +117,12 @@ def test_a_restore_can_be_looked_at_and_held(drill: Drill) -> None:
     with pytest.raises(Refused, match="the whole store"):  # a no to all is no yes by one name
         drill.recovery.release(["one"], CALLER, reissue=False)
     assert set(drill.verdicts().values()) == {None}
-    drill.recovery.release([], CALLER, reissue=False)
+    recovery, agent = drill.recovery, drill.parts.store.agents()[0]
+    assert recovery.let_go_later() is False  # so the daemon is not ready, and its alert fires
+    assert in_doubt(drill.parts.store, agent)["hint"].startswith("keyturn store release --all")
+    assert "`keyturn store release --all`" in render_store.status(keeping.status(drill.config))
+    recovery.release([], CALLER, reissue=False)
+    assert recovery.let_go_later() is True
     assert drill.verdicts() == before
     assert not list(state.glob(".restore*"))
 
@@ -140,10 +150,21 @@ def test_what_is_no_backup_is_refused(drill: Drill) -> None:
 def test_a_new_store_beside_an_old_ledger_does_not_start(drill: Drill) -> None:
     """Every agent would be refused: it says to restore a backup, or to begin anew."""
     drill.close()
-    (drill.folder / "state" / "keyturn.db").unlink()
-    with pytest.raises(StorageError, match="the ledger in .* is that of another one") as caught:
+    live, ledger = drill.folder / "state" / "keyturn.db", drill.folder / "state" / "ledger"
+    live.unlink()
+    with pytest.raises(StorageError, match="the ledger in .* is that of one that was") as caught:
         drill.open()
     assert "keyturn store restore" in caught.value.hint
+    assert not live.exists()  # by an empty one verifiers would say no instead of "cannot tell"
+
+    ledger.rename(drill.folder / "ledger")
+    parts = wiring.build(load(drill.config), cron=Crontab(), create=True)
+    assert parts.store.agents() == []
+    parts.close()
+    shutil.rmtree(ledger)
+    (drill.folder / "ledger").rename(ledger)
+    with pytest.raises(StorageError, match="the ledger in .* is that of another one"):
+        drill.open()
 
 
 def test_a_damaged_store_is_replaced(drill: Drill) -> None:

@@ -23,6 +23,7 @@ from keyturn.daemon.recovery import Recovery
 from keyturn.daemon.service import load
 from keyturn.errors import KeyturnError
 from keyturn.leaks import Caller, Leak
+from keyturn.storage import restoring
 from keyturn.storage.membership import Membership
 from keyturn.verifier.authority import BuiltinAuthority
 from keyturn.verifier.decision import Verifier
@@ -100,7 +101,8 @@ class Drill:
         )
         self.recovery = Recovery(parts=parts, actor="drill")
         if self.recovery.at_start():
-            assert self.recovery.let_go_later()
+            held = self.recovery.everybody
+            assert self.recovery.let_go_later() is (held is None or held.reason != restoring.HELD)
         parts.administration.apply_spool(CALLER)
         parts.reconcile(actor="drill")
         return parts

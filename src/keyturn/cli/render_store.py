@@ -66,7 +66,9 @@ def _quarantine(rows: list[Row]) -> str:
         return "none"
     everybody = [row for row in rows if row["agent"] is None]
     if everybody:
-        return f"EVERYBODY, since {everybody[0]['since']}: {_reason(everybody[0])}"
+        text = f"EVERYBODY, since {everybody[0]['since']}: {_reason(everybody[0])}"
+        is_held = everybody[0]["reason"] == "held"
+        return text + (": `keyturn store release --all`" if is_held else "")
     return f"{len(rows)} agents wait for you: `keyturn store release AGENT`, or with --reissue"
 
 

@@ -40,13 +40,21 @@ def in_doubt(store: Store, agent: Agent) -> dict[str, Any]:
     if found is None:
         return {"quarantine": None}
     since = rfc3339(found.since)
-    command = (
-        "keyturn store status   # the whole store is in quarantine, and is let go by itself"
-        if found.agent_uid == EVERYBODY
-        else f"keyturn store release {agent.name}   # or with --reissue, where what the store has"
-        " may be too old"
-    )
-    return {"quarantine": {"reason": found.reason, "since": since}, "hint": command}
+    return {
+        "quarantine": {"reason": found.reason, "since": since},
+        "hint": _what_to_type(found, agent),
+    }
+
+
+def _what_to_type(found: restoring.Doubt, agent: Agent) -> str:
+    if found.agent_uid != EVERYBODY:
+        return (
+            f"keyturn store release {agent.name}   # or with --reissue, where what the store has"
+            " may be too old"
+        )
+    if found.reason == restoring.HELD:
+        return "keyturn store release --all   # a restore was not let go: until then all get 503"
+    return "keyturn store status   # the whole store is in quarantine, and is let go by itself"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,6 +64,7 @@ class Recovery:
     parts: Parts
     actor: str
     differences: list[Difference] = field(default_factory=list)
+    held_was_told: bool = False
 
     @property
     def everybody(self) -> restoring.Doubt | None:
@@ -169,14 +178,16 @@ class Recovery:
         }
 
     def let_go_later(self) -> bool:
-        """Look and let go, where that is nobody's decision; for the daemon. False to try again."""
-        found = self.everybody
-        if found is None:
-            return True
-        if found.reason == restoring.HELD:
-            _log.error("store.held", hint="`keyturn store release --all` lets go")
-            return True
+        """Look and let go, where that is nobody's decision; for the daemon. False to ask again."""
         try:
+            found = self.everybody
+            if found is None:
+                return True
+            if found.reason == restoring.HELD:
+                if not self.held_was_told:
+                    _log.error("store.held", hint="`keyturn store release --all` lets go")
+                self.held_was_told = True
+                return False
             self.finish(self.survey())
         except StoreUnavailable as error:
             _log.error("store.still-quarantined", code=error.code)

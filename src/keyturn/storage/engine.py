@@ -190,7 +190,9 @@ def private_file(path: Path, *, create: bool) -> None:
             raise StoreUnavailable(str(error), hint=error.hint) from None
         except OSError:
             raise StorageError(
-                f"there is no store at {path}", hint="check store.url; `keyturn run` creates it"
+                f"there is no store at {path}",
+                hint="check store.url; the first `keyturn run` makes it, and one that was lost comes"
+                " back by `keyturn store restore BACKUP`",
             ) from None
         if found.st_uid != os.geteuid():
             raise StoreUnavailable(f"{place} belongs to another user", hint="run as its owner")

@@ -30,8 +30,11 @@ from keyturn.core.model import (
     Version,
     VersionState,
 )
+from keyturn.errors import StoreUnavailable
 from keyturn.ports import AuditEntry
 from keyturn.storage import cases, codec, queries, reading
+from keyturn.storage.engine import is_sqlite, sqlite_path
+from keyturn.storage.ledger import Ledger
 from keyturn.storage.store import Store
 from keyturn.storage.tables import (
     credentials,
@@ -89,6 +92,20 @@ def compare(store: Store) -> str:
         elif merging.is_ahead(one, replace(life, revision=at)):
             return AHEAD
     return ""
+
+
+def refuse_lost(url: str, ledger: Ledger) -> None:
+    """Refuse to make a store where one was lost: by an empty one verifiers would refuse everybody.
+
+    Raises StoreUnavailable: a revoke is on this host all the same, and written by a later start.
+    """
+    if is_sqlite(url) and not sqlite_path(url).exists() and ledger.belongs():
+        raise StoreUnavailable(
+            f"there is no store at {sqlite_path(url)}, and the ledger in {ledger.folder} is that of"
+            " one that was there",
+            hint="restore a backup: `keyturn store restore FILE`; or, to begin anew, move the"
+            " ledger and revoked.d away",
+        )
 
 
 def _kept_ledger(connection: Connection) -> str:
