@@ -65,6 +65,13 @@ def test_json_has_time_level_name_and_event() -> None:
     assert line["timestamp"].endswith("Z")
 
 
+def test_a_job_that_waits_for_the_store_is_no_line_of_the_log() -> None:
+    """A locked store is told once, as `store.unavailable`, and not four times a second as well."""
+    out = configured()
+    logging.getLogger("apscheduler.scheduler").warning("Execution of job skipped")
+    assert out.getvalue() == ""
+
+
 def test_stdlib_records_take_the_same_way() -> None:
     """A record of the standard library becomes the same JSON."""
     out = configured()

@@ -15,7 +15,7 @@ from keyturn.daemon.masking import mask, printable, render_exception
 
 # SDKs log requests, headers and parameters at INFO and DEBUG.
 QUIET = (
-    "alembic", "apscheduler", "asyncio", "azure", "boto3", "botocore", "hvac",
+    "alembic", "asyncio", "azure", "boto3", "botocore", "hvac",
     "msal", "requests", "sqlalchemy", "urllib3",
 )  # fmt: skip
 LEVELS = ("debug", "info", "warning", "error")
@@ -66,6 +66,8 @@ def _take_over(handler: logging.Handler, level: str) -> None:
     root.setLevel(_number(level))
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+    # A job that waits for the store would say so four times a second, and hide what matters.
+    logging.getLogger("apscheduler").setLevel(logging.ERROR)
     # SECURITY: with raiseExceptions a record that cannot be rendered is printed raw, with its
     # arguments; the default hooks print the texts of vendor exceptions.
     logging.raiseExceptions = False
