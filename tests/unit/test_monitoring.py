@@ -129,6 +129,13 @@ def test_each_page_has_an_alert() -> None:
     assert sorted(path.stem for path in RUNBOOKS.glob("*.md")) == sorted(ALERTS)
 
 
+def test_the_how_to_lists_every_alert() -> None:
+    """Whoever sets the monitoring up sees all that may fire, and how urgent each is."""
+    text = (ROOT / "docs" / "howto" / "monitoring.md").read_text()
+    listed = re.findall(r"^\| \[(\w+)\]\(\.\./runbooks/\1\.md\) \| (\w+) \|", text, re.MULTILINE)
+    assert sorted(listed) == sorted((rule["alert"], rule["labels"]["severity"]) for rule in RULES)
+
+
 @pytest.mark.parametrize("alert", ALERTS)
 def test_a_page_begins_with_the_next_command(alert: str) -> None:
     """Title, then what to type; every command of ours on the page is one that the product takes."""
