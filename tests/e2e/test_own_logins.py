@@ -78,6 +78,11 @@ class Scene(Keyturn):
         except urllib.error.HTTPError:
             return None
 
+    def start(self, *module: str) -> None:
+        """Start the daemon, and wait until it leads: `status` is answered before by the store."""
+        super().start(*module)
+        self.wait_for(lambda: self.ask("health", "--ready")[0] == 0, seconds=60)
+
     def call(self, command: str, **args: Any) -> Any:
         """Ask the daemon as the command line does, without a process for it."""
         return AdminClient(self.folder / "run" / "admin.sock").call(command, args)
