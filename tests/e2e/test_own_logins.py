@@ -204,7 +204,7 @@ def test_what_one_sees_of_it(server: openbao.Server, tmp_path: Path) -> None:
     """Status and log say when it is replaced and what failed; a reload that changes it logs out."""
     with Scene(server, tmp_path, rotate={"every": "30d", "grace": "1d"}) as scene:
         scene.wait_first()
-        scene.wait_for(lambda: scene.own() != {})
+        scene.wait_for(lambda: bool(scene.own().get("note")))
         row = scene.own()
         assert row["method"] == "approle"
         assert row["expires_at"] is None

@@ -87,7 +87,6 @@ def test_a_stuck_scheduler_is_killed_and_started_again(keyturn: Keyturn) -> None
         assert one.watchdog_kills == 0
         pid = one.process.pid
         hangs.touch()
-        keyturn.wait_for(lambda: keyturn.ask("health")[1]["tick_seconds"] > 1)
         one.wait(lambda: one.watchdog_kills == 1)
         hangs.unlink()
         one.wait_ready(2)

@@ -170,7 +170,10 @@ def test_a_sync_that_hangs_delays_no_refusal(host: Host) -> None:
 
 
 def test_a_state_that_is_gone_is_never_a_yes(host: Host) -> None:
-    """Without its spool a verifier cannot tell; put back, everything is as it was."""
+    """Without its spool a verifier cannot tell; put back, everything is as it was.
+
+    A daemon that cannot renew its lead meanwhile ends, and its supervisor starts it again.
+    """
     held = host.held()
     verifier = host.keyturn.verifier()
     assert accepts(verifier, held[0]) is True
@@ -181,7 +184,14 @@ def test_a_state_that_is_gone_is_never_a_yes(host: Host) -> None:
     away.rename(host.state)
 
     host.keyturn.wait_for(lambda: accepts(verifier, held[0]) is True)
-    host.keyturn.wait_for(lambda: tried(host, "suspend", agent="agent-0") == "done")
+
+    def goes_on() -> bool:
+        assert host.keyturn.process is not None
+        if host.keyturn.process.poll() is not None:
+            host.start()
+        return tried(host, "suspend", agent="agent-0") == "done"
+
+    host.keyturn.wait_for(goes_on, seconds=60)
     assert accepts(verifier, held[0]) is False
     verifier.close()
 

@@ -86,7 +86,13 @@ class Keyturn:
                 stderr=log,
                 env=self.environ,
             )
-        self.wait_for(lambda: self.ask("status")[0] == 0, seconds=90)
+        self.wait_for(self._is_up, seconds=90)
+
+    def _is_up(self) -> bool:
+        """Tell whether the daemon itself answers, and is past its start: it leads, or is a standby."""
+        _, found = self.ask("health")
+        reasons = found.get("reasons") if isinstance(found, dict) else None
+        return reasons is not None and all(one["reason"] != "starting" for one in reasons)
 
     def stop(self) -> int:
         """End the daemon by SIGTERM; returns its exit code."""

@@ -111,7 +111,9 @@ def test_current_is_copied_forward(make: Make, shapes: tuple[str, str], kind: st
     sweep(bench)
 
     assert bench.at_home()
-    assert bench.case.current == current
+    assert current is not None
+    assert bench.case.current is not None
+    assert bench.case.current.id == current.id
     assert len(bench.versions()) == minted
     assert (count(bench, "copyforward"), count(bench, "open")) == (1, 0)
     assert told(bench, "drift.found") == [kind]
