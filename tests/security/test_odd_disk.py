@@ -214,6 +214,7 @@ def cut_often(host: Host, rounds: int, seed: int) -> None:
             keyturn.wait_for(lambda name=name: "secret" in keyturn.held(name))
             held = keyturn.held(name)
             if draw.random() < 0.5:
+                promoted = [one for one in promoted if one["id"] != name]  # all of them go
                 if tried(host, "revoke", agent=name, reissue=True) == "done":
                     gone.append(held)
             else:
