@@ -175,7 +175,15 @@ def test_the_daemon_lives_in_its_unit_and_everybody_gets_what_is_theirs(host: Ho
         one.wait_ready()
         pid, keyturn = one.process.pid, f"{PYTHON} -I -m keyturn"
         own, alice = f"{host.user}:{host.group['keyturn']}", "70001:70001"
-        assert host.asks(pid, f"{keyturn} rotate bot --wait", own)[0] == 0
+        entry = host.box.upper / "srv/keyturn-agents/team/bot.json"
+        until = time.monotonic() + 30
+        while (
+            not entry.exists() or '"running"' in host.asks(pid, f"{keyturn} status --json", own)[1]
+        ):
+            assert time.monotonic() < until  # the first rotation comes by itself
+            time.sleep(0.2)
+        done = host.asks(pid, f"{keyturn} rotate bot --wait", own)
+        assert done[0] == 0, done
         assert host.asks(pid, settings()["ExecReload"][0], own)[0] == 0
 
         # who may type what
