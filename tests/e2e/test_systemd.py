@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,13 +175,12 @@ def test_the_daemon_lives_in_its_unit_and_everybody_gets_what_is_theirs(host: Ho
         one.wait_ready()
         pid, keyturn = one.process.pid, f"{PYTHON} -I -m keyturn"
         own, alice = f"{host.user}:{host.group['keyturn']}", "70001:70001"
-        entry = host.box.upper / "srv/keyturn-agents/team/bot.json"
-        until = time.monotonic() + 30
-        while (
-            not entry.exists() or '"running"' in host.asks(pid, f"{keyturn} status --json", own)[1]
-        ):
-            assert time.monotonic() < until  # the first rotation comes by itself
-            time.sleep(0.2)
+
+        def first_is_there() -> bool:
+            code, said = host.asks(pid, f"{keyturn} status --json", own)
+            return code == 0 and all(row["current"] for row in json.loads(said))
+
+        _wait_for(first_is_there)  # it comes by itself, and another rotation may not open beside it
         done = host.asks(pid, f"{keyturn} rotate bot --wait", own)
         assert done[0] == 0, done
         assert host.asks(pid, settings()["ExecReload"][0], own)[0] == 0
@@ -220,11 +219,16 @@ def test_the_daemon_lives_in_its_unit_and_everybody_gets_what_is_theirs(host: Ho
         assert core.split()[4:6] == ["0", "0"]
         # ProcSubset= hides which boot this is, and the unit's credential says it
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        until = time.monotonic() + 30
-        while _said_boot(host) != boot:  # written when the lead is renewed
-            assert time.monotonic() < until, _said_boot(host)
-            time.sleep(0.2)
+        # written when the lead is renewed
+        _wait_for(lambda: _said_boot(host) == boot, shown=lambda: _said_boot(host))
         assert one.stop() == 0
+
+
+def _wait_for(condition: Callable[[], bool], *, shown: Callable[[], str] = lambda: "") -> None:
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until, shown()
+        time.sleep(0.2)
 
 
 def _said_boot(host: Host) -> str:
