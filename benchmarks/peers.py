@@ -23,6 +23,7 @@ import psycopg
 
 from keyturn.core.secret import Secret, mint
 from keyturn.testing import openbao
+from keyturn.verifier.gate import Gate
 from keyturn.verifier.hashing import Hashing
 
 Commit = Callable[[bytes], None]
@@ -53,7 +54,7 @@ class Peer(ABC):
 
     def __init__(self, commit: Commit, *, script: Sequence[str], folder: Path) -> None:
         self._script = script
-        self._hashing = Hashing(gate=threading.BoundedSemaphore(1))
+        self._hashing = Hashing(gate=Gate(1, queue=None))
         self._prefix = f"peer-{uuid.uuid4().hex[:6]}"
         self._folder = folder / "peer-ledger"
         self._folder.mkdir()

@@ -13,6 +13,8 @@
     │   ├── StoreUnavailable*        locked, unreachable
     │   │   └── StoreFull*           no space left on its disk
     │   │   └── StoreQuarantined     restored, and not merged yet: nobody can tell
+    │   │   └── VerifierBusy*        too many hashes wait: come back after `retry_after`
+    │   │   └── VerifierStale*       a verifier's lease has run out before it could ask again
     │   ├── StoreTooNew, StoreTooOld  its schema and this release do not fit
     │   ├── StaleRevision            somebody else changed the row first
     │   └── ClaimLost                the single-writer right went to another run
@@ -151,6 +153,20 @@ class StoreQuarantined(StoreUnavailable):
 
     code = "store-quarantined"
     default_hint = "see `keyturn store status`: it says what is undecided and what to type"
+
+
+class VerifierBusy(StoreUnavailable):
+    """Too many first uses of secrets at once."""
+
+    code = "verifier-busy"
+    default_hint = "come back after the time that the answer names"
+
+
+class VerifierStale(StoreUnavailable):
+    """This verifier could not ask the store for longer than its lease."""
+
+    code = "verifier-stale"
+    default_hint = "see why the store cannot be reached from here; it answers again by itself"
 
 
 class StoreTooNew(StorageError):

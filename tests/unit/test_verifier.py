@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 
 from keyturn.core.model import AgentState, VersionState
 from keyturn.core.secret import ALPHABET, Secret, mint, parse
-from keyturn.errors import StoreUnavailable, UnknownVersion, VerificationFailed
+from keyturn.errors import StoreUnavailable, UnknownVersion, VerificationFailed, VerifierBusy
 from keyturn.storage.decisions import Decision
 from keyturn.testing.fakes import FakeClock, seeded
 from keyturn.verifier.authority import BuiltinAuthority
 from keyturn.verifier.decision import Verifier, identify
+from keyturn.verifier.gate import Gate
 from keyturn.verifier.hashing import CHEAP_FOR_TESTS, Hashing, tag
 from keyturn.verifier.spool import Spool
 
@@ -281,30 +282,75 @@ def test_five_hundred_first_uses_are_one_hash(bench: Bench) -> None:
 def test_the_gate_bounds_what_hashes_at_once(bench: Bench) -> None:
     """No more hashes run than there are permits, whoever waits for them."""
     running, most, guard = 0, 0, threading.Lock()
-    hashing = Hashing(cost=CHEAP_FOR_TESTS, gate=threading.BoundedSemaphore(2))
-    digest = hashing.digest(bench.secret)
+    gate = Gate(2)
 
-    class Watched(threading.BoundedSemaphore().__class__):  # type: ignore[misc]
-        def __enter__(self) -> bool:
-            nonlocal running, most
-            got = super().__enter__()
+    def work(_: int) -> None:
+        nonlocal running, most
+        with gate.passing():
             with guard:
                 running += 1
                 most = max(most, running)
             time.sleep(0.005)
-            return bool(got)
-
-        def __exit__(self, *args: object) -> None:
-            nonlocal running
             with guard:
                 running -= 1
-            super().__exit__(*args)
 
-    watched = Hashing(cost=CHEAP_FOR_TESTS, gate=Watched(2))
     with ThreadPoolExecutor(16) as pool:
-        assert all(pool.map(lambda _: watched.matches(digest, bench.secret), range(64)))
+        list(pool.map(work, range(64)))
 
-    assert most == 2
+    assert (most, gate.waiting) == (2, 0)
+
+
+def test_the_gate_keeps_within_its_memory() -> None:
+    """Two small ones go together, a big one alone, and one beyond the budget still gets its turn."""
+    gate, used, most = Gate(4, memory_kib=100), 0, 0
+    guard = threading.Lock()
+
+    def work(size: int) -> None:
+        nonlocal used, most
+        with gate.passing(size):
+            with guard:
+                used += size
+                most = max(most, used)
+            time.sleep(0.005)
+            with guard:
+                used -= size
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(work, [40, 40, 100, 40, 40, 90] * 5))
+    assert most <= 100
+    work(500)
+
+
+def test_a_full_gate_gives_each_one_a_time_of_its_own() -> None:
+    """Whoever is turned away comes back in a line, not in a crowd."""
+    gate, hold = Gate(1, queue=1, clock=lambda: 100.0), threading.Event()
+    entered = threading.Event()
+
+    def occupy() -> None:
+        with gate.passing():
+            entered.set()
+            hold.wait()
+
+    def queue() -> None:
+        with gate.passing():
+            pass
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(occupy)
+        entered.wait()
+        second = pool.submit(queue)
+        while gate.waiting < 1:
+            time.sleep(0.001)
+        times = []
+        for _ in range(5):
+            with pytest.raises(VerifierBusy) as caught, gate.passing():
+                pass
+            times.append(caught.value.retry_after.total_seconds())
+        hold.set()
+        first.result()
+        second.result()
+    assert times == sorted(times)
+    assert len({round(one, 6) for one in times}) == 5
 
 
 @pytest.mark.parametrize(

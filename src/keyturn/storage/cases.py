@@ -201,13 +201,15 @@ _INSERT = {table: sa.insert(table) for table in (versions, rotations, intents)}
 
 
 def epoch_moves(before: Case | None, after: Case) -> bool:
-    """Tell whether verifiers must know: acceptance, a deadline, or the agent's state."""
-    known = {v.id: (v.accepted, v.deadline) for v in before.versions} if before else {}
-    if any(known.get(v.id, (False, None)) != (v.accepted, v.deadline) for v in after.versions):
+    """Tell whether verifiers must know: a version's state, deadline or login, or the agent's state."""
+    known = {v.id: _judged(v) for v in before.versions} if before else {}
+    if any(known.get(v.id) != _judged(v) for v in after.versions):
         return True
-    if before is None:
-        return False
-    return before.agent.state is not after.agent.state
+    return before is not None and before.agent.state is not after.agent.state
+
+
+def _judged(version: Version) -> tuple[object, ...]:
+    return version.state, version.deadline, version.not_after, version.login
 
 
 def write(connection: Connection, before: Case, after: Case) -> Case:

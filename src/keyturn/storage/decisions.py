@@ -27,6 +27,7 @@ from keyturn.core.timekeeping import Anchor
 from keyturn.errors import StoreQuarantined, StoreUnavailable
 from keyturn.storage.codec import instant
 from keyturn.storage.engine import code_of, is_sqlite, sqlite_path
+from keyturn.storage.freshness import NO_EPOCH, Epoch
 from keyturn.storage.postgresql import (
     Password,
     asked,
@@ -47,7 +48,7 @@ STATEMENT_MS = 1500
 # statement, since a store may be restored, or let go again, between any two.
 _SELECT = (
     "SELECT a.uid, a.name, v.login, a.state, v.credential_uid, v.id, v.state, v.scheme, v.digest,"
-    " v.tag, v.deadline, v.not_after, {now}, {doubt} FROM meta m LEFT JOIN versions v ON {which}"
+    " v.tag, v.deadline, v.not_after, {now}, m.incarnation, m.epoch, {doubt} FROM meta m LEFT JOIN versions v ON {which}"
     " LEFT JOIN credentials c ON c.uid = v.credential_uid LEFT JOIN agents a ON a.uid = c.agent_uid"
 )
 _BY_ID = _SELECT.replace("{which}", "v.id = {value}")
@@ -86,6 +87,7 @@ class Decision:
     deadline: datetime | None
     not_after: datetime | None
     now: datetime | None = None  # the store's time at the look-up, where it is not this host's
+    epoch: Epoch = NO_EPOCH  # of the look-up: what is read here holds until it moves
 
 
 class DecisionReader:
@@ -341,7 +343,8 @@ def _certain(rows: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
 
 
 def _decision(row: Sequence[Any]) -> Decision:
-    uid, name, login, agent_state, credential, version, state, scheme, digest, tag, *times = row
+    uid, name, login, agent_state, credential, version, state, scheme, digest, tag, *rest = row
+    *times, life, epoch = rest
     deadline, not_after, now = (None if time is None else instant(time) for time in times)
     return Decision(
         agent_uid=uid,
@@ -357,4 +360,5 @@ def _decision(row: Sequence[Any]) -> Decision:
         deadline=deadline,
         not_after=not_after,
         now=now,
+        epoch=Epoch(life, epoch),
     )

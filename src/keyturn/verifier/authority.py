@@ -6,19 +6,19 @@ nothing more here. Rules 16 to 18 (leased verifiers) will have their place in `s
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field
 from datetime import datetime
 
 from keyturn.core.model import Version
 from keyturn.core.secret import Secret, parse
 from keyturn.ports import Abilities, Accepted
+from keyturn.verifier.gate import Gate
 from keyturn.verifier.hashing import SCHEME, Hashing, same_tag, tag, text_of
 
 
 def _saga_hashing() -> Hashing:
     # A permit of its own: guessers at the verifier must not keep rotations from going on.
-    return Hashing(gate=threading.BoundedSemaphore(1))
+    return Hashing(gate=Gate(1, queue=None))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

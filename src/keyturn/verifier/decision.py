@@ -1,17 +1,16 @@
 """Is this secret good? The library call behind every verification.
 
-The order, each step cheaper than the next:
+What was proven is remembered, bound to the store's epoch, to the deadline and to the spool, which are
+asked anew for each yes (`storage.freshness`): so no memory can make a stale one. Else, each step
+cheaper than the next:
 
   1. parse     our form, one spelling, right checksum
   2. spool     revoked here, whatever the store says, and also where it cannot be read
   3. row       by the version id in the text: exactly one hash to try
   4. state     login, agent, state, deadline
   5. tag       constant time; a dummy compare where there is no row
-  6. hash      at most one argon2, through the gate, one flight per secret
-  7. again     spool and row once more: a revoke during the hash wins
-
-Only the result of argon2 is remembered, never a decision: row, spool and deadline are read anew for
-each call, so no memory can make a stale yes.
+  6. hash      at most one, through the gate, one flight per secret; none where it was proven before
+  7. again     after a hash spool and row once more: a revoke during it wins
 """
 
 from __future__ import annotations
@@ -20,20 +19,22 @@ import os
 import re
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from keyturn.core.secret import MAX_SECRET_BYTES, Secret, parse
 from keyturn.errors import StoreUnavailable, VerificationFailed
 from keyturn.ports import Clock
 from keyturn.storage.decisions import Decision, DecisionReader
-from keyturn.storage.engine import is_sqlite
+from keyturn.storage.engine import is_sqlite, sqlite_path
+from keyturn.storage.freshness import NO_EPOCH, Epoch, Freshness, SharedFile
 from keyturn.storage.postgresql import Password, no_password
-from keyturn.verifier.hashing import Hashing, fingerprint, same_tag, text_of
+from keyturn.verifier.gate import Gate
+from keyturn.verifier.hashing import Hashing, fingerprint, same_tag
 from keyturn.verifier.spool import Spool
 
 REMEMBERED = 100_000
@@ -62,13 +63,46 @@ class Verified:
     """A yes: whose secret it is, in which state, and until when if that is limited."""
 
     agent: str
+    login: str
     version_id: str
     state: str
     deadline: datetime | None
 
 
+class Look(NamedTuple):
+    """How things stand at one instant; good for everything that was asked before it.
+
+    `epoch` is None where only the store can tell.
+    """
+
+    epoch: Epoch | None
+    revoked: Container[str]  # version ids
+    now: Callable[[], datetime]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof:
+    """That a login's secret was right, as of an epoch; `stands` tells whether it still counts."""
+
+    verified: Verified
+    digest: str
+    epoch: Epoch
+    ends: datetime | None
+
+    def stands(self, look: Look) -> bool:
+        """Whether it is a yes at this look. Raises StoreUnavailable where the spool cannot tell."""
+        return (
+            self.epoch == look.epoch  # also no later one: a store may go back
+            and (self.ends is None or look.now() < self.ends)
+            and self.verified.version_id not in look.revoked
+        )
+
+
 class Verifier:
-    """Answers for one store. Thread-safe; never writes to the store."""
+    """Answers for one store. Thread-safe; never writes to the store.
+
+    Without `freshness` it remembers no answer, and reads the store for each one.
+    """
 
     def __init__(
         self,
@@ -76,17 +110,19 @@ class Verifier:
         spool: Spool,
         clock: Clock,
         *,
+        freshness: Freshness | None = None,
         hashing: Hashing | None = None,
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self._reader = reader
         self._spool = spool
         self._clock = clock
+        self._freshness = freshness
         self._hashing = hashing or Hashing()
         # Imported secrets have no tag, so their guesses reach argon2: one at a time, apart.
-        self._imported = Hashing(gate=threading.BoundedSemaphore(1))
+        self._imported = Hashing(gate=Gate(1, queue=None))
         self._key = random_bytes(32)
-        self._known: OrderedDict[bytes, None] = OrderedDict()
+        self._proofs: OrderedDict[bytes, Proof] = OrderedDict()
         self._flights: dict[bytes, Future[bool]] = {}
         self._guard = threading.Lock()
         self.counts: Counter[str] = Counter()
@@ -103,44 +139,101 @@ class Verifier:
     ) -> Verifier:
         """Open a verifier on a store; it reads the spool of this host's state folder."""
         reader = DecisionReader.open(store_url, password=password)
+        here = is_sqlite(store_url)
         # On the host of an SQLite file the spool lies beside it; elsewhere there may be none.
-        spool = Spool(state_dir / "revoked.d", required=is_sqlite(store_url))
-        return cls(reader, spool, clock, hashing=hashing)
+        spool = Spool(state_dir / "revoked.d", required=here)
+        freshness = SharedFile(sqlite_path(store_url)) if here else None
+        return cls(reader, spool, clock, freshness=freshness, hashing=hashing)
 
     def close(self) -> None:
-        """Give the connection back."""
+        """Give the connections back."""
         self._reader.close()
+        if self._freshness is not None:
+            self._freshness.close()
 
-    def verify(self, login: str, secret: Secret | str | bytes) -> Verified:
-        """Return whose secret this is.
+    def verify(self, login: str | None, secret: Secret | str | bytes) -> Verified:
+        """Return whose secret this is; without a login, whoever has it.
 
         Raises VerificationFailed for every no, with one text for all of them, and StoreUnavailable
         where nobody can tell now: that is neither a yes nor a no.
         """
+        name, text = _bytes_of_login(login), _bytes_of(secret)
         try:
-            row = self._decide(login, _as_secret(secret))
+            found = None if name is None or text is None else self._answer(name, text)
         except StoreUnavailable:
             self.counts["unavailable"] += 1
             raise
-        if row is None:
+        if found is None:
             self.counts["refused"] += 1
             raise VerificationFailed
-        late = row.state == "previous"
+        late = found.verified.state == "previous"
         self.counts["accepted_previous" if late else "accepted"] += 1
-        return Verified(
-            agent=row.agent_name,
-            version_id=row.version_id,
-            state=row.state,
-            deadline=row.deadline,
-        )
+        return found.verified
 
-    def _decide(self, login: str, secret: Secret | None) -> Decision | None:
-        # No login of ours has another character; a database may choke on one, and that is no answer.
-        if secret is None or not (login.isascii() and login.isprintable()):
+    # --- what is remembered -----------------------------------------------------------------
+
+    def look(self) -> Look:
+        """Look once, for any number of `recall`s: microseconds, and it waits for nothing.
+
+        Raises StoreUnavailable where this process may not answer now.
+        """
+        epoch = self._freshness.epoch() if self._freshness is not None else None
+        return Look(epoch, self._spool.glance(), self._clock.now)
+
+    def key(self, login: bytes, text: bytes) -> bytes:
+        """Return under what a presented pair is remembered; `login` b"" for whoever has it."""
+        return fingerprint(self._key, login, text)
+
+    def recall(self, key: bytes, look: Look) -> Proof | None:
+        """Return the yes that is remembered, None where it must be decided. Waits for nothing.
+
+        Raises StoreUnavailable where the spool cannot tell.
+        """
+        proof = self._proofs.get(key)
+        return proof if proof is not None and proof.stands(look) else None
+
+    def _remember(self, key: bytes, proof: Proof) -> None:
+        with self._guard:
+            self._proofs[key] = proof
+            self._proofs.move_to_end(key)
+            while len(self._proofs) > REMEMBERED:
+                self._proofs.popitem(last=False)
+
+    # --- what is decided --------------------------------------------------------------------
+
+    def _answer(self, login: bytes, text: bytes) -> Proof | None:
+        key = self.key(login, text)
+        look = self.look()
+        if (proof := self.recall(key, look)) is not None:
+            return proof
+        return self.decide(key, login, text)
+
+    def decide(self, key: bytes, login: bytes, text: bytes) -> Proof | None:
+        """Ask the store, and hash where need be; None is a no. May wait for both.
+
+        Raises StoreUnavailable.
+        """
+        before = self._known_epoch()
+        row = self._decide(key, login.decode("ascii"), text)
+        if self._freshness is not None:
+            self._freshness.epoch()  # a lease may have run out meanwhile
+        if row is None:
             return None
-        parsed = parse(text_of(secret))
+        proof = _proof(row, before if before.same_store(row.epoch) else NO_EPOCH)
+        self._remember(key, proof)
+        return proof
+
+    def _known_epoch(self) -> Epoch:
+        """Return what the next look will say unless something happens; asks the store if need be."""
+        if self._freshness is None:
+            return NO_EPOCH
+        return self._freshness.epoch() or self._freshness.learn()
+
+    def _decide(self, key: bytes, login: str, text: bytes) -> Decision | None:
+        parsed = parse(text)
+        secret = Secret(text.decode())
         if parsed is None:
-            return self._decide_imported(login, secret)
+            return self._decide_imported(key, login, secret)
         # SECURITY: before the store is touched: whoever can lock it must not turn this no into
         # "cannot tell", which some callers let through, nor make it wait for the lock.
         revoked = self._spool.holds(parsed.version_id)
@@ -149,14 +242,19 @@ class Verifier:
         # SECURITY: unknown, revoked and wrong all end at a compare of one tag.
         expected = row.tag if row is not None and row.tag else _DUMMY_TAG
         tagged = same_tag(expected, parsed.version_id if row else _DUMMY_ID, secret)
-        if row is None or not good or not tagged or not self._hashed(login, row, secret):
+        if row is None or not good or not tagged:
             return None
-        return self._once_more(login, row)
+        if self._was_proven(key, row):
+            return row
+        return self._once_more(login, row) if self._hashed(key, row, secret) else None
 
-    def _decide_imported(self, login: str, secret: Secret) -> Decision | None:
-        for row in self._reader.imported(login):
-            if self._stands(login, row) and self._imported.matches(row.digest, secret):
-                return self._once_more(login, row)
+    def _decide_imported(self, key: bytes, login: str, secret: Secret) -> Decision | None:
+        for row in self._reader.imported(login) if login else ():
+            if self._stands(login, row):
+                if self._was_proven(key, row):
+                    return row
+                if self._imported.matches(row.digest, secret):
+                    return self._once_more(login, row)
         return None
 
     def _once_more(self, login: str, row: Decision) -> Decision | None:
@@ -169,7 +267,7 @@ class Verifier:
         """Whether spool, login, states and deadline allow a yes right now."""
         return (
             not self._spool.holds(row.version_id)
-            and row.login == login
+            and login in ("", row.login)
             and row.agent_state in _ANSWERED_STATES
             and row.state in _ACCEPTED_STATES
             and all(end is None or self._now(row) < end for end in (row.deadline, row.not_after))
@@ -182,14 +280,14 @@ class Verifier:
         """
         return row.now or self._clock.now()
 
-    def _hashed(self, login: str, row: Decision, secret: Secret) -> bool:
-        """Check the hash, or remember that it was checked; one flight for many callers."""
-        parts = (login.encode(), row.version_id.encode(), row.digest.encode())
-        key = fingerprint(self._key, *parts, secret=secret)
+    def _was_proven(self, key: bytes, row: Decision) -> bool:
+        """Whether this text had this very hash before: that does not change."""
+        known = self._proofs.get(key)
+        return known is not None and known.digest == row.digest
+
+    def _hashed(self, key: bytes, row: Decision, secret: Secret) -> bool:
+        """Check the hash; one flight for many callers."""
         with self._guard:
-            if key in self._known:
-                self._known.move_to_end(key)
-                return True
             flight = self._flights.get(key)
             mine = flight is None
             if flight is None:
@@ -208,11 +306,19 @@ class Verifier:
             raise
         with self._guard:
             del self._flights[key]
-            if right:
-                self._known[key] = None
-                while len(self._known) > REMEMBERED:
-                    self._known.popitem(last=False)
         flight.set_result(right)
+
+
+def _proof(row: Decision, epoch: Epoch) -> Proof:
+    ends = [end for end in (row.deadline, row.not_after) if end is not None]
+    verified = Verified(
+        agent=row.agent_name,
+        login=row.login,
+        version_id=row.version_id,
+        state=row.state,
+        deadline=row.deadline,
+    )
+    return Proof(verified=verified, digest=row.digest, epoch=epoch, ends=min(ends, default=None))
 
 
 def identify(text: str) -> list[str]:
@@ -221,15 +327,21 @@ def identify(text: str) -> list[str]:
     return list(dict.fromkeys(found.version_id for found in parsed if found is not None))
 
 
-def _as_secret(value: Secret | str | bytes) -> Secret | None:
-    """Take what was presented, if it can be a secret at all."""
-    if isinstance(value, bytes):
-        try:
-            value = value.decode("utf-8")
-        except UnicodeDecodeError:
-            return None
-    secret = value if isinstance(value, Secret) else Secret(value)
+def _bytes_of_login(login: str | None) -> bytes | None:
+    """Return the bytes of a login, b"" for none; None for what no login of ours can be."""
+    if login is None:
+        return b""
+    # A database may choke on another character, and that is no answer.
+    return login.encode() if login and login.isascii() and login.isprintable() else None
+
+
+def _bytes_of(value: Secret | str | bytes) -> bytes | None:
+    """Return what was presented as bytes, None where it can be no secret at all."""
+    if isinstance(value, Secret):
+        value = value.reveal()
     try:
-        return secret if 0 < len(secret) <= MAX_SECRET_BYTES else None
-    except UnicodeEncodeError:  # a lone surrogate is no text
+        text = value.encode() if isinstance(value, str) else value
+        text.decode()
+    except UnicodeError:  # no text, or a lone surrogate
         return None
+    return text if 0 < len(text) <= MAX_SECRET_BYTES else None

@@ -2,8 +2,7 @@
 
 SECURITY: version ids are public and the checksum can be computed, so anyone can make well-formed
 junk. Only a text whose tag matches reaches argon2; 192 bits of the secret stay unknown to a thief of
-the store. The permits of a gate belong to the thread that hashes, not to the request: a client that
-hangs up cannot leave more hashes running than there are permits.
+the store.
 """
 
 from __future__ import annotations
@@ -11,15 +10,15 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-import threading
 from dataclasses import dataclass, field
 
-from argon2 import PasswordHasher, extract_parameters
+from argon2 import Parameters, PasswordHasher, extract_parameters
 from argon2.exceptions import HashingError, InvalidHashError, VerificationError, VerifyMismatchError
 from argon2.low_level import Type
 
 from keyturn.core.secret import Secret
 from keyturn.errors import StoreUnavailable
+from keyturn.verifier.gate import Gate
 
 SCHEME = "argon2id"
 TAG_LABEL = b"keyturn-tag-v1"
@@ -42,8 +41,8 @@ class Cost:
 CHEAP_FOR_TESTS = Cost(memory_kib=64, time=1)
 
 
-def _permits() -> threading.BoundedSemaphore:
-    return threading.BoundedSemaphore(os.cpu_count() or 1)
+def _one_a_core() -> Gate:
+    return Gate(os.cpu_count() or 1, queue=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +50,7 @@ class Hashing:
     """Hashes and checks secrets, never more at once than the gate allows."""
 
     cost: Cost = Cost()
-    gate: threading.BoundedSemaphore = field(default_factory=_permits)
+    gate: Gate = field(default_factory=_one_a_core)
 
     def digest(self, secret: Secret) -> str:
         """Return the argon2id hash of a secret, in PHC form with its parameters.
@@ -64,7 +63,7 @@ class Hashing:
             parallelism=self.cost.parallelism,
             type=Type.ID,
         )
-        with self.gate:
+        with self.gate.passing(self.cost.memory_kib):
             try:
                 return hasher.hash(secret.reveal())
             except (HashingError, MemoryError):
@@ -73,11 +72,13 @@ class Hashing:
     def matches(self, digest: str, secret: Secret) -> bool:
         """Tell whether the secret has this hash. One that asks for too much never matches.
 
-        Raises StoreUnavailable where nobody can tell: argon2 did not get its memory.
+        Raises StoreUnavailable where nobody can tell: argon2 did not get its memory; VerifierBusy where
+        too many wait.
         """
-        if not _bearable(digest):
+        asked = _asked(digest)
+        if asked is None:
             return False
-        with self.gate:
+        with self.gate.passing(asked.memory_cost):
             try:
                 return PasswordHasher().verify(digest, secret.reveal())
             except (VerifyMismatchError, InvalidHashError):
@@ -98,13 +99,10 @@ def same_tag(expected: bytes, version_id: str, secret: Secret) -> bool:
     return hmac.compare_digest(expected, tag(version_id, secret))
 
 
-def fingerprint(key: bytes, *parts: bytes, secret: Secret) -> bytes:
-    """Return a keyed, length-prefixed HMAC over the parts and the secret: a key for memory only."""
-    mac = hmac.new(key, digestmod=hashlib.sha256)
-    for part in (*parts, secret.reveal().encode()):
-        mac.update(len(part).to_bytes(4, "big"))
-        mac.update(part)
-    return mac.digest()
+def fingerprint(key: bytes, *parts: bytes) -> bytes:
+    """Return a keyed, length-prefixed digest of the parts: a key for memory only (RFC 7693, 2.9)."""
+    text = b"".join([len(part).to_bytes(4, "big") + part for part in parts])
+    return hashlib.blake2b(text, key=key, digest_size=32).digest()
 
 
 def text_of(secret: Secret) -> bytes:
@@ -112,14 +110,16 @@ def text_of(secret: Secret) -> bytes:
     return secret.reveal().encode()
 
 
-def _bearable(digest: str) -> bool:
+def _asked(digest: str) -> Parameters | None:
+    """Return what a hash asks for, None where it is no hash of ours or asks for too much."""
     try:
         asked = extract_parameters(digest)
     except InvalidHashError:
-        return False
-    return (
+        return None
+    bearable = (
         asked.type is Type.ID
         and asked.memory_cost <= MAX_MEMORY_KIB
         and asked.time_cost <= MAX_TIME
         and asked.parallelism <= MAX_PARALLELISM
     )
+    return asked if bearable else None

@@ -15,7 +15,8 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,19 @@ from keyturn.storage.ballast import is_full
 
 NOTES_LIMIT = 4 * 1024 * 1024  # of one tombstone; a note is far below 1 MiB, whatever its reason
 _ENOUGH = NOTES_LIMIT // 2  # from here on no note is added: thousands are there
+_SETTLED_NS = 2_000_000_000
+_COARSE = 5  # CLOCK_REALTIME_COARSE, by which the kernel stamps files (clock_gettime(2))
 _WHO_AND_WHY = frozenset({"actor", "reason"})  # notes that differ in nothing else are one
+
+
+class _Asked:
+    """A spool that looks for each version by itself."""
+
+    def __init__(self, spool: Spool) -> None:
+        self._spool = spool
+
+    def __contains__(self, version_id: object) -> bool:
+        return self._spool.holds(str(version_id))
 
 
 class Spool:
@@ -46,6 +59,7 @@ class Spool:
         self._required = required
         self._make_room = make_room
         self._path = os.fspath(folder)
+        self._listed: tuple[tuple[int, int], frozenset[str]] | None = None
 
     def revoke(self, version_id: str, note: Mapping[str, Any]) -> bool:
         """Refuse a version from now on; durable when this returns. Tells whether that is new.
@@ -95,6 +109,28 @@ class Spool:
         except OSError as error:
             raise StoreUnavailable(f"the spool cannot be read (errno {error.errno})") from error
         return True
+
+    def glance(self) -> Container[str]:
+        """Return what holds the versions that are revoked here, good for this instant: one stat.
+
+        Raises StoreUnavailable as `holds` does, then or when it is asked.
+        """
+        try:
+            found = os.stat(self._path)  # noqa: PTH116 - hot path
+        except OSError:
+            return _Asked(self)
+        seen = found.st_ino, found.st_ctime_ns
+        kept = self._listed
+        if kept is not None and kept[0] == seen:
+            return kept[1]
+        # SECURITY: the folder's time is a coarse clock's, on some file systems in whole seconds: a
+        # tombstone that comes within one tick of it does not move it. An old one does not stand still.
+        age = time.clock_gettime_ns(_COARSE) - found.st_ctime_ns
+        if not age > _SETTLED_NS:
+            return _Asked(self)
+        listed = frozenset(self.ids())
+        self._listed = seen, listed
+        return listed
 
     def ids(self) -> list[str]:
         """Return the version of every tombstone, in order. Raises StoreUnavailable."""
