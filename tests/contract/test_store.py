@@ -464,7 +464,7 @@ def test_a_writer_reports_its_own_intent_without_a_claim(place: Place) -> None:
 
 
 def test_the_epoch_moves_when_verifiers_must_know(store: Store) -> None:
-    """Acceptance, deadline and state move it; a promotion, due times, a new login do not."""
+    """A version's state and deadline and the agent's state move it; due times and a new login do not."""
     uid = add(store)
 
     def moves(change: Callable[[Case], Case]) -> bool:
@@ -476,7 +476,7 @@ def test_the_epoch_moves_when_verifiers_must_know(store: Store) -> None:
         return replace(case, versions=(replace(case.versions[0], **values),))
 
     assert moves(with_version(uid, VersionState.PENDING))
-    assert not moves(lambda c: first(c, state=VersionState.CURRENT, promoted_at=NOW))
+    assert moves(lambda c: first(c, state=VersionState.CURRENT, promoted_at=NOW))
     assert not moves(lambda c: replace(c, credential=replace(c.credential, sweep_at=NOW)))
     assert moves(lambda c: first(c, state=VersionState.PREVIOUS, deadline=NOW))
     assert moves(lambda c: first(c, deadline=NOW + TTL))

@@ -76,4 +76,4 @@ def test_a_flood_of_junk_costs_no_good_agent_its_answer(tmp_path: Path, seconds:
 
     assert set(answers) == {"current"}, (answers, sent)
     assert verifier.counts["unavailable"] == 0
-    assert len(verifier._known) == 1
+    assert len(verifier._proofs) == 1

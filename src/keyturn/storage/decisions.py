@@ -48,7 +48,8 @@ STATEMENT_MS = 1500
 # statement, since a store may be restored, or let go again, between any two.
 _SELECT = (
     "SELECT a.uid, a.name, v.login, a.state, v.credential_uid, v.id, v.state, v.scheme, v.digest,"
-    " v.tag, v.deadline, v.not_after, {now}, m.incarnation, m.epoch, {doubt} FROM meta m LEFT JOIN versions v ON {which}"
+    " v.tag, v.deadline, v.not_after, {now}, m.incarnation, m.epoch, {doubt}"
+    " FROM meta m LEFT JOIN versions v ON {which}"
     " LEFT JOIN credentials c ON c.uid = v.credential_uid LEFT JOIN agents a ON a.uid = c.agent_uid"
 )
 _BY_ID = _SELECT.replace("{which}", "v.id = {value}")
