@@ -19,7 +19,7 @@ TESTS = Path(__file__).parents[1]
 
 @pytest.mark.parametrize(
     "every",
-    [25, pytest.param(1, marks=[pytest.mark.full, pytest.mark.timeout(1800)])],
+    [9, pytest.param(1, marks=[pytest.mark.full, pytest.mark.timeout(1800)])],
     ids=["some", "whole"],
 )
 def test_a_restore_that_was_killed_converges(tmp_path: Path, every: int) -> None:

@@ -247,7 +247,8 @@ def _clear(copy: Path | None) -> None:
     """Leave nothing of a copy beside the store."""
     if copy is not None:
         copy.unlink(missing_ok=True)
-        copy.with_name(copy.name + "-journal").unlink(missing_ok=True)
+        for more in ("-journal", "-before"):
+            copy.with_name(copy.name + more).unlink(missing_ok=True)
 
 
 def _put_in(settings: Settings, copy: Path) -> None:
@@ -264,7 +265,9 @@ def _put_in(settings: Settings, copy: Path) -> None:
     if there is not None:
         # What was there is kept: an older one may be wanted after all.
         with suppress(StorageError):
-            copying.snapshot(live, live.with_name(f"{live.name}.before-{life}"))
+            draft = copy.with_name(copy.name + "-before")  # a killed restore leaves it half made
+            copying.snapshot(live, draft)
+            draft.replace(live.with_name(f"{live.name}.before-{life}"))
     copying.put_into(copy, live)
 
 
