@@ -50,13 +50,16 @@ from keyturn.reconcile import SWEEP_EVERY, Change, Reconciling, check_use, crede
 from keyturn.storage import restoring
 from keyturn.storage.ballast import Ballast
 from keyturn.storage.decisions import DecisionReader
-from keyturn.storage.engine import is_sqlite, refuse_open
+from keyturn.storage.engine import is_sqlite, refuse_open, sqlite_path
+from keyturn.storage.freshness import SharedFile
 from keyturn.storage.ledger import Ledger
 from keyturn.storage.postgresql import Password
 from keyturn.storage.requests import Begun
 from keyturn.storage.store import Store
 from keyturn.verifier.authority import BuiltinAuthority
 from keyturn.verifier.decision import Verifier
+from keyturn.verifier.gate import Gate
+from keyturn.verifier.hashing import Hashing
 from keyturn.verifier.spool import Spool
 from keyturn.world import Carried, Watcher, World
 
@@ -502,8 +505,8 @@ def connect(
     return found
 
 
-def open_verifier(settings: Settings) -> Verifier:
-    """Open the verifier of these settings, as a library.
+def open_verifier(settings: Settings, *, serving: bool = False) -> Verifier:
+    """Open the verifier of these settings; one that is `serving` remembers what it has proven.
 
     It starts from the time that the daemon goes by: a clock that jumped refuses nobody early.
     """
@@ -517,8 +520,11 @@ def open_verifier(settings: Settings) -> Verifier:
 
     clock = GuardedClock(SystemClock(), boot_id=this_boot, learn=learn)
     clock.anchor = learn()
-    spool = Spool(settings.store.folder / "revoked.d", required=is_sqlite(settings.store.url))
-    return Verifier(reader, spool, clock)
+    here = is_sqlite(settings.store.url)
+    spool = Spool(settings.store.folder / "revoked.d", required=here)
+    freshness = SharedFile(sqlite_path(settings.store.url)) if here and serving else None
+    gate = Gate(os.cpu_count() or 1, memory_kib=settings.verifier.hash_memory_kib)
+    return Verifier(reader, spool, clock, freshness=freshness, hashing=Hashing(gate=gate))
 
 
 def password_of(settings: Settings) -> Password:

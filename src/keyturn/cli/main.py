@@ -130,6 +130,16 @@ def run(
 
 
 @app.command()
+def verifier(config: options.Config = options.CONFIG) -> None:
+    """Run the verifier's HTTP service.
+
+    It needs `store` and `verifier` of the configuration, and no login to any destination. SIGTERM
+    ends it; certificates and tokens are read again when they change.
+    """
+    output.end_with(late("keyturn.daemon.verifying", "run")(config))
+
+
+@app.command()
 def demo(
     dest: Annotated[
         str,

@@ -24,6 +24,24 @@ def _address(value: object) -> object:
     return value
 
 
+Address = Annotated[str | None, BeforeValidator(_address)]
+
+
+def host_of(address: str) -> str:
+    """Return the IP of IP:PORT, without brackets."""
+    return address.rpartition(":")[0].strip("[]")
+
+
+def port_of(address: str) -> int:
+    """Return the port of IP:PORT."""
+    return int(address.rpartition(":")[2])
+
+
+def is_loopback(address: str) -> bool:
+    """Tell whether only this host can reach IP:PORT."""
+    return ipaddress.ip_address(host_of(address)).is_loopback
+
+
 class TlsSection(Section):
     """The listener's own certificate. The files are read again when they change."""
 
@@ -50,8 +68,7 @@ class ListenSettings(Section):
     rule: ClassVar[str] = "an address with `tls`, or one of loopback such as 127.0.0.1:9464"
 
     address: Annotated[
-        str | None,
-        BeforeValidator(_address),
+        Address,
         Form("IP:PORT such as 127.0.0.1:9464 or [::1]:9464"),
         Field(description="where to listen; any but loopback needs `tls`"),
     ] = None
@@ -69,14 +86,14 @@ class ListenSettings(Section):
     @property
     def host(self) -> str:
         """The IP address, without brackets."""
-        return (self.address or "").rpartition(":")[0].strip("[]")
+        return host_of(self.address or "")
 
     @property
     def port(self) -> int:
         """The TCP port."""
-        return int((self.address or "").rpartition(":")[2] or 0)
+        return port_of(self.address or ":0")
 
     @property
     def loopback(self) -> bool:
         """Whether only this host can reach the address."""
-        return ipaddress.ip_address(self.host).is_loopback
+        return is_loopback(self.address or "")

@@ -25,11 +25,11 @@ from keyturn.config.models import (
     StoreSettings,
     TargetSection,
     TopSection,
-    VerifierSettings,
     is_id,
 )
 from keyturn.config.settings import AgentDefinition, Connection, Settings
 from keyturn.config.shape import Model, shape
+from keyturn.config.verifying import VerifierSection
 from keyturn.core.model import Keys, Policy, Retry, Target, Traits
 from keyturn.core.policy import CronCalculator, check, default_grace, shortest_interval
 from keyturn.core.revocations import RevocationEntry, parse_line
@@ -79,7 +79,7 @@ class Loading:
         top = self._shape(TopSection, scalars, main, ()) or TopSection(version=1)
         self._check_hooks(top.notify)
         store = self._section(StoreSettings, "store")
-        verifier = self._section(VerifierSettings, "verifier")
+        verifier = self._section(VerifierSection, "verifier")
         leased = "verifier" in main.data and not store.url.startswith("sqlite:")
         lease = verifier.lease if leased else timedelta(0)
         connections = self._connections()

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from keyturn.config import listening, models
+from keyturn.config import listening, models, verifying
 from keyturn.config.shape import form_of
 from keyturn.core.duration import format_duration
 
@@ -42,7 +42,9 @@ _SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("`policies.NAME`", models.PolicySection),
     ("`policies.NAME.max_age`", models.MaxAge),
     ("`policies.NAME.retry`", models.RetrySection),
-    ("`verifier`", models.VerifierSettings),
+    ("`verifier`", verifying.VerifierSection),
+    ("`verifier.listen`", verifying.VerifierListen),
+    ("`verifier.relying_parties.NAME`", verifying.RelyingPartySection),
     ("`admin`", models.AdminSettings),
     ("`admin.groups`", models.GroupSettings),
     ("`listen`", listening.ListenSettings),

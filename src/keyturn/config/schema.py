@@ -21,7 +21,7 @@ from annotated_types import Ge, Le, MaxLen, MinLen
 from pydantic import BaseModel, BeforeValidator, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from keyturn.config import models
+from keyturn.config import models, verifying
 from keyturn.config.reference import default_of
 from keyturn.config.shape import form_of
 from keyturn.destinations import registry
@@ -38,7 +38,7 @@ _TEXT: Schema = {"type": "string"}
 _SECTIONS: Mapping[str, type[BaseModel]] = {
     "store": models.StoreSettings,
     "log": models.LogSettings,
-    "verifier": models.VerifierSettings,
+    "verifier": verifying.VerifierSection,
     "admin": models.AdminSettings,
     "reload": models.ReloadSettings,
 }

@@ -17,8 +17,8 @@ from keyturn.config.models import (
     LogSettings,
     ReloadSettings,
     StoreSettings,
-    VerifierSettings,
 )
+from keyturn.config.verifying import VerifierSection
 from keyturn.core.model import Policy, Target
 from keyturn.core.revocations import RevocationEntry
 
@@ -62,7 +62,7 @@ class Settings:
     path: Path
     store: StoreSettings
     log: LogSettings
-    verifier: VerifierSettings
+    verifier: VerifierSection
     admin: AdminSettings
     listen: ListenSettings
     connections: Mapping[str, Connection]

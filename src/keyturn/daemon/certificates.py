@@ -19,8 +19,12 @@ _Seen = tuple[tuple[int, int, int] | None, ...]
 class Certificates:
     """What a listener shows of itself. Raises ConfigError where the files cannot be used at first."""
 
-    def __init__(self, settings: TlsSection) -> None:
+    def __init__(
+        self, settings: TlsSection, *, clients: ssl.VerifyMode = ssl.CERT_REQUIRED
+    ) -> None:
+        """`clients` is what is asked of them where there is a `client_ca`."""
         self._settings = settings
+        self._clients = clients
         self._seen = self._look()
         self._context = self._load()
 
@@ -51,7 +55,7 @@ class Certificates:
             context.load_cert_chain(tls.certificate, tls.key, password=lambda: "")
             if tls.client_ca is not None:
                 context.load_verify_locations(tls.client_ca)
-                context.verify_mode = ssl.CERT_REQUIRED
+                context.verify_mode = self._clients
         except OSError as error:  # SSLError is one
             what = error.reason if isinstance(error, ssl.SSLError) else f"errno {error.errno}"
             raise ConfigError(

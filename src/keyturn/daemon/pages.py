@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from keyturn.daemon.listener import Answer
-from keyturn.daemon.metrics import Metrics
 from keyturn.daemon.readiness import Readiness
 
 SAME_FOR = 1.0  # seconds for which a page of metrics is sent again: nobody can keep us rendering
@@ -19,11 +18,18 @@ _OPEN, _PLAIN = "application/openmetrics-text", "text/plain"
 _METHODS = ("GET", "HEAD")
 
 
+class Rendered(Protocol):
+    """What can be scraped."""
+
+    def page(self, accept: str) -> tuple[bytes, str]:
+        """Return what a scrape that accepts these types gets, and its content type."""
+
+
 class Pages:
     """Answers a request by its path. Thread-safe only in so far as one loop uses it."""
 
     def __init__(
-        self, readiness: Readiness, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+        self, readiness: Readiness, metrics: Rendered, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._readiness = readiness
         self._metrics = metrics

@@ -21,13 +21,13 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from keyturn.core.secret import MAX_SECRET_BYTES, Secret, parse
-from keyturn.errors import StoreUnavailable, VerificationFailed
+from keyturn.errors import StoreUnavailable, VerificationFailed, VerifierBusy
 from keyturn.ports import Clock
 from keyturn.storage.decisions import Decision, DecisionReader
 from keyturn.storage.engine import is_sqlite, sqlite_path
@@ -88,6 +88,9 @@ class Proof:
     digest: str
     epoch: Epoch
     ends: datetime | None
+    said: dict[str, Any] = field(
+        default_factory=dict, compare=False, repr=False
+    )  # the caller's own
 
     def stands(self, look: Look) -> bool:
         """Whether it is a yes at this look. Raises StoreUnavailable where the spool cannot tell."""
@@ -145,6 +148,17 @@ class Verifier:
         freshness = SharedFile(sqlite_path(store_url)) if here else None
         return cls(reader, spool, clock, freshness=freshness, hashing=hashing)
 
+    @property
+    def waiting(self) -> int:
+        """How many wait for their turn to hash."""
+        return self._hashing.gate.waiting
+
+    def probe(self) -> None:
+        """Do what a decision needs, for nobody's secret. Raises StoreUnavailable where it cannot."""
+        self.look()
+        self._spool.holds(_DUMMY_ID)
+        self._reader.lookup(_DUMMY_ID)
+
     def close(self) -> None:
         """Give the connections back."""
         self._reader.close()
@@ -160,15 +174,23 @@ class Verifier:
         name, text = _bytes_of_login(login), _bytes_of(secret)
         try:
             found = None if name is None or text is None else self._answer(name, text)
-        except StoreUnavailable:
-            self.counts["unavailable"] += 1
+        except StoreUnavailable as error:
+            self.count(error)
             raise
+        self.count(found)
         if found is None:
-            self.counts["refused"] += 1
             raise VerificationFailed
-        late = found.verified.state == "previous"
-        self.counts["accepted_previous" if late else "accepted"] += 1
         return found.verified
+
+    def count(self, answer: Proof | StoreUnavailable | None) -> None:
+        """Count an answer that was given."""
+        if answer is None:
+            self.counts["refused"] += 1
+        elif isinstance(answer, Proof):
+            late = answer.verified.state == "previous"
+            self.counts["accepted_previous" if late else "accepted"] += 1
+        else:
+            self.counts["limited" if isinstance(answer, VerifierBusy) else "unavailable"] += 1
 
     # --- what is remembered -----------------------------------------------------------------
 
@@ -180,9 +202,9 @@ class Verifier:
         epoch = self._freshness.epoch() if self._freshness is not None else None
         return Look(epoch, self._spool.glance(), self._clock.now)
 
-    def key(self, login: bytes, text: bytes) -> bytes:
-        """Return under what a presented pair is remembered; `login` b"" for whoever has it."""
-        return fingerprint(self._key, login, text)
+    def key(self, *shown: bytes) -> bytes:
+        """Return under what an answer is remembered: login, b"" for whoever has it, secret, and more."""
+        return fingerprint(self._key, *shown)
 
     def recall(self, key: bytes, look: Look) -> Proof | None:
         """Return the yes that is remembered, None where it must be decided. Waits for nothing.

@@ -1,0 +1,176 @@
+"""`keyturn verifier`: the HTTP service in a process of its own, without a login to any destination.
+
+It reads the store and, on the store's host, the spool; it holds no claim, writes no state, and any
+number of it may run. What it needs of the configuration is `store` and `verifier`.
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from keyturn import config, wiring
+from keyturn.config.listening import host_of, port_of
+from keyturn.config.verifying import VerifierListen, VerifierSection
+from keyturn.daemon import logs
+from keyturn.daemon.certificates import Certificates
+from keyturn.daemon.cron import Crontab
+from keyturn.daemon.listener import Listener
+from keyturn.daemon.pages import Pages
+from keyturn.daemon.readiness import Readiness, Reason
+from keyturn.daemon.signals import Signals
+from keyturn.daemon.supervision import Supervisor
+from keyturn.daemon.verifier_metrics import VerifierMetrics
+from keyturn.errors import ConfigError, StoreQuarantined, StoreUnavailable
+from keyturn.verifier.decision import Verifier
+from keyturn.verifier.http.callers import Caller, Callers, RelyingParty
+from keyturn.verifier.http.desk import Desk
+from keyturn.verifier.http.messages import Answer, json_answer
+from keyturn.verifier.http.openapi import DOCUMENT
+from keyturn.verifier.http.server import Place, Server, listen_tcp, listen_unix
+
+_PAGES = ("/healthz", "/readyz")
+_log = structlog.get_logger(__name__)
+
+
+def run(path: Path) -> int:
+    """Serve until TERM. Returns the exit code. Raises ConfigError."""
+    settings = config.load(path, environ=os.environ, cron=Crontab(), now=wiring.SystemClock().now())
+    if settings.verifier.listen is None:
+        raise ConfigError(
+            "verifier.listen is missing: there is nowhere to listen",
+            hint="verifier: {listen: {address: 127.0.0.1:8700}}, or {socket: /run/…}",
+        )
+    logs.configure(level=settings.log.level, form=settings.log.format)
+    supervisor = Supervisor.take(os.environ, pid=os.getpid())
+    supervisor.starting("opening the store")
+    service = Service(settings, supervisor=supervisor)
+    # Before anything can start a thread: a signal goes to any thread that lets it.
+    signals = Signals(revoke=lambda: None, reload=service.refresh, stop=service.stop)
+    signals.start()
+    try:
+        service.run()
+    finally:
+        signals.close()
+    return 0
+
+
+class Service:
+    """One verifier process."""
+
+    def __init__(self, settings: config.Settings, *, supervisor: Supervisor | None = None) -> None:
+        self._supervisor = supervisor or Supervisor()
+        self._readiness = Readiness()
+        self._verifier: Verifier = wiring.open_verifier(settings, serving=True)
+        section = settings.verifier
+        self._callers = Callers(parties(section))
+        self._desk = Desk(
+            self._verifier, self._callers, threads=os.cpu_count() or 1, pages=self._page
+        )
+        metrics = VerifierMetrics(self._verifier, self._desk, self._readiness)
+        self._pages = Pages(self._readiness, metrics)
+        self._listener = Listener(section.metrics, self._pages) if section.metrics else None
+        places = places_of(section)
+        self.server = Server(
+            self._desk, self._callers, places, refresh=self.refresh, serving=self._serving
+        )
+        metrics.follow(self.server.registry)
+
+    def run(self) -> None:
+        """Answer until `stop`."""
+        if self._listener is not None:
+            self._listener.start()
+        try:
+            self.server.run()
+        finally:
+            self._desk.close()
+            self._verifier.close()
+            if self._listener is not None:
+                self._listener.close()
+
+    def stop(self) -> None:
+        """End, once what is owed is answered."""
+        self._readiness.hold(Reason.STOPPING)
+        self._supervisor.stopping()
+        self.server.stop()
+
+    def refresh(self) -> None:
+        """See whether we can answer, and read what was replaced: tokens, every second and at HUP."""
+        self._callers.refresh()
+        self._supervisor.pulse()
+        try:
+            self._verifier.probe()
+        except StoreQuarantined:
+            self._readiness.hold(Reason.QUARANTINED)
+            self._readiness.looked(store_answers=True)
+        except StoreUnavailable:
+            self._readiness.looked(store_answers=False)
+        else:
+            self._readiness.release(Reason.QUARANTINED)
+            self._readiness.looked(store_answers=True)
+
+    def _serving(self) -> None:
+        self.refresh()
+        self._readiness.release(Reason.STARTING)
+        self._supervisor.ready("answering")
+        _log.info("verifier.answering", reasons=list(self._readiness.reasons))
+
+    def _page(self, path: bytes) -> Answer | None:
+        if path == b"/openapi.json":
+            return json_answer(200, DOCUMENT)
+        text = path.decode("ascii", "replace")
+        if text not in _PAGES:
+            return None
+        found = self._pages("GET", text, "")
+        return Answer(found.status, found.body, kind=found.kind.encode())
+
+
+def parties(section: VerifierSection) -> list[RelyingParty]:
+    """Return the relying parties of the file."""
+    return [
+        RelyingParty(
+            caller=Caller(name=name, agents=None if one.agents is None else frozenset(one.agents)),
+            token_file=one.token_file,
+            certificate=one.certificate or "",
+        )
+        for name, one in section.relying_parties.items()
+    ]
+
+
+def places_of(section: VerifierSection) -> list[Place]:
+    """Take the addresses of the file. Raises ConfigError."""
+    listen = section.listen or VerifierListen()
+    found = []
+    if listen.address is not None:
+        taken = listen_tcp(host_of(listen.address), port_of(listen.address))
+        found.append(Place(socket=taken, context=_context(section)))
+    if listen.socket is not None:
+        found.append(Place(socket=listen_unix(listen.socket, group=_group(listen.group))))
+    return found
+
+
+def _context(section: VerifierSection) -> Callable[[], ssl.SSLContext] | None:
+    tls = section.listen.tls if section.listen else None
+    if tls is None:
+        return None
+    # A client without a certificate can still show a token.
+    by_token = any(one.token_file for one in section.relying_parties.values())
+    wanted = ssl.CERT_OPTIONAL if by_token else ssl.CERT_REQUIRED
+    return Certificates(tls, clients=wanted).context
+
+
+def _group(name: str | None) -> int:
+    if name is None:
+        return -1
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise ConfigError(
+            f"verifier.listen: no group is called {name} on this host",
+            hint=f"groupadd --system {name}",
+        ) from None

@@ -1,0 +1,113 @@
+"""Relying parties: who may ask a verifier about secrets, and about whose.
+
+A service that is shown a secret learns whether it is good. Somebody who is no relying party must not
+learn that from us, and a relying party can be limited to agents: about others it hears what it hears
+about a secret that nobody has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from keyturn.credential_file import read_credential
+from keyturn.errors import ConfigError
+
+SHORTEST_TOKEN = 32  # characters
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who asks. `agents` None is about every agent."""
+
+    name: str
+    agents: frozenset[str] | None = None
+
+    def may_hear_of(self, agent: str) -> bool:
+        """Whether an answer about this agent is for this caller."""
+        return self.agents is None or agent in self.agents
+
+
+ANYBODY = Caller(name="")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelyingParty:
+    """How a caller shows who it is: a token from a file, a name in its certificate, or either."""
+
+    caller: Caller
+    token_file: Path | None = None
+    certificate: str = ""  # DNS:name or URI:uri, as its subjectAltName has it
+
+
+class Callers:
+    """Recognises relying parties. Without any, whoever reaches the address may ask.
+
+    Raises ConfigError where a token file cannot be used at first; later the last good tokens stand.
+    """
+
+    def __init__(self, parties: Sequence[RelyingParty]) -> None:
+        self._parties = tuple(parties)
+        self._by_name = {one.certificate: one.caller for one in parties if one.certificate}
+        self.open = not parties
+        self._key = os.urandom(32)
+        self._seen: tuple[object, ...] = self._look()
+        self._by_token = self._read()
+
+    def by_token(self, token: bytes) -> Caller | None:
+        """Return whose token this is. Looked up by a keyed digest, so its time tells nothing."""
+        return self._by_token.get(self._digest(token))
+
+    def by_certificate(self, certificate: Mapping[str, Any] | None) -> Caller | None:
+        """Return whose certificate this is, as `ssl` describes a verified one."""
+        for kind, value in (certificate or {}).get("subjectAltName", ()):
+            if (found := self._by_name.get(f"{kind}:{value}")) is not None:
+                return found
+        return None
+
+    def refresh(self) -> None:
+        """Read the token files again if one was changed."""
+        seen = self._look()
+        if seen == self._seen:
+            return
+        self._seen = seen
+        try:
+            self._by_token = self._read()
+        except ConfigError as error:
+            _log.error("verifier.tokens-refused", problem=str(error), hint=error.hint)
+
+    def _read(self) -> dict[bytes, Caller]:
+        found: dict[bytes, Caller] = {}
+        for party in self._parties:
+            if party.token_file is None:
+                continue
+            # A line each: the new one and the old one, while both are in use.
+            for token in read_credential(party.token_file).split():
+                if len(token) < SHORTEST_TOKEN:
+                    raise ConfigError(
+                        f"{party.token_file} has a token below {SHORTEST_TOKEN} characters",
+                        hint="make one with: openssl rand -hex 32",
+                    )
+                found[self._digest(token.encode())] = party.caller
+        return found
+
+    def _digest(self, token: bytes) -> bytes:
+        return hashlib.blake2b(token, key=self._key, digest_size=32).digest()
+
+    def _look(self) -> tuple[object, ...]:
+        return tuple(_mark(one.token_file) for one in self._parties if one.token_file)
+
+
+def _mark(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns

@@ -1,0 +1,262 @@
+"""Gives the answers: all that one turn of the loop has read by one look, the rest by threads.
+
+What is remembered is answered on the loop, in microseconds; a batch of requests shares one look at
+epoch and spool, taken after the last of them was read: so each look is younger than what it answers.
+Whatever has to ask the store or to hash goes to a thread, one flight for all who present the same. Who
+joins a flight on its way is not answered by it but by a look after it, or by the next one: a yes may
+have been revoked, and a no accepted, since it began (I3, I1).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from hashlib import blake2b
+from typing import NamedTuple, Protocol
+
+import structlog
+
+from keyturn.errors import KeyturnError, StoreUnavailable, VerifierBusy
+from keyturn.verifier.decision import REMEMBERED, Look, Proof, Verifier
+from keyturn.verifier.gate import QUEUE
+from keyturn.verifier.http.callers import ANYBODY, Caller, Callers
+from keyturn.verifier.http.measures import Measures
+from keyturn.verifier.http.messages import Answer, Request
+from keyturn.verifier.http.presented import NOBODYS, Presented
+from keyturn.verifier.http.routes import Route, problem, route_of, unavailable
+
+READERS = 16  # threads beside those that wait for a hash: junk and cold checks go on
+MOST_FLIGHTS = 2048  # texts that are decided at once; beyond it nobody can tell
+_log = structlog.get_logger(__name__)
+
+Page = Callable[[bytes], Answer | None]  # other pages, by path
+_Schedule = Callable[[Callable[[], None]], object]
+
+
+class Asker(Protocol):
+    """Whoever sent a request; a connection."""
+
+    certified: Caller | None
+
+    def reply(self, request: Request, answer: Answer) -> None:
+        """Send the answer to the request that was handed over last."""
+
+
+class _Waiting(NamedTuple):
+    asker: Asker
+    request: Request
+    route: Route
+    caller: Caller
+    began: float  # by time.perf_counter
+
+
+class _Flight:
+    __slots__ = ("aboard", "late", "shown")
+
+    def __init__(self, shown: Presented, first: _Waiting) -> None:
+        self.shown = shown
+        self.aboard = [first]
+        self.late: list[_Waiting] = []
+
+
+class Desk:
+    """Answers requests on one event loop, which alone calls it."""
+
+    def __init__(self, verifier: Verifier, callers: Callers, *, threads: int, pages: Page) -> None:
+        """`threads` that may hash at once; there are more, for what does not hash."""
+        self._verifier = verifier
+        self._callers = callers
+        self._pages = pages
+        self._soon: _Schedule = _not_open
+        self._wake: _Schedule = _not_open
+        self._whoever = ANYBODY if callers.open else None
+        self._salt = os.urandom(32)
+        self._keys: dict[bytes, bytes] = {}  # of headers that came before, by their digest
+        self._batch: list[tuple[Asker, Request]] = []
+        self._began = 0.0
+        self._flights: dict[bytes, _Flight] = {}
+        self._pool = ThreadPoolExecutor(QUEUE + threads + READERS, "verifier")
+        self._landed: deque[tuple[bytes, Proof | StoreUnavailable | None]] = deque()
+        self._woken = False
+        self.measures = Measures()
+
+    @property
+    def busy(self) -> int:
+        """How many texts are being decided."""
+        return len(self._flights)
+
+    def open(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin to answer on this loop."""
+        self._soon, self._wake = loop.call_soon, loop.call_soon_threadsafe
+
+    def close(self) -> None:
+        """Wait for what is being decided."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def take(self, asker: Asker, request: Request) -> None:
+        """Answer this request soon, together with what is read until then."""
+        if not self._batch:
+            self._began = time.perf_counter()
+            self._soon(self._serve)
+        self._batch.append((asker, request))
+
+    # --- on the loop ------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        batch, self._batch, began = self._batch, [], self._began
+        look: Look | StoreUnavailable
+        try:
+            look = self._verifier.look()
+        except StoreUnavailable as error:
+            look = error
+        for asker, request in batch:
+            try:
+                self._one(asker, request, look, began)
+            except Exception:  # noqa: BLE001  # loop top: the others of the batch are answered
+                _log.error("verifier.failed", exc_info=True)
+                asker.reply(request, problem(500, "server_error"))
+        self.measures.turn(len(batch), time.perf_counter() - began)
+
+    def _one(
+        self, asker: Asker, request: Request, look: Look | StoreUnavailable, began: float
+    ) -> None:
+        route = route_of(request.path)
+        if route is None:
+            asker.reply(request, self._page(request))
+        elif route.methods is not None and request.method not in route.methods:
+            allow = b", ".join(sorted(route.methods)).decode()
+            asker.reply(request, problem(405, "invalid_request", f"only {allow}", Allow=allow))
+        else:
+            caller = asker.certified or self._whoever or route.caller(request, self._callers)
+            if caller is None:
+                asker.reply(request, route.stranger)
+                self._verifier.counts["stranger"] += 1
+            else:
+                self._read(_Waiting(asker, request, route, caller, began), look)
+
+    def _read(self, who: _Waiting, look: Look | StoreUnavailable) -> None:
+        request, route = who.request, who.route
+        mark = b""
+        if not request.body and len(request.authorization) == 1 and not route.introspects:
+            # The same header as before: what it shows is known without reading it again.
+            mark = blake2b(request.authorization[0], key=self._salt, digest_size=32).digest()
+            key = self._keys.get(mark)
+            if key is not None and isinstance(look, Look) and not (request.query and route.methods):
+                proof = self._verifier.recall(key, look)
+                if proof is not None:
+                    return self._tell(who, proof)
+        shown = route.read(request)
+        if isinstance(shown, Answer):
+            self._verifier.counts["malformed"] += 1
+            return who.asker.reply(request, shown)
+        return self._ask(who, shown, look, mark)
+
+    def _page(self, request: Request) -> Answer:
+        found = self._pages(request.path)
+        if found is None:
+            return problem(404, "not_found", "there are /v1/verify, /v1/auth and /v1/introspect")
+        if request.method not in (b"GET", b"HEAD"):
+            return problem(405, "invalid_request", "only GET", Allow="GET, HEAD")
+        return found
+
+    def _ask(
+        self, who: _Waiting, shown: Presented, look: Look | StoreUnavailable, mark: bytes = b""
+    ) -> None:
+        if isinstance(look, StoreUnavailable):
+            return self._tell(who, look)
+        if shown is NOBODYS:
+            return self._tell(who, None)
+        key = self._verifier.key(*shown)
+        try:
+            proof = self._verifier.recall(key, look)
+        except StoreUnavailable as error:
+            return self._tell(who, error)
+        if proof is None:
+            return self._board(key, shown, who)
+        if mark:
+            if len(self._keys) >= REMEMBERED:
+                self._keys.clear()
+            self._keys[mark] = key
+        return self._tell(who, proof)
+
+    def _tell(self, who: _Waiting, found: Proof | StoreUnavailable | None) -> None:
+        if isinstance(found, Proof):
+            if who.caller.may_hear_of(found.verified.agent):
+                self._verifier.count(found)
+                return who.asker.reply(who.request, who.route.accepted(found))
+            found = None
+        self._verifier.count(found)
+        no = who.route.no if found is None else unavailable(found.retry_after)
+        return who.asker.reply(who.request, no)
+
+    # --- by threads -------------------------------------------------------------------------
+
+    def _board(self, key: bytes, shown: Presented, who: _Waiting) -> None:
+        flight = self._flights.get(key)
+        if flight is not None:
+            flight.late.append(who)
+        elif len(self._flights) >= MOST_FLIGHTS:
+            self._tell(who, VerifierBusy())
+        else:
+            self._flights[key] = _Flight(shown, who)
+            self._start(key, shown)
+
+    def _start(self, key: bytes, shown: Presented) -> None:
+        def land(done: Future[Proof | None]) -> None:
+            self._landed.append((key, _outcome(done)))
+            if not self._woken:
+                self._woken = True
+                self._wake(self._collect)
+
+        self._pool.submit(self._decide, key, shown).add_done_callback(land)
+
+    def _decide(self, key: bytes, shown: Presented) -> Proof | None:
+        found = self._verifier.decide(key, shown.login, shown.text)
+        if found is None and shown.plain and shown.plain != shown.login:
+            found = self._verifier.decide(key, shown.plain, shown.text)
+        return found
+
+    def _collect(self) -> None:
+        self._woken = False  # before the first look: what lands from here on wakes us again
+        while self._landed:
+            key, outcome = self._landed.popleft()
+            flight = self._flights.pop(key)
+            for who in flight.aboard:
+                self._tell(who, outcome)
+                self.measures.one(time.perf_counter() - who.began)
+            if flight.late:
+                self._again(key, flight)
+
+    def _again(self, key: bytes, flight: _Flight) -> None:
+        """Answer those who came while it flew, as if they came now."""
+        look: Look | StoreUnavailable
+        try:
+            look = self._verifier.look()
+        except StoreUnavailable as error:
+            look = error
+        for who in flight.late:
+            ahead = self._flights.get(key)
+            if ahead is not None:
+                ahead.aboard.append(who)  # it began just now, for all of them
+            else:
+                self._ask(who, flight.shown, look)
+
+
+def _not_open(_call: Callable[[], None]) -> None:
+    raise RuntimeError("no loop yet")
+
+
+def _outcome(done: Future[Proof | None]) -> Proof | StoreUnavailable | None:
+    try:
+        return done.result()
+    except StoreUnavailable as error:
+        return error
+    except KeyturnError as error:
+        _log.error("verifier.failed", problem=str(error), hint=error.hint)
+    except BaseException:  # noqa: BLE001  # whatever it was: nobody can tell, and that is no refusal
+        _log.error("verifier.failed", exc_info=True)
+    return StoreUnavailable("the decision failed")

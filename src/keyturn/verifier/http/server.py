@@ -1,0 +1,184 @@
+"""Where the service listens: TCP with TLS or on loopback, and a Unix socket.
+
+One event loop answers; several processes may share an address (SO_REUSEPORT, socket(7)). A certificate
+that was renewed is shown to the next connection, and no connection is dropped for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import socket
+import ssl
+import stat
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+import uvloop
+
+from keyturn.errors import ConfigError
+from keyturn.verifier.http.callers import Callers
+from keyturn.verifier.http.connection import Connection, Handshake, Registry
+from keyturn.verifier.http.desk import Desk
+
+SWEEP = 1.0  # seconds between two looks at deadlines
+FAREWELL = 5.0  # seconds for answers that are owed at the end
+MOST = 8192  # connections at once, where the process may open that many files
+SPARE = 128  # descriptors for everything else
+_BACKLOG = 1024
+_log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """One address to listen at."""
+
+    socket: socket.socket
+    context: Callable[[], ssl.SSLContext] | None = None  # asked for each connection
+
+
+def room() -> int:
+    """Raise the limit of open files as far as it goes, and return how many connections that allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST + SPARE
+    if soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(16, min(MOST, soft - SPARE))
+
+
+def listen_tcp(host: str, port: int) -> socket.socket:
+    """Take an address; port 0 is any. Raises ConfigError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        raise ConfigError(
+            f"verifier.listen: {host}:{port} cannot be used ({os.strerror(error.errno or 0)})",
+            hint="see who listens there: ss -ltnp",
+        ) from None
+    return found
+
+
+def listen_unix(path: Path, *, group: int = -1) -> socket.socket:
+    """Make a socket that its group may use, in the place of one that nobody serves any more.
+
+    Raises ConfigError.
+    """
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _remove_unserved(path)
+        before = os.umask(0o177)  # nobody may connect before it has its group
+        try:
+            found.bind(os.fspath(path))
+        finally:
+            os.umask(before)
+        os.chown(path, -1, group)
+        path.chmod(0o660)
+    except OSError as error:
+        found.close()
+        raise ConfigError(
+            f"verifier.listen: {path} cannot be used ({os.strerror(error.errno or 0)})",
+            hint="its folder must be there and writable, and no other process may serve it",
+        ) from None
+    return found
+
+
+def _remove_unserved(path: Path) -> None:
+    with suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise FileExistsError(17, "not a socket")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(os.fspath(path))
+            except ConnectionRefusedError:
+                path.unlink()
+                return
+        raise FileExistsError(17, "served")
+
+
+class Server:
+    """Serves a desk at places, from `run` to `stop`."""
+
+    def __init__(
+        self,
+        desk: Desk,
+        callers: Callers,
+        places: Sequence[Place],
+        *,
+        registry: Registry | None = None,
+        refresh: Callable[[], None] = lambda: None,
+        serving: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`refresh` is called every second, `serving` once it answers; both are quick."""
+        self._desk = desk
+        self._callers = callers
+        self._places = places
+        self.registry = registry or Registry(most=room())
+        self._refresh = refresh
+        self._serving = serving
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ended: asyncio.Event | None = None
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        """Answer until `stop`; what is owed then is still answered."""
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._run())
+
+    def stop(self) -> None:
+        """End; from any thread, also before the start."""
+        self._stopped.set()
+        loop, ended = self._loop, self._ended
+        if loop is not None and ended is not None:
+            with suppress(RuntimeError):  # the loop is over
+                loop.call_soon_threadsafe(ended.set)
+
+    async def _run(self) -> None:
+        self._loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
+        self._desk.open(self._loop)
+        servers = [await self._serve(self._loop, place) for place in self._places]
+        sweeping = self._loop.create_task(self._sweep())
+        self._serving()
+        if not self._stopped.is_set():
+            await self._ended.wait()
+        for server in servers:
+            server.close()
+        self.registry.drain()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FAREWELL):
+                while len(self.registry):
+                    await asyncio.sleep(0.01)
+        sweeping.cancel()
+        self.registry.drop()
+
+    async def _serve(self, loop: asyncio.AbstractEventLoop, place: Place) -> asyncio.Server:
+        def connection() -> Connection:
+            return Connection(self._desk, self.registry, self._callers)
+
+        def handshake() -> Handshake:
+            return Handshake(connection, place.context, self.registry)
+
+        factory = connection if place.context is None else handshake
+        if place.socket.family == socket.AF_UNIX:
+            return await loop.create_unix_server(factory, sock=place.socket, backlog=_BACKLOG)
+        return await loop.create_server(factory, sock=place.socket, backlog=_BACKLOG)
+
+    async def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(SWEEP)
+            self.registry.sweep(loop.time())
+            try:
+                await loop.run_in_executor(None, self._refresh)
+            except Exception:  # noqa: BLE001  # loop top: deadlines must go on
+                _log.error("verifier.refresh-failed", exc_info=True)
