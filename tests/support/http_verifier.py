@@ -8,6 +8,7 @@ import json
 import random
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from keyturn.storage.store import Store
 from keyturn.verifier.decision import Verifier
 from keyturn.verifier.hashing import CHEAP_FOR_TESTS, Hashing, tag
 from keyturn.verifier.http.callers import Callers, RelyingParty
-from keyturn.verifier.http.desk import Desk
+from keyturn.verifier.http.desk import Desk, Page
 from keyturn.verifier.http.server import Place, Server, listen_tcp
 from support.cutter import open_store
 from support.stores import RealClock, add, entry, version
@@ -48,15 +49,17 @@ def basic(login: str, secret: str) -> str:
 def fill(store: Store, names: Sequence[str], *, hashing: Hashing, seed: int = 1) -> list[Held]:
     """Give each of these agents a current version."""
     draw, held = random.Random(seed).randbytes, []
-    for name in names:
-        version_id, secret = mint(random_bytes=draw)
+    minted = [mint(random_bytes=draw) for _ in names]
+    with ThreadPoolExecutor(2) as pool:  # hashes take cores, not the interpreter
+        digests = list(pool.map(hashing.digest, [secret for _, secret in minted]))
+    for name, (version_id, secret), digest in zip(names, minted, digests, strict=True):
         add(store, name)
         first = version(
             f"cred-{name}",
             login=name,
             id=version_id,
             state=VersionState.CURRENT,
-            digest=hashing.digest(secret),
+            digest=digest,
             tag=tag(version_id, secret),
         )
         store.amend(f"cred-{name}", lambda case, v=first: (replace(case, versions=(v,)), [entry()]))
@@ -103,11 +106,15 @@ class Served:
 
 @contextmanager
 def serve(
-    verifier: Verifier, *, parties: Sequence[RelyingParty] = (), **more: Any
+    verifier: Verifier,
+    *,
+    parties: Sequence[RelyingParty] = (),
+    pages: Page = lambda _path: None,
+    **more: Any,
 ) -> Iterator[Any]:
     """Serve a verifier on loopback until the block ends; gives (port, desk, server)."""
     callers, place = Callers(parties), Place(socket=listen_tcp("127.0.0.1", 0))
-    desk = Desk(verifier, callers, threads=2, pages=lambda _path: None)
+    desk = Desk(verifier, callers, threads=2, pages=pages)
     ready = threading.Event()
     server = Server(desk, callers, [place], serving=ready.set, **more)
     thread = threading.Thread(target=server.run, name="served")

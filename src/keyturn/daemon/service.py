@@ -44,6 +44,7 @@ from keyturn.notify import Notifier
 from keyturn.ports import AuditEntry
 from keyturn.storage.membership import Membership
 from keyturn.storage.results import Due
+from keyturn.verifier.hashing import share_memory
 from keyturn.wiring import Parts
 
 TICK = 0.25  # seconds between two looks at the due-queue
@@ -63,6 +64,7 @@ _log = structlog.get_logger(__name__)
 
 def run(path: Path, *, socket: Path | None = None, standby: bool = True) -> int:
     """Run the daemon until it is told to stop. Returns the exit code."""
+    share_memory()
     settings = load(path)
     logs.configure(level=settings.log.level, form=settings.log.format)
     supervisor = Supervisor.take(os.environ, pid=os.getpid())

@@ -73,6 +73,6 @@ class VerifierMetrics(Collector):
             "keyturn_verifier_connections", "Open connections", len(self._connections)
         )
         yield GaugeMetricFamily(
-            "keyturn_store_up", "1 if the store answers", float(self._readiness.ready)
+            "keyturn_verifier_ready", "1 if it can tell", float(self._readiness.ready)
         )
         yield InfoMetricFamily("keyturn_build", "This release", {"version": __version__})

@@ -28,6 +28,7 @@ from keyturn.daemon.supervision import Supervisor
 from keyturn.daemon.verifier_metrics import VerifierMetrics
 from keyturn.errors import ConfigError, StoreQuarantined, StoreUnavailable
 from keyturn.verifier.decision import Verifier
+from keyturn.verifier.hashing import share_memory
 from keyturn.verifier.http.callers import Caller, Callers, RelyingParty
 from keyturn.verifier.http.desk import Desk
 from keyturn.verifier.http.messages import Answer, json_answer
@@ -40,6 +41,7 @@ _log = structlog.get_logger(__name__)
 
 def run(path: Path) -> int:
     """Serve until TERM. Returns the exit code. Raises ConfigError."""
+    share_memory()
     settings = config.load(path, environ=os.environ, cron=Crontab(), now=wiring.SystemClock().now())
     if settings.verifier.listen is None:
         raise ConfigError(

@@ -7,6 +7,8 @@ the store.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import hmac
 import os
@@ -26,6 +28,7 @@ TAG_BYTES = 8
 MAX_MEMORY_KIB = 128 * 1024  # what a stored hash may ask for, however it got there
 MAX_TIME = 10
 MAX_PARALLELISM = 4
+_M_ARENA_MAX = -8  # malloc.h
 _NO_MEMORY = "a hash could not be computed"
 
 
@@ -86,6 +89,16 @@ class Hashing:
             except (VerificationError, MemoryError):
                 # SECURITY: a "no" here would cut good agents off whenever the host is short of memory.
                 raise StoreUnavailable(_NO_MEMORY) from None
+
+
+def share_memory() -> None:
+    """Let all threads of this process hash in the same memory; to be called before there are any.
+
+    glibc gives threads arenas of their own, and each keeps the 19 MiB of its last hash: 412 MiB were
+    seen for 64 threads of which two hashed at once, 71 with one arena (mallopt(3)).
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another libc, with habits of its own
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def tag(version_id: str, secret: Secret) -> bytes:

@@ -1,0 +1,214 @@
+"""A cold herd: every agent asks at once after a restart, each with a secret that was not seen before.
+
+Agents do as HTTP says: whoever is told 503 comes back after Retry-After, on the same connection. Goals:
+argon2id: everybody is answered within 1.2 times what the hashes take on their permits, no answer is a
+refusal, memory within the gate's budget, /healthz within 100 ms throughout. With --scheme hmac-sha256
+all within 10 s.
+
+    python benchmarks/herd.py [--agents 10000] [--scheme argon2id|hmac-sha256] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+AT_ONCE = 256  # connections; a herd behind a gateway comes through few of them
+BUDGET_MIB = 256
+SLACK_MIB = 64
+PERMITS = 2
+
+
+def serve(folder: Path, agents: int) -> None:
+    """Serve until standard input ends; all agents share one hash cost, the default one."""
+    from keyturn.verifier.gate import Gate
+    from keyturn.verifier.hashing import Cost, Hashing, share_memory
+    from support.http_verifier import served
+
+    share_memory()
+    hashing = Hashing(cost=Cost(), gate=Gate(PERMITS, memory_kib=BUDGET_MIB * 1024))
+    names = [f"agent-{n}" for n in range(agents)]
+    with served(folder, names, hashing=hashing, pages=health) as found:
+        (folder / "headers").write_text("".join(f"{one.basic}\n" for one in found.held))
+        each = _time_of_a_hash(hashing, found.held[0].secret)
+        print(json.dumps({"port": found.port, "hash_s": each}), flush=True)
+        sys.stdin.read()
+        print(json.dumps({"hashes": None}), flush=True)
+
+
+def health(path: bytes) -> Any:
+    """Answer /healthz as the service does: from memory."""
+    from keyturn.verifier.http.messages import json_answer
+
+    return json_answer(200, {"live": True}) if path == b"/healthz" else None
+
+
+def _time_of_a_hash(hashing: Any, secret: Any) -> float:
+    """Return the seconds of one hash while both permits are in use, as in the herd."""
+    digest = hashing.digest(secret)
+    rounds = 20
+
+    def some() -> None:
+        for _ in range(rounds):
+            hashing.matches(digest, secret)
+
+    threads = [threading.Thread(target=some) for _ in range(PERMITS)]
+    began = time.perf_counter()
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    return (time.perf_counter() - began) / rounds
+
+
+@dataclass(slots=True)
+class Herd:
+    """What the agents saw."""
+
+    answers: Counter[int] = field(default_factory=Counter)
+    waits: list[float] = field(default_factory=list)
+    probes: list[float] = field(default_factory=list)
+    peak_mib: float = 0.0
+    done: int = 0
+
+
+async def ask(port: int, header: str) -> Any:
+    """Open a connection for one agent and return its (reader, writer)."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    return (
+        reader,
+        writer,
+        f"GET /v1/auth HTTP/1.1\r\nHost: x\r\nAuthorization: {header}\r\n\r\n".encode(),
+    )
+
+
+async def answer_of(reader: asyncio.StreamReader) -> tuple[int, float]:
+    """Read one answer: its status, and when to come back."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode()
+    length = retry = 0
+    for line in head.split("\r\n"):
+        name, _, value = line.partition(":")
+        if name.lower() == "content-length":
+            length = int(value)
+        elif name.lower() == "retry-after":
+            retry = int(value)
+    await reader.readexactly(length)
+    return int(head.split()[1]), float(retry)
+
+
+async def agent(port: int, header: str, herd: Herd, places: asyncio.Semaphore) -> None:
+    """Authenticate once, however often it is told to come back."""
+    began = time.monotonic()
+    while True:
+        async with places:
+            reader, writer, request = await ask(port, header)
+            writer.write(request)
+            status, retry = await answer_of(reader)
+            writer.close()
+        herd.answers[status] += 1
+        if status != 503:
+            break
+        await asyncio.sleep(retry)
+    herd.done += status == 200
+    herd.waits.append(time.monotonic() - began)
+
+
+async def watch(port: int, pid: int, herd: Herd) -> None:
+    """Ask for /healthz ten times a second, and look at the memory."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    while True:
+        began = time.monotonic()
+        writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        await answer_of(reader)
+        herd.probes.append(time.monotonic() - began)
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                herd.peak_mib = max(herd.peak_mib, int(line.split()[1]) / 1024)
+        await asyncio.sleep(0.1)
+
+
+async def stampede(port: int, pid: int, headers: list[str]) -> tuple[Herd, float, float]:
+    """Let them all go; returns what they saw, the seconds, and the memory before."""
+    herd, places = Herd(), asyncio.Semaphore(AT_ONCE)
+    watching = asyncio.create_task(watch(port, pid, herd))
+    await asyncio.sleep(0.5)
+    before, began = herd.peak_mib, time.monotonic()
+    await asyncio.gather(*(agent(port, one, herd, places) for one in headers))
+    seconds = time.monotonic() - began
+    watching.cancel()
+    return herd, seconds, before
+
+
+def main() -> None:
+    """Run one herd, and say whether the goals were reached."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--agents", type=int, default=10_000)
+    parser.add_argument("--scheme", choices=["argon2id"], default="argon2id")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(Path(options.serve[0]), int(options.serve[1]))
+        return
+    with tempfile.TemporaryDirectory(prefix="herd-") as name:
+        folder = Path(name)
+        command = [sys.executable, __file__, "--serve", name, str(options.agents)]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdin is not None
+        told = json.loads(process.stdout.readline())
+        headers = (folder / "headers").read_text().splitlines()
+        herd, seconds, before = asyncio.run(stampede(told["port"], process.pid, headers))
+        process.stdin.close()
+        process.wait(60)
+        process.stdout.close()
+    found = judged(options, herd, seconds, before, told["hash_s"])
+    print(json.dumps(found, indent=2))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
+    sys.exit(0 if all(found["reached"].values()) else 1)
+
+
+def judged(
+    options: argparse.Namespace, herd: Herd, seconds: float, before: float, each: float
+) -> dict[str, Any]:
+    """Return the figures, and which goals were reached."""
+    least = options.agents * each / PERMITS
+    healthz = max(herd.probes) * 1000
+    return {
+        "agents": options.agents,
+        "answers": dict(herd.answers),
+        "hash_ms": round(each * 1000, 1),
+        "hashes_alone_s": round(least, 1),
+        "all_answered_s": round(seconds, 1),
+        "median_wait_s": round(statistics.median(herd.waits), 1),
+        "healthz_worst_ms": round(healthz, 1),
+        "memory_grew_mib": round(herd.peak_mib - before, 1),
+        "reached": {
+            "everybody": herd.done == options.agents,
+            "in time": seconds <= 1.2 * least + 1,
+            "memory": herd.peak_mib - before <= BUDGET_MIB + SLACK_MIB,
+            "healthz": healthz <= 100,
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()
