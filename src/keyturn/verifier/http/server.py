@@ -176,8 +176,8 @@ class Server:
     async def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            self.registry.sweep(loop.time())  # at once: until then nobody who rests has a time
             await asyncio.sleep(SWEEP)
-            self.registry.sweep(loop.time())
             try:
                 await loop.run_in_executor(None, self._refresh)
             except Exception:  # noqa: BLE001  # loop top: deadlines must go on
