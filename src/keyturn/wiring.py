@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from keyturn import config
+from keyturn import __version__, config
 from keyturn.administration import Administration
 from keyturn.config import Settings
 from keyturn.config.models import (
@@ -51,12 +51,14 @@ from keyturn.storage import restoring
 from keyturn.storage.ballast import Ballast
 from keyturn.storage.decisions import DecisionReader
 from keyturn.storage.engine import is_sqlite, refuse_open
+from keyturn.storage.leases import Leasing
 from keyturn.storage.ledger import Ledger
 from keyturn.storage.postgresql import Password
 from keyturn.storage.requests import Begun
 from keyturn.storage.store import Store
 from keyturn.verifier.authority import BuiltinAuthority
 from keyturn.verifier.decision import Verifier
+from keyturn.verifier.registered import Registered
 from keyturn.verifier.spool import Spool
 from keyturn.world import Carried, Watcher, World
 
@@ -436,8 +438,10 @@ def build(settings: Settings, *, cron: CronCalculator, create: bool) -> Parts:
         ballast.keep()
         (folder / "revoked.d").mkdir(mode=0o700, exist_ok=True)  # for a person who has only `touch`
     spool = Spool(folder / "revoked.d", make_room=ballast.release)
-    authority = BuiltinAuthority()
     parts: Parts
+    here = is_sqlite(settings.store.url)
+    registered = None if here else Registered(lambda: parts.store.database)
+    authority = BuiltinAuthority(registered=registered)
 
     def open_store() -> Store:
         if (folder / "ledger").exists():
@@ -502,8 +506,19 @@ def connect(
     return found
 
 
+def leasing_of(settings: Settings) -> Leasing:
+    """Return how this process registers as a verifier that remembers, on PostgreSQL."""
+    return Leasing(
+        id=secrets.token_hex(16),
+        host=os.uname().nodename,
+        release=__version__,
+        lease=settings.verifier.lease,
+        poll=settings.verifier.poll,
+    )
+
+
 def open_verifier(settings: Settings) -> Verifier:
-    """Open the verifier of these settings, as a library.
+    """Open the verifier of these settings, as a library. It remembers nothing and is not registered.
 
     It starts from the time that the daemon goes by: a clock that jumped refuses nobody early.
     """
