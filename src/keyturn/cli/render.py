@@ -355,6 +355,10 @@ def _revocation_end(result: Row) -> list[str]:
     verifiers = result.get("verifiers") or {}
     known = f"{verifiers.get('acknowledged', 0)}/{verifiers.get('live', 0)} verifiers"
     lines = [f"  warning: {safe(one)}" for one in result.get("warnings") or ()]
+    lines += [
+        f"  verifier {safe(one)} did not answer; what it knew has run out: it refuses or says 503"
+        for one in verifiers.get("silent") or ()
+    ]
     if here is not None:
         lines.append(f"refused on this host after {here * 1000:.0f} ms")
     if result.get("incomplete"):

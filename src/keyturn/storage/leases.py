@@ -305,6 +305,9 @@ class PostgresLink:
             limit = int(self._of.patience * 1000)
             text: str = _MESSAGE.format(limit, cursor.mogrify(query, values))
             return _row(_exchange(self._connection.pgconn, text.encode(), self._of.patience))
+        except TimeoutError:
+            self.close()
+            raise StoreUnavailable("the store did not answer in time") from None
         except (psycopg.Error, OSError) as error:
             self.close()
             known = refusal(error)
