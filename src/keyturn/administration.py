@@ -552,9 +552,10 @@ class Administration:
         case = self._case(agent)
         uid = case.credential.uid
         saved = self._with_patience(lambda: self._amend(uid, amended, once))
-        standing = settling.wait(self.authority, saved.epoch)
-        state = str(saved.case.agent.state)
-        return {"agent": agent, "state": state, "verifiers": settling.numbers(standing)}
+        done = {"agent": agent, "state": str(saved.case.agent.state)}
+        if action not in _AWAITED:  # nothing else is refused from now on, or accepted again
+            return done
+        return done | {"verifiers": settling.numbers(settling.wait(self.authority, saved.epoch))}
 
     def _amend(self, uid: str, change: Change, once: Once | None, *, also: str = "") -> Saved:
         """Change a case in one transaction, and tell where that ended its rotation."""
@@ -583,6 +584,7 @@ class Administration:
         ]
 
 
+_AWAITED = frozenset({"suspend", "resume", "revoke.removed"})
 _END = {RotationState.ABANDONED: "abandoned", RotationState.CLOSED: "revoked"}
 
 

@@ -52,6 +52,9 @@ class Process:
             text=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])},
         )
+
+    def ready(self) -> None:
+        """Wait until it has polled for the first time."""
         assert self.said() == "ready"
 
     def tell(self, login: str, secret: str) -> None:

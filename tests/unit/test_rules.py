@@ -397,7 +397,6 @@ OFTEN = (
     "12 what leaves is still read",
     "10 three repairs an hour",
     "15 a revoked version is never rolled forward",
-    "16 the lease is compared in each request",
     "18 publishing waits",
     "a rotation that waits keeps its version",
 )
