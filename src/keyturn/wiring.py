@@ -440,7 +440,8 @@ def build(settings: Settings, *, cron: CronCalculator, create: bool) -> Parts:
     spool = Spool(folder / "revoked.d", make_room=ballast.release)
     parts: Parts
     here = is_sqlite(settings.store.url)
-    registered = None if here else Registered(lambda: parts.store.database)
+    patience = 2 * settings.verifier.poll.total_seconds() + 0.1
+    registered = None if here else Registered(lambda: parts.store.database, patience=patience)
     authority = BuiltinAuthority(registered=registered)
 
     def open_store() -> Store:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -11,15 +12,18 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from keyturn import settling
 from keyturn.core.model import AgentState, VersionState
 from keyturn.core.secret import Secret, mint
 from keyturn.errors import StoreUnavailable, VerificationFailed
+from keyturn.ports import Standing
 from keyturn.storage.decisions import Decision
 from keyturn.storage.freshness import NO_EPOCH, Epoch
 from keyturn.storage.leases import Answer, Leased, Leasing
 from keyturn.storage.tables import verifiers
 from keyturn.storage.verifiers import registered
 from keyturn.testing.fakes import seeded
+from keyturn.verifier.authority import BuiltinAuthority
 from keyturn.verifier.decision import Verifier
 from keyturn.verifier.hashing import CHEAP_FOR_TESTS, Hashing, tag
 from keyturn.verifier.registered import Registered
@@ -362,6 +366,33 @@ def test_one_that_stands_still_is_waited_for_once_only(waiting: Waiting) -> None
     waiting.clock.at += 0.2
     assert waiting.waiter.standing(7).settled
     assert waiting.rows == 0
+
+
+def test_a_store_that_goes_away_meanwhile_is_asked_again(waiting: Waiting) -> None:
+    """The cut is committed: the call neither fails nor returns before it is known who knows."""
+    away = iter([True, True, False, False])
+
+    class Flaky(BuiltinAuthority):
+        """An authority whose store comes and goes."""
+
+        def standing(self, epoch: int) -> Standing:
+            if next(away, False):
+                raise StoreUnavailable
+            waiting.renew(epoch=epoch)
+            return super().standing(epoch)
+
+    found = settling.wait(Flaky(registered=waiting.waiter), 9)
+    assert settling.numbers(found) == {"acknowledged": 1, "live": 1, "silent": []}
+
+
+def test_a_rotation_waits_a_moment_by_itself(waiting: Waiting) -> None:
+    """About as long as the next poll takes: it need not be put off for that."""
+    patient = Registered(lambda: waiting.database, clock=waiting.clock, patience=20.0)
+    late = threading.Timer(0.1, lambda: waiting.renew(epoch=6))
+    late.start()
+    assert patient.settled(6)
+    late.join()
+    assert not waiting.waiter.settled(7)
 
 
 def test_one_that_was_renewed_in_the_same_moment_stays(

@@ -66,7 +66,7 @@ class BuiltinAuthority:
 
     def settled(self, epoch: int) -> bool:
         """Tell whether every verifier that may answer has applied this epoch."""
-        return self.standing(epoch).settled
+        return self.registered is None or self.registered.settled(epoch)
 
     def standing(self, epoch: int) -> Standing:
         """Look where every registered verifier is. Raises StoreUnavailable."""

@@ -161,6 +161,10 @@ class Verifier:
         if self._freshness is not None:
             self._freshness.close()
 
+    def staleness(self) -> float:
+        """Return how many seconds old what it remembers by is: a lease's newest answered poll."""
+        return self._freshness.staleness() if self._freshness is not None else 0.0
+
     def verify(self, login: str | None, secret: Secret | str | bytes) -> Verified:
         """Return whose secret this is; without a login, whoever has it.
 

@@ -14,6 +14,7 @@ The earlier of the two ends counts. Both are this process's own: a restart waits
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
@@ -34,22 +35,38 @@ from keyturn.storage.verifiers import (
     registered,
 )
 
+POLL = 0.05  # seconds
 REMEMBERED = 10_000  # questions; one that is forgotten is waited for anew
 
 _log = structlog.get_logger(__name__)
 
 
 class Registered:
-    """The registered verifiers of a store, as one waiting process sees them. Thread-safe."""
+    """The registered verifiers of a store, as one waiting process sees them. Thread-safe.
+
+    `patience` is how many seconds `settled` waits by itself: about as long as a poll takes to come.
+    """
 
     def __init__(
-        self, database: Callable[[], Database], *, clock: Callable[[], float] = boottime
+        self,
+        database: Callable[[], Database],
+        *,
+        clock: Callable[[], float] = boottime,
+        patience: float = 0.0,
     ) -> None:
+        self._patience = patience
         self._database = database
         self._clock = clock
         self._asked: OrderedDict[int, float] = OrderedDict()
         self._still: dict[str, tuple[int, float]] = {}  # renewals, and since when
         self._guard = threading.Lock()
+
+    def settled(self, epoch: int) -> bool:
+        """Tell whether none is behind any more, at once or in a moment. Raises StoreUnavailable."""
+        until = time.monotonic() + self._patience
+        while not (found := self.standing(epoch).settled) and time.monotonic() < until:
+            time.sleep(POLL)
+        return found
 
     def standing(self, epoch: int) -> Standing:
         """Tell how far they are with an epoch that is committed. Raises StoreUnavailable."""
