@@ -20,7 +20,7 @@ from keyturn.ports import Standing
 from keyturn.storage.decisions import Decision
 from keyturn.storage.freshness import NO_EPOCH, Epoch
 from keyturn.storage.leases import Answer, Leased, Leasing
-from keyturn.storage.tables import verifiers
+from keyturn.storage.tables import meta, verifiers
 from keyturn.storage.verifiers import registered
 from keyturn.testing.fakes import seeded
 from keyturn.verifier.authority import BuiltinAuthority
@@ -300,6 +300,10 @@ class Waiting:
         values = {"renewals": verifiers.c.renewals + 1, **more}
         self.database.write(lambda c: c.execute(sa.update(verifiers).values(**values)))
 
+    def restore(self) -> None:
+        """Give the store another life."""
+        self.database.write(lambda c: c.execute(sa.update(meta).values(incarnation=2)))
+
     @property
     def rows(self) -> int:
         """How many are registered."""
@@ -317,8 +321,13 @@ def test_whoever_has_acknowledged_is_not_waited_for(waiting: Waiting) -> None:
 
 
 def test_what_was_acknowledged_in_a_former_life_does_not_count(waiting: Waiting) -> None:
-    """After a restore epochs begin anew."""
+    """After a restore epochs begin anew, and so does the waiting for each of them."""
     waiting.renew(incarnation=0)
+    assert not waiting.waiter.standing(5).settled
+    waiting.clock.at += LEASE * 1.3
+    waiting.renew()
+    assert waiting.waiter.standing(5).settled
+    waiting.restore()
     assert not waiting.waiter.standing(5).settled
 
 

@@ -343,8 +343,8 @@ PATCHES: dict[str, Patch] = {
     ),
     "18 since its commit": Patch(
         file="verifier/registered.py",
-        text="self._asked.setdefault(epoch, self._clock())",
-        instead="self._asked.setdefault(0, self._clock())",
+        text="self._asked.setdefault(epoch, now)",
+        instead="self._asked.setdefault(Epoch(0, 0), now)",
         tests="unit/test_leases.py -k waiters_own_clock",
     ),
     "18 acknowledged in this life of the store": Patch(

@@ -57,7 +57,7 @@ class Registered:
         self._patience = patience
         self._database = database
         self._clock = clock
-        self._asked: OrderedDict[int, float] = OrderedDict()
+        self._asked: OrderedDict[Epoch, float] = OrderedDict()
         self._still: dict[str, tuple[int, float]] = {}  # renewals, and since when
         self._guard = threading.Lock()
 
@@ -70,9 +70,9 @@ class Registered:
 
     def standing(self, epoch: int) -> Standing:
         """Tell how far they are with an epoch that is committed. Raises StoreUnavailable."""
-        asked = self._first_asked(epoch)
         began, found = self._look()
-        wanted = Epoch(found.epoch.incarnation, epoch)
+        wanted = Epoch(found.epoch.incarnation, epoch)  # in another life it is another one
+        asked = self._first_asked(wanted, began)
         behind = [row for row in found.rows if not _knows(row, wanted)]
         waiting = [row for row in behind if began - asked <= allowance(row.lease)]
         waiting = [row for row in waiting if not self._is_over(row, began)]
@@ -89,9 +89,9 @@ class Registered:
         began, found = self._look()
         return len(found.rows) - self._take_away(found.rows, began)
 
-    def _first_asked(self, epoch: int) -> float:
+    def _first_asked(self, epoch: Epoch, now: float) -> float:
         with self._guard:
-            asked = self._asked.setdefault(epoch, self._clock())
+            asked = self._asked.setdefault(epoch, now)
             while len(self._asked) > REMEMBERED:
                 self._asked.popitem(last=False)
             return asked
