@@ -260,6 +260,19 @@ def test_a_deadline_refuses_only_when_it_has_surely_passed(scene: Scene) -> None
     assert timedelta(seconds=7.9) < scene.lease.now() - NOW < timedelta(seconds=8.1)
 
 
+def test_what_is_remembered_of_a_store_that_went_back_is_void(scene: Scene) -> None:
+    """Epochs that come again, after a failover that lost some, stand for something else."""
+    scene.values["epoch"] = scene.wire.epoch = SECOND
+    scene.lease.poll()
+    assert scene.answer() is True
+    scene.wire.epoch = FIRST
+    scene.lease.poll()
+    scene.wire.epoch = SECOND
+    scene.lease.poll()
+    scene.values["state"] = VersionState.REVOKED
+    assert scene.answer() is False
+
+
 def test_an_answer_of_a_server_that_is_behind_is_none(scene: Scene) -> None:
     """A row from before the epoch that was acknowledged comes from another server: 503, no yes."""
     scene.wire.epoch = SECOND

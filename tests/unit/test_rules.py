@@ -325,7 +325,7 @@ PATCHES: dict[str, Patch] = {
     ),
     "17 applied before it is acknowledged": Patch(
         file="storage/leases.py",
-        text="        self._held = _Held(answer.epoch, sent",
+        text="        self._held = _Held(epoch, sent",
         instead="        self._held = _Held(self._applied, sent",
         tests="unit/test_leases.py -k acknowledged_by_a_later",
     ),

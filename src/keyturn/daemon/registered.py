@@ -9,7 +9,7 @@ from keyturn.core.walltime import rfc3339
 from keyturn.daemon.metrics import Metrics
 from keyturn.daemon.peer import Peer, Role
 from keyturn.daemon.socket import Command, Progress
-from keyturn.errors import StoreUnavailable
+from keyturn.errors import StorageError
 from keyturn.storage.verifiers import RegisteredVerifier, Registrations, registered
 from keyturn.wiring import Parts
 
@@ -43,7 +43,7 @@ def count(parts: Parts, metrics: Metrics) -> None:
         return
     try:
         metrics.verifiers_live.set(waiting.keep())
-    except StoreUnavailable:
+    except StorageError:
         return  # the tick says so
 
 

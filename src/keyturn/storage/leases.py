@@ -111,6 +111,7 @@ class Leased:
         self._clock = clock
         self._held: _Held | None = None
         self._applied = NO_EPOCH
+        self._source = 0
         self._registered = False
         self._ending = threading.Event()
         self._answered = threading.Event()
@@ -177,9 +178,12 @@ class Leased:
             self._registered = False  # somebody thought that we are gone
             return True
         received = self._clock()
+        if answer.epoch[:2] < self._applied[:2]:
+            self._source += 1  # a store that went back: what is remembered of its numbers is void
+        epoch = answer.epoch._replace(source=self._source)
         # Published before it can be acknowledged, which the next renewal does (rule 17).
-        self._held = _Held(answer.epoch, sent, sent + self._lease, received, answer.now)
-        news, self._applied = answer.epoch != self._applied, answer.epoch
+        self._held = _Held(epoch, sent, sent + self._lease, received, answer.now)
+        news, self._applied = epoch != self._applied, epoch
         self._answered.set()
         return news
 
