@@ -10,8 +10,10 @@ from typing import Any
 
 import psycopg
 import pytest
+from sqlalchemy.engine import make_url
 
 from keyturn.errors import StoreUnavailable, VerifierStale
+from keyturn.storage.decisions import DecisionReader
 from keyturn.storage.freshness import Epoch
 from keyturn.storage.leases import Leased, Leasing, PostgresLink, boottime
 from keyturn.storage.roles import VERIFIER
@@ -22,7 +24,7 @@ from keyturn.verifier.registered import Registered
 from support.leased import Proxy
 from support.least_rights import as_role, least_rights
 from support.pgbouncer import PgBouncer, pgbouncer  # noqa: F401 - a fixture
-from support.postgres import Cluster, postgres  # noqa: F401 - a fixture
+from support.postgres import Cluster, Standby, binaries, postgres  # noqa: F401 - a fixture
 from support.stores import Place, RealClock, add
 
 LEASE = timedelta(seconds=2)
@@ -165,6 +167,38 @@ def test_a_row_that_somebody_locks_makes_it_stale_and_not_stuck(place: Place) ->
         until(lambda: lease.trouble)
     until(lambda: not stale())
     lease.close()
+
+
+@pytest.mark.full
+def test_a_standby_gives_no_lease_and_no_answer(
+    postgres: Cluster,  # noqa: F811
+    place: Place,
+    tmp_path: Path,
+) -> None:
+    """A hot standby may lack what was committed: stale, and 503 to each look-up, until it is promoted."""
+    store = place.open()
+    add(store)
+    folder = binaries()
+    assert folder is not None
+    standby = Standby(folder, postgres)
+    try:
+        url = standby.url(str(make_url(place.url).database))
+        lease = Leased(leasing(), PostgresLink(url, leasing()))
+        reader = DecisionReader.open(url)
+        with pytest.raises(StoreUnavailable):
+            lease.poll()
+        with pytest.raises(StoreUnavailable, match="no primary"):
+            reader.lookup("unknown0000000")
+        with pytest.raises(VerifierStale):
+            lease.epoch()
+        standby.promote()
+        lease.poll()
+        assert lease.epoch() == Epoch(1, 0)
+        assert reader.lookup("unknown0000000") is None
+        reader.close()
+        lease.close()
+    finally:
+        standby.remove()
 
 
 def test_without_a_lease_nothing_is_registered(place: Place, tmp_path: Path) -> None:
