@@ -55,13 +55,10 @@ def site(postgres: Cluster, tmp_path: Path) -> Iterator[Site]:  # noqa: F811
 
 
 def test_a_fleet_is_shown_waited_for_and_taken_away(site: Site) -> None:
-    """One life: listed and counted; rotations and cuts wait for it, daemon up and down; stopped, and gone."""
+    """One life: it is listed; rotations and cuts wait for it, daemon up and down; stopped, and gone."""
     (row,) = site.ask("verifiers")["verifiers"]
     assert (row["host"], row["stale"], row["lease_seconds"]) == ("tests", False, LEASE)
-    site.keyturn.wait_for(lambda: not site.ask("verifiers")["verifiers"][0]["behind"])
-    assert "fresh" in site.keyturn.run("verifiers").stdout
-    counted = "keyturn_verifiers_live 1.0"
-    site.keyturn.wait_for(lambda: counted in site.keyturn.run("metrics").stdout)
+    site.keyturn.wait_for(lambda: "fresh" in site.keyturn.run("verifiers").stdout)
 
     site.ask("rotate", "agent-0", "--wait")
     assert site.say("agent-0") == "yes"  # at once: it knew before the file was written

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import sqlalchemy as sa
@@ -15,6 +17,8 @@ import sqlalchemy as sa
 from keyturn import settling
 from keyturn.core.model import AgentState, VersionState
 from keyturn.core.secret import Secret, mint
+from keyturn.daemon.metrics import Metrics
+from keyturn.daemon.registered import count
 from keyturn.errors import StoreUnavailable, VerificationFailed
 from keyturn.ports import Standing
 from keyturn.storage.decisions import Decision
@@ -28,6 +32,7 @@ from keyturn.verifier.decision import Verifier
 from keyturn.verifier.hashing import CHEAP_FOR_TESTS, Hashing, tag
 from keyturn.verifier.registered import Registered
 from keyturn.verifier.spool import Spool
+from keyturn.wiring import Parts
 from support.stores import NOW, Place
 
 LEASE = 30.0
@@ -405,6 +410,17 @@ def test_a_store_that_goes_away_meanwhile_is_asked_again(waiting: Waiting) -> No
 
     found = settling.wait(Flaky(registered=waiting.waiter), 9)
     assert settling.numbers(found) == {"acknowledged": 1, "live": 1, "silent": []}
+
+
+def test_they_are_counted_for_the_metrics(waiting: Waiting) -> None:
+    """What a revoke would wait for; on SQLite, where it waits for none, there is no sample."""
+    for registered_ones, expected in ((waiting.waiter, ["1.0"]), (None, [])):
+        metrics = Metrics()
+        parts = SimpleNamespace(authority=BuiltinAuthority(registered=registered_ones))
+        count(cast("Parts", parts), metrics)
+        assert (
+            re.findall(r"^keyturn_verifiers_live (.+)$", metrics.text(), re.MULTILINE) == expected
+        )
 
 
 def test_a_rotation_waits_a_moment_by_itself(waiting: Waiting) -> None:
