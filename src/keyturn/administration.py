@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import structlog
 
+from keyturn import settling
 from keyturn.config import is_id
 from keyturn.core import lifecycle
 from keyturn.core.duration import format_duration
@@ -59,7 +60,7 @@ from keyturn.storage.store import Change, Store
 from keyturn.verifier.spool import Spool
 
 STORE_PATIENCE = timedelta(seconds=5)  # how long a revoke waits for a locked store
-VERIFIER_POLL = 0.02
+STORE_POLL = 0.02
 AGAIN_AT_MOST = 600.0  # seconds until a tombstone of no known version is looked at again
 SPOOL_PATIENCE = 10.0  # seconds for tombstones whose rows the store does not take
 BATCH = 500  # tombstones that one query looks up
@@ -155,12 +156,11 @@ class Administration:
         found = sorted({*ids, *done.revoked})
         trouble = self._entomb(found, note)
         self.applied.update(done.revoked)
-        self._await_verifiers(done.epoch)
+        standing = settling.wait(self.authority, done.epoch)
         result = self._result(
             leak, found, began, complete=True, refused_after=refused_after, done=done
-        )
-        if trouble is not None:
-            result["warnings"] = [*result["warnings"], NO_TOMBSTONE]
+        ) | {"verifiers": settling.numbers(standing)}
+        result["warnings"] += [] if trouble is None else [NO_TOMBSTONE]
         return result
 
     def refuse_first(self, leaks: Iterable[tuple[Leak, Caller]]) -> None:
@@ -401,7 +401,7 @@ class Administration:
             except StoreUnavailable:
                 if time.monotonic() >= until:
                     raise
-                time.sleep(VERIFIER_POLL)
+                time.sleep(STORE_POLL)
 
     def _with_room(self, attempt: Callable[[], T]) -> T:
         """Spend the ballast on a full disk, piece by piece: for a revoke alone."""
@@ -411,10 +411,6 @@ class Administration:
             except StoreFull:
                 if not self.make_room():
                     raise
-
-    def _await_verifiers(self, epoch: int) -> None:
-        while not self.authority.settled(epoch):
-            time.sleep(VERIFIER_POLL)
 
     def _result(
         self,
@@ -427,7 +423,7 @@ class Administration:
         refused_after: float = 0.0,
         done: _Committed | None = None,
     ) -> dict[str, Any]:
-        known, case = 1 if complete else 0, done.case if done else None
+        case = done.case if done else None
         return {
             "target": leak.target,
             "agent": case.agent.name if case else leak.agent,
@@ -437,7 +433,7 @@ class Administration:
             "incomplete": not complete and not dry_run,
             "delay_seconds": None if dry_run else round(time.monotonic() - began, 6),
             "refused_here_after_seconds": round(refused_after, 6),
-            "verifiers": {"acknowledged": known, "live": 1},
+            "verifiers": {"acknowledged": int(complete), "live": 1},
             "destinations": [t.key for t in case.next_targets] if case else [],
             "withheld": list(case.credential.withheld if case else leak.withhold),
             "state": str(case.agent.state) if case else None,
@@ -556,8 +552,10 @@ class Administration:
         case = self._case(agent)
         uid = case.credential.uid
         saved = self._with_patience(lambda: self._amend(uid, amended, once))
-        self._await_verifiers(saved.epoch)
-        return {"agent": agent, "state": str(saved.case.agent.state)}
+        done = {"agent": agent, "state": str(saved.case.agent.state)}
+        if action not in _AWAITED:  # nothing else is refused from now on, or accepted again
+            return done
+        return done | {"verifiers": settling.numbers(settling.wait(self.authority, saved.epoch))}
 
     def _amend(self, uid: str, change: Change, once: Once | None, *, also: str = "") -> Saved:
         """Change a case in one transaction, and tell where that ended its rotation."""
@@ -586,6 +584,7 @@ class Administration:
         ]
 
 
+_AWAITED = frozenset({"suspend", "resume", "revoke.removed"})
 _END = {RotationState.ABANDONED: "abandoned", RotationState.CLOSED: "revoked"}
 
 

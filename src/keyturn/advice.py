@@ -107,8 +107,8 @@ TABLE = {
     ),
     str(WaitReason.VERIFIERS): Advice(
         "a verifier has not taken the new version over yet",
-        f"see whether the verifiers run; {_BY_ITSELF}",
-        "keyturn status AGENT",
+        f"see which is behind or stale; {_BY_ITSELF}, once its lease has run out at the latest",
+        "keyturn verifiers",
     ),
     str(WaitReason.ACCEPTED_LIMIT): Advice(
         "as many versions are accepted as may be",

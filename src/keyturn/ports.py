@@ -155,6 +155,19 @@ class Accepted:
     tag: bytes | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """How far the verifiers are with an epoch; `silent` names those that have not acknowledged it.
+
+    Settled is also what a silent one cannot contradict any more: its lease has run out.
+    """
+
+    settled: bool
+    acknowledged: int
+    live: int
+    silent: tuple[str, ...] = ()
+
+
 class Authority(Protocol):
     """What decides whether a secret is good. Every call is idempotent by version id.
 
@@ -186,6 +199,9 @@ class Authority(Protocol):
 
     def settled(self, epoch: int) -> bool:
         """Tell whether every verifier that may answer has applied this epoch."""
+
+    def standing(self, epoch: int) -> Standing:
+        """Tell the same with numbers and names. Asked first after the commit that made the epoch."""
 
 
 # --- the daemon's own logins ---------------------------------------------------------------

@@ -321,7 +321,9 @@ class _Saga(Mending):
     def await_verifiers(self, action: steps.AwaitVerifiers) -> None:
         """5. No destination shows it before every verifier accepts it."""
         del action
-        if self.world.authority.settled(self.saved.epoch):
+        uid, own = self.claim.credential_uid, self._own_id()
+        epoch = self.world.carried.awaited(uid, own, self.saved.epoch)
+        if self.world.authority.settled(epoch):
             self.seen = replace(self.seen, settled=True)
         else:
             self.wait(steps.Wait(reason=WaitReason.VERIFIERS, retry_after=timedelta(seconds=1)))

@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from keyturn import config
+from keyturn import __version__, config
 from keyturn.administration import Administration
 from keyturn.config import Settings
 from keyturn.config.models import (
@@ -52,6 +52,7 @@ from keyturn.storage.ballast import Ballast
 from keyturn.storage.decisions import DecisionReader
 from keyturn.storage.engine import is_sqlite, refuse_open, sqlite_path
 from keyturn.storage.freshness import SharedFile
+from keyturn.storage.leases import Leased, Leasing
 from keyturn.storage.ledger import Ledger
 from keyturn.storage.postgresql import Password
 from keyturn.storage.requests import Begun
@@ -60,6 +61,7 @@ from keyturn.verifier.authority import BuiltinAuthority
 from keyturn.verifier.decision import Verifier
 from keyturn.verifier.gate import Gate
 from keyturn.verifier.hashing import Hashing
+from keyturn.verifier.registered import Registered
 from keyturn.verifier.spool import Spool
 from keyturn.world import Carried, Watcher, World
 
@@ -439,8 +441,11 @@ def build(settings: Settings, *, cron: CronCalculator, create: bool) -> Parts:
         ballast.keep()
         (folder / "revoked.d").mkdir(mode=0o700, exist_ok=True)  # for a person who has only `touch`
     spool = Spool(folder / "revoked.d", make_room=ballast.release)
-    authority = BuiltinAuthority()
     parts: Parts
+    here = is_sqlite(settings.store.url)
+    patience = 2 * settings.verifier.poll.total_seconds() + 0.1
+    registered = None if here else Registered(lambda: parts.store.database, patience=patience)
+    authority = BuiltinAuthority(registered=registered)
 
     def open_store() -> Store:
         if (folder / "ledger").exists():
@@ -505,6 +510,17 @@ def connect(
     return found
 
 
+def leasing_of(settings: Settings) -> Leasing:
+    """Return how this process registers as a verifier that remembers, on PostgreSQL."""
+    return Leasing(
+        id=secrets.token_hex(16),
+        host=os.uname().nodename,
+        release=__version__,
+        lease=settings.verifier.lease,
+        poll=settings.verifier.poll,
+    )
+
+
 def open_verifier(settings: Settings, *, serving: bool = False) -> Verifier:
     """Open the verifier of these settings; one that is `serving` remembers what it has proven.
 
@@ -518,13 +534,17 @@ def open_verifier(settings: Settings, *, serving: bool = False) -> Verifier:
             return reader.anchor(this_boot)
         return None
 
-    clock = GuardedClock(SystemClock(), boot_id=this_boot, learn=learn)
-    clock.anchor = learn()
     here = is_sqlite(settings.store.url)
     spool = Spool(settings.store.folder / "revoked.d", required=here)
-    freshness = SharedFile(sqlite_path(settings.store.url)) if here and serving else None
     gate = Gate(os.cpu_count() or 1, memory_kib=settings.verifier.hash_memory_kib)
-    return Verifier(reader, spool, clock, freshness=freshness, hashing=Hashing(gate=gate))
+    hashing = Hashing(gate=gate)
+    if serving and not here:
+        leased = Leased.open(settings.store.url, leasing_of(settings), password=password)
+        return Verifier(reader, spool, leased, freshness=leased, hashing=hashing)
+    clock = GuardedClock(SystemClock(), boot_id=this_boot, learn=learn)
+    clock.anchor = learn()
+    freshness = SharedFile(sqlite_path(settings.store.url)) if serving else None
+    return Verifier(reader, spool, clock, freshness=freshness, hashing=hashing)
 
 
 def password_of(settings: Settings) -> Password:

@@ -51,6 +51,7 @@ class Carried:
         self._plain: dict[str, tuple[str, Secret]] = {}
         self._calls: dict[str, Future[Any]] = {}
         self._parked: dict[str, Parked] = {}
+        self._awaited: dict[str, tuple[str, int]] = {}
         self._guard = threading.Lock()
 
     def hold(self, credential_uid: str, version_id: str, plain: Secret) -> None:
@@ -71,6 +72,17 @@ class Carried:
         """Forget the plaintext."""
         with self._guard:
             self._plain.pop(credential_uid, None)
+
+    def awaited(self, credential_uid: str, version_id: str, epoch: int) -> int:
+        """Return the first epoch that verifiers were asked about for this version.
+
+        Others move the epoch on: a verifier that is waited for must not be behind anew each time.
+        """
+        with self._guard:
+            known = self._awaited.get(credential_uid)
+            if known is None or known[0] != version_id:
+                known = self._awaited[credential_uid] = version_id, epoch
+            return known[1]
 
     def follow(self, intent_uid: str, call: Future[Any], journal: Journal) -> None:
         """Report a call's end when it comes: a writer may always report its own intent (rule 2)."""

@@ -42,7 +42,7 @@ def upgrade():
 
 # What came after schema 0001, newest first.
 _NEW_TABLES = (
-    "own_versions", "own_credentials", "anchored", "hook_cursors", "hooks", "quarantine",
+    "verifiers", "own_versions", "own_credentials", "anchored", "hook_cursors", "hooks", "quarantine",
 )  # fmt: skip
 _NEW_COLUMNS = (
     "versions.landed_at", "credentials.repairs", "agents.file", "daemons.knows",

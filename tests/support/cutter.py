@@ -25,14 +25,20 @@ from support.stores import RealClock
 CALLER = Caller(name="tester")
 
 
-def administration(folder: Path, store: Store, *, patience: float = 5.0) -> Administration:
+def administration(
+    folder: Path,
+    store: Store,
+    *,
+    patience: float = 5.0,
+    authority: BuiltinAuthority | None = None,
+) -> Administration:
     """Return the verbs over the store of a folder."""
     return Administration(
         open_store=lambda: store,
         ledger=Ledger(folder / "ledger"),
         spool=Spool(folder / "revoked.d"),
         begun=Begun(folder / "requests.d"),
-        authority=BuiltinAuthority(),
+        authority=authority or BuiltinAuthority(),
         clock=RealClock(),
         schedule=lambda _case, _now: None,
         patience=timedelta(seconds=patience),

@@ -128,6 +128,27 @@ class Cluster:
         return ["setpriv", "--reuid=postgres", "--regid=postgres", "--init-groups"]
 
 
+class Standby(Cluster):
+    """A hot standby that follows another server; `promote` makes it one of its own."""
+
+    def __init__(self, binaries: Path, primary: Cluster) -> None:
+        self._primary = primary
+        super().__init__(binaries)
+
+    def _run(self, program: str, *arguments: str) -> None:
+        if program == "initdb":
+            where = str(self._data)
+            source = ["-h", str(self._primary.folder), "-U", "keyturn", "-D", where]
+            super()._run("pg_basebackup", *source, "-R", "-X", "stream", "-c", "fast")
+            return
+        super()._run(program, *arguments)
+
+    def promote(self) -> None:
+        """Let it take over."""
+        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
+            connection.execute("SELECT pg_promote(wait => true)")
+
+
 def binaries() -> Path | None:
     """Return the folder of the newest installed PostgreSQL."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: int(p.parts[-3]))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from keyturn.cli import output, render, render_files
+from keyturn.cli.verifiers import table as verifiers_table
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 CANARY = "kt_" + "A" * 14 + "_" + "b" * 49
@@ -301,3 +302,35 @@ def test_own_logins_say_until_when_and_what_keeps_them() -> None:
     assert "next try in 5m" in text
     assert "access keys do not end" in text
     assert "no connection logs in" in render.own_logins([], NOW)
+
+
+def test_a_verifier_that_did_not_answer_is_named() -> None:
+    """After a revoke and after a suspension, with what that means."""
+    verifiers = {"acknowledged": 3, "live": 4, "silent": ["web-2/0a1b2c3d"]}
+    done = {
+        "target": "agent:bot", "agent": "bot", "versions": ["v1"], "dry_run": False,
+        "delay_seconds": 36.1, "refused_here_after_seconds": 0.004, "verifiers": verifiers,
+    }  # fmt: skip
+    text = render.cut(done)
+    assert "refused everywhere after 36100 ms (3/4 verifiers)" in text
+    assert "verifier web-2/0a1b2c3d did not answer" in text
+    told = render.changed({"agent": "bot", "state": "suspended", "verifiers": verifiers})
+    assert told.startswith("bot: suspended\n")
+    assert "web-2/0a1b2c3d" in told
+
+
+def test_verifiers_are_a_table() -> None:
+    """A line for each with one word for how it is; where there is none, why."""
+    one = {
+        "id": "0a1b2c3d4e5f", "host": "web-2", "release": "1.0", "since": "2026-01-01T00:00:00Z",
+        "epoch": 7, "renewed_at": "2026-01-01T00:00:00Z", "stale": False, "behind": True,
+    }  # fmt: skip
+    rows = [one, {**one, "stale": True}, {**one, "behind": False}]
+    text = verifiers_table({"leased": True, "verifiers": rows})
+    assert [word for word in ("behind", "stale", "fresh") if word in text] == [
+        "behind",
+        "stale",
+        "fresh",
+    ]
+    assert "0a1b2c3d" in text
+    assert "on SQLite" in verifiers_table({"leased": False, "verifiers": []})

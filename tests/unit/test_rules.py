@@ -1,7 +1,7 @@
 """Each rule of the protocol can be missed: taken out of a copy of the source, a test must fail.
 
-A patch is a text that occurs exactly once, so it goes stale loudly. Rules 9, 10 and 16 to 21 live
-in adapters, verifiers and the store and are proven there.
+A patch is a text that occurs exactly once, so it goes stale loudly. Rules 9, 10, 20 and 21 live in
+adapters and the store and are proven there.
 """
 
 from __future__ import annotations
@@ -281,6 +281,102 @@ PATCHES: dict[str, Patch] = {
         instead="    return (ending or",
         tests="unit/test_decision.py -k 'stale and repairs'",
     ),
+    "16 register before reading": Patch(
+        file="storage/leases.py",
+        text="            self._link.register()\n",
+        instead="",
+        tests="unit/test_leases.py -k registers",
+    ),
+    "16 the lease counts from the sending": Patch(
+        file="storage/leases.py",
+        text="sent, sent + self._lease, received",
+        instead="sent, received + self._lease, received",
+        tests="unit/test_leases.py -k from_the_sending",
+    ),
+    "16 the lease is compared in each request": Patch(
+        file="storage/leases.py",
+        text="if held is None or self._clock() >= held.until:",
+        instead="if held is None:",
+        tests="unit/test_leases.py -k after_a_gap",
+    ),
+    "16 a lease may end during a decision": Patch(
+        file="verifier/decision.py",
+        text="            self._freshness.epoch()  # a lease may have run out meanwhile\n",
+        instead="            pass\n",
+        tests="unit/test_leases.py -k during_a_decision",
+    ),
+    "16 another server may be behind": Patch(
+        file="verifier/decision.py",
+        text="if row.epoch[:2] < before[:2]:",
+        instead="if False:",
+        tests="unit/test_leases.py -k is_behind",
+    ),
+    "16 a child of a fork holds no lease": Patch(
+        file="storage/leases.py",
+        text="os.register_at_fork(after_in_child=_forked)\n",
+        instead="",
+        tests="unit/test_leases.py -k fork",
+    ),
+    "17 only what was applied is acknowledged": Patch(
+        file="storage/leases.py",
+        text='"UPDATE verifiers v SET incarnation = %s, epoch = %s, ',
+        instead='"UPDATE verifiers v SET incarnation = m.incarnation + %s * 0, epoch = m.epoch + %s * 0, ',
+        tests="contract/test_leases.py -k acknowledges_in_a_later",
+    ),
+    "17 applied before it is acknowledged": Patch(
+        file="storage/leases.py",
+        text="        self._held = _Held(epoch, sent",
+        instead="        self._held = _Held(self._applied, sent",
+        tests="unit/test_leases.py -k acknowledged_by_a_later",
+    ),
+    "18 one that is behind is waited for": Patch(
+        file="verifier/registered.py",
+        text="if began - asked <= allowance(row.lease)]",
+        instead="if False]",
+        tests="unit/test_leases.py -k whoever_has_acknowledged",
+    ),
+    "18 by the waiter's own clock": Patch(
+        file="verifier/registered.py",
+        text="if began - asked <= allowance(row.lease)]",
+        instead="if found.now - row.renewed_at <= row.lease]",
+        tests="unit/test_leases.py -k waiters_own_clock",
+    ),
+    "18 since its commit": Patch(
+        file="verifier/registered.py",
+        text="self._asked.setdefault(epoch, now)",
+        instead="self._asked.setdefault(Epoch(0, 0), now)",
+        tests="unit/test_leases.py -k waiters_own_clock",
+    ),
+    "18 acknowledged in this life of the store": Patch(
+        file="verifier/registered.py",
+        text="known.incarnation == wanted.incarnation and ",
+        instead="",
+        tests="unit/test_leases.py -k former_life",
+    ),
+    "18 publishing waits": Patch(
+        file="rotation.py",
+        text="if self.world.authority.settled(epoch):",
+        instead="if epoch >= 0:",
+        tests="unit/test_saga_leases.py",
+    ),
+    "18 what moves on is not waited for anew": Patch(
+        file="rotation.py",
+        text="self.world.carried.awaited(uid, own, self.saved.epoch)",
+        instead="self.saved.epoch",
+        tests="unit/test_saga_leases.py -k never_hears",
+    ),
+    "19 refused only when surely passed": Patch(
+        file="storage/leases.py",
+        text="(self._clock() - held.received) * (1 - DRIFT)",
+        instead="self._clock() - held.sent",
+        tests="unit/test_leases.py -k surely_passed",
+    ),
+    "19 by the store's time": Patch(
+        file="storage/leases.py",
+        text="return held.now + timedelta(",
+        instead="return datetime.now(held.now.tzinfo) + timedelta(",
+        tests="unit/test_leases.py -k stores_time_alone",
+    ),
     "a rotation that waits keeps its version": Patch(
         file="world.py",
         text="            if known == version_id:\n                return plain\n",
@@ -301,6 +397,7 @@ OFTEN = (
     "12 what leaves is still read",
     "10 three repairs an hour",
     "15 a revoked version is never rolled forward",
+    "18 publishing waits",
     "a rotation that waits keeps its version",
 )
 

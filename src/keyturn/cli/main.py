@@ -21,6 +21,7 @@ from keyturn.cli.health import health
 from keyturn.cli.notify import notify
 from keyturn.cli.reach import late
 from keyturn.cli.store import store
+from keyturn.cli.verifiers import verifiers
 from keyturn.daemon.masking import render_exception, summary
 from keyturn.errors import KeyturnError
 
@@ -45,6 +46,7 @@ app.command("verify")(look.verify)
 app.command("identify")(look.identify)
 app.command("audit")(look.audit)
 app.command("clock")(look.clock)
+app.command("verifiers")(verifiers)
 app.command("metrics")(look.metrics)
 app.command("health")(health)
 app.add_typer(store, name="store")

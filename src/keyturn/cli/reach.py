@@ -19,7 +19,7 @@ DEFAULT_CONFIG = Path("/etc/keyturn/keyturn.yaml")
 
 # Commands that have an answer without the daemon; the rest need something that only it does.
 WITHOUT_DAEMON = frozenset(
-    {"status", "status.own", "revoke", "suspend", "resume", "audit", "audit.quoted"}
+    {"status", "status.own", "revoke", "suspend", "resume", "audit", "audit.quoted", "verifiers"}
 )
 
 

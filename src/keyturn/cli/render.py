@@ -355,6 +355,7 @@ def _revocation_end(result: Row) -> list[str]:
     verifiers = result.get("verifiers") or {}
     known = f"{verifiers.get('acknowledged', 0)}/{verifiers.get('live', 0)} verifiers"
     lines = [f"  warning: {safe(one)}" for one in result.get("warnings") or ()]
+    lines += _silent(verifiers)
     if here is not None:
         lines.append(f"refused on this host after {here * 1000:.0f} ms")
     if result.get("incomplete"):
@@ -362,6 +363,13 @@ def _revocation_end(result: Row) -> list[str]:
     elif everywhere is not None:
         lines.append(f"refused everywhere after {everywhere * 1000:.0f} ms ({known})")
     return lines
+
+
+def _silent(verifiers: Row) -> list[str]:
+    return [
+        f"  verifier {safe(one)} did not answer; what it knew has run out: it refuses or says 503"
+        for one in verifiers.get("silent") or ()
+    ]
 
 
 def successor(result: Row) -> str:
@@ -386,7 +394,9 @@ def successor(result: Row) -> str:
 def changed(result: Row) -> str:
     """Return `agent: state` after suspend, resume, remove, retry and abandon."""
     line = f"{safe(result.get('agent'))}: {safe(result.get('state'))}"
-    return line if result.get("changed", True) else f"{line} (it was so already)"
+    if not result.get("changed", True):
+        line = f"{line} (it was so already)"
+    return "\n".join([line, *_silent(result.get("verifiers") or {})])
 
 
 def clock(result: Row) -> str:

@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from keyturn.config.shape import Section
 from keyturn.core.duration import FORM as DURATION_FORM
 from keyturn.core.duration import parse_duration
+from keyturn.core.lease import LONGEST, OFTENEST, SHORTEST
 from keyturn.core.walltime import WINDOW_FORM, ZONE_FORM, parse_window, zone_of
 from keyturn.credential_file import CREDENTIAL_FORM, credential_path
 from keyturn.destinations.base import Form
@@ -260,11 +261,25 @@ class LogSettings(Section):
 class VerifierSettings(Section):
     """How verifiers stay fresh."""
 
+    rule: ClassVar[str] = (
+        "a lease of 1s to 5m, and a poll of 20ms or more that is a quarter of it at most"
+    )
+
     lease: Annotated[
         Duration,
-        Field(description="how long a verifier may answer until it must ask the store again"),
+        Field(
+            description="how long a verifier on PostgreSQL may answer until it must ask the store "
+            "again; a revoke waits so long for one that does not answer"
+        ),
     ] = timedelta(seconds=30)
     poll: Annotated[Duration, Field(description="how often it asks")] = timedelta(milliseconds=250)
+
+    @model_validator(mode="after")
+    def _polls_within(self) -> VerifierSettings:
+        good = SHORTEST <= self.lease <= LONGEST and OFTENEST <= self.poll <= self.lease / 4
+        if not good:
+            raise ValueError
+        return self
 
 
 class GroupSettings(Section):

@@ -96,7 +96,8 @@ class VerifierSection(VerifierSettings):
     """How verifiers stay fresh, where they are asked over HTTP, and by whom."""
 
     rule: ClassVar[str] = (
-        "relying_parties where others than this host can ask, and tls.client_ca for certificates"
+        f"{VerifierSettings.rule}; relying_parties where others than this host can ask, and"
+        " tls.client_ca for certificates"
     )
 
     listen: Annotated[

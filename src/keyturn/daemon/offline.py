@@ -20,6 +20,7 @@ from keyturn.core.secret import Secret
 from keyturn.daemon.anchoring import AnchorCommands
 from keyturn.daemon.commands import Commands
 from keyturn.daemon.cron import Crontab
+from keyturn.daemon.registered import VerifierCommands
 from keyturn.errors import ConfigError, NotPermitted, VerificationFailed
 from keyturn.wiring import Parts
 
@@ -32,7 +33,8 @@ class Offline:
 
     def commands(self) -> Mapping[str, Callable[..., Any]]:
         """Return the daemon's functions under their names."""
-        groups = Commands(lambda: self._parts), AnchorCommands(lambda: self._parts)
+        kinds = Commands, AnchorCommands, VerifierCommands
+        groups = [kind(lambda: self._parts) for kind in kinds]
         table = {name: one for group in groups for name, one in group.table().items()}
         return {name: command.function for name, command in table.items()}
 

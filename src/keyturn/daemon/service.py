@@ -34,6 +34,7 @@ from keyturn.daemon.own_logins import OwnLogins
 from keyturn.daemon.peer import Roles
 from keyturn.daemon.readiness import Readiness, Reason
 from keyturn.daemon.recovery import Recovery
+from keyturn.daemon.registered import VerifierCommands
 from keyturn.daemon.revoking import Revoking
 from keyturn.daemon.signals import Signals
 from keyturn.daemon.socket import AdminServer
@@ -182,6 +183,7 @@ class Service:
         groups = (
             Commands(lambda: parts, self),
             AnchorCommands(lambda: parts),
+            VerifierCommands(lambda: parts),
             NotifyCommands(notifier),
         )
         table = {name: one for group in groups for name, one in group.table().items()}

@@ -70,6 +70,11 @@ class VerifierMetrics(Collector):
             self._verifier.waiting,
         )
         yield GaugeMetricFamily(
+            "keyturn_verifier_staleness_seconds",
+            "How old what it answers by is; 0 where the store is asked each time",
+            self._verifier.staleness(),
+        )
+        yield GaugeMetricFamily(
             "keyturn_verifier_connections", "Open connections", len(self._connections)
         )
         yield GaugeMetricFamily(

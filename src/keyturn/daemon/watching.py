@@ -25,6 +25,7 @@ from keyturn.daemon.metrics import (
     Metrics,
 )
 from keyturn.daemon.readiness import Readiness
+from keyturn.daemon.registered import count as count_verifiers
 from keyturn.errors import StorageError, StoreUnavailable
 from keyturn.ports import AuditEntry
 from keyturn.status import OVERDUE_AFTER
@@ -158,6 +159,7 @@ class Watching:
         self._unpark()
         self._forget_dropped()
         self.metrics.audit_queue_length.set(self._parts.administration.queued())
+        count_verifiers(self._parts, self.metrics)
         try:
             self._count()
         except StoreUnavailable:

@@ -325,10 +325,16 @@ def _on_postgresql(query: str, doubt: str) -> str:
     return (
         f"BEGIN READ ONLY; SET LOCAL statement_timeout = {STATEMENT_MS};"
         f" SET LOCAL lock_timeout = {LOCK_MS};"
-        f" {query.format(now=now, value='%s', doubt=doubt.format(login='%s'))}; COMMIT"
+        f" {query.format(now=now, value='%s', doubt=_on_primary(doubt.format(login='%s')))}; COMMIT"
     )
 
 
+def _on_primary(doubt: str) -> str:
+    """A standby may lack what was committed before (rule 16)."""
+    return f"CASE WHEN pg_is_in_recovery() THEN '{_STANDBY}' ELSE {doubt} END"
+
+
+_STANDBY = "standby"
 _ON_SQLITE = {query: _on_sqlite(query, _DOUBT) for query in _QUERIES}
 _ON_POSTGRESQL = {query: _on_postgresql(query, _DOUBT) for query in _QUERIES}
 _BEFORE_SQLITE = {query: _on_sqlite(query, "NULL") for query in _QUERIES}
@@ -338,6 +344,8 @@ _BEFORE_POSTGRESQL = {query: _on_postgresql(query, "NULL") for query in _QUERIES
 def _certain(rows: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
     """Return the rows of versions. Raises StoreQuarantined where one may be wrong, or one missing."""
     for *_, doubt in rows:
+        if doubt == _STANDBY:
+            raise StoreUnavailable("this is no primary", hint="let store.url name the primary")
         if doubt is not None:
             raise StoreQuarantined
     return [row[:-1] for row in rows if row[0] is not None]

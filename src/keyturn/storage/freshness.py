@@ -60,6 +60,9 @@ class Freshness(Protocol):
     def learn(self) -> Epoch:
         """Ask the store. Raises StoreUnavailable."""
 
+    def staleness(self) -> float:
+        """Return how many seconds old what it goes by is; infinite where it knows nothing yet."""
+
     def close(self) -> None:
         """Give back what it holds."""
 
@@ -94,6 +97,10 @@ class SharedFile:
                     code_of(error) if isinstance(error, sqlite3.Error) else f"errno {error.errno}"
                 )
                 raise StoreUnavailable(f"the store cannot be read ({what})") from None
+
+    def staleness(self) -> float:
+        """Return none: the file is looked at before each yes."""
+        return 0.0
 
     def close(self) -> None:
         """Close the connection."""

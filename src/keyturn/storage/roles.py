@@ -2,7 +2,7 @@
 
     keyturn_migrator        owns the tables; `keyturn store upgrade` logs in as it, nothing else does
     keyturn_daemon          rows, no tables; adds to the audit and to the versions, never rewrites them
-    keyturn_verifier        reads what a decision needs, column by column
+    keyturn_verifier        reads what a decision needs, column by column; its own rows of `verifiers`
     keyturn_reader_GROUP    one view: the hashes of its agents that are accepted now
 
 The first part (`roles`) needs an administrator of the server, once and whenever a group is added. The
@@ -43,8 +43,8 @@ _FIXED: dict[str, frozenset[str]] = {
     "credentials": frozenset({"uid", "agent_uid"}),
     "agents": frozenset({"uid"}),
 }
-_NEVER_CHANGED = frozenset({"audit", "alembic_version"})
-_NEVER_ADDED = frozenset({"alembic_version"})
+_NEVER_CHANGED = frozenset({"audit", "alembic_version", "verifiers"})
+_NEVER_ADDED = frozenset({"alembic_version", "verifiers"})
 _NEVER_DELETED = frozenset({"audit", "alembic_version", "chains", *_FIXED})
 
 # What a decision is made of (`storage.decisions`), and nothing else.
@@ -58,7 +58,10 @@ _READ_BY_VERIFIERS: dict[str, Sequence[str]] = {
         "id", "credential_uid", "seq", "login", "state", "scheme", "digest", "tag", "origin",
         "deadline", "not_after",
     ),
+    "verifiers": tuple(column.name for column in metadata.tables["verifiers"].columns),
 }  # fmt: skip
+# Its lease is what a revoke waits for: that stays what it was registered with.
+_RENEWED_BY_VERIFIERS = ("incarnation", "epoch", "renewals", "renewed_at")
 
 _LIMITS = {  # statement, lock and idle-in-transaction timeouts in ms, connections
     MIGRATOR: (600_000, 10_000, 60_000, 5),
@@ -185,7 +188,32 @@ def rights(readers: Readers) -> list[str]:
             columns = ", ".join(_READ_BY_VERIFIERS[table.name])
             statements.append(f"GRANT SELECT ({columns}) ON {SCHEMA}.{table.name} TO {VERIFIER}")
     statements.append(f"GRANT USAGE ON SEQUENCE {SCHEMA}.audit_position_seq TO {DAEMON}")
-    return [*statements, *_views(readers)]
+    return [*statements, *_own_rows(), *_views(readers)]
+
+
+def _own_rows() -> list[str]:
+    """Return what lets a verifier register, and keeps its hands off those of other logins."""
+    table, renewed = f"{SCHEMA}.verifiers", ", ".join(_RENEWED_BY_VERIFIERS)
+    # SECURITY: whoever acknowledges for another, or takes its row away, lets a revoke return too early.
+    policies = {
+        "read_all": f"FOR SELECT TO {VERIFIER}, {DAEMON} USING (true)",
+        "end_all": f"FOR DELETE TO {DAEMON} USING (true)",
+        "add_own": f"FOR INSERT TO {VERIFIER} WITH CHECK (login = current_user)",
+        "renew_own": f"FOR UPDATE TO {VERIFIER} USING (login = current_user)",
+        "end_own": f"FOR DELETE TO {VERIFIER} USING (login = current_user)",
+    }
+    return [
+        f"GRANT INSERT, UPDATE ({renewed}), DELETE ON {table} TO {VERIFIER}",
+        f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY",
+        *(
+            statement
+            for name, rule in policies.items()
+            for statement in (
+                f"DROP POLICY IF EXISTS {name} ON {table}",
+                f"CREATE POLICY {name} ON {table} {rule}",
+            )
+        ),
+    ]
 
 
 def _verbs(table: sa.Table) -> str:

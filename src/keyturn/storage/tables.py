@@ -473,3 +473,21 @@ own_versions = sa.Table(
 _only_where(
     "own_versions_one_current", own_versions, "connection", "host", where="state = 'current'"
 )
+
+# Each process that remembers, while it does (PostgreSQL only: `storage.leases`). `incarnation` and
+# `epoch` are what it has applied, 0 before that; `renewed_at` is for people, nothing goes by it.
+verifiers = sa.Table(
+    "verifiers",
+    metadata,
+    sa.Column("id", sa.Text, primary_key=True),
+    _text("login"),
+    _text("host"),
+    _text("release"),
+    sa.Column("started_at", Instant, nullable=False),
+    sa.Column("lease", Span, nullable=False),
+    _number("incarnation"),
+    _number("epoch"),
+    _number("renewals"),
+    sa.Column("renewed_at", Instant, nullable=False),
+    sa.CheckConstraint("lease BETWEEN 1 AND 300000000", name="verifiers_lease"),
+)

@@ -1,7 +1,7 @@
 """The built-in authority: the verifier store itself says what is good.
 
 Its effects are the rows that the journal commits, so deadlines, revocations and suspensions need
-nothing more here. Rules 16 to 18 (leased verifiers) will have their place in `settled`.
+nothing more here but to wait for the verifiers that remember (rules 16 to 18).
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from datetime import datetime
 
 from keyturn.core.model import Version
 from keyturn.core.secret import Secret, parse
-from keyturn.ports import Abilities, Accepted
+from keyturn.ports import Abilities, Accepted, Standing
 from keyturn.verifier.gate import Gate
 from keyturn.verifier.hashing import SCHEME, Hashing, same_tag, tag, text_of
+from keyturn.verifier.registered import Registered
 
 
 def _saga_hashing() -> Hashing:
@@ -23,10 +24,14 @@ def _saga_hashing() -> Hashing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltinAuthority:
-    """Implements `ports.Authority` over the store's rows."""
+    """Implements `ports.Authority` over the store's rows.
+
+    Without `registered` every verifier reads spool and store before each yes: none is waited for.
+    """
 
     hashing: Hashing = field(default_factory=_saga_hashing)
     abilities: Abilities = field(default_factory=Abilities)
+    registered: Registered | None = None
 
     def accept(self, *, version_id: str, secret: Secret) -> Accepted:
         """Return what makes the version acceptable once it is committed."""
@@ -60,6 +65,11 @@ class BuiltinAuthority:
         """Do nothing: the row says it."""
 
     def settled(self, epoch: int) -> bool:
-        """Every verifier reads spool and store before each yes, so none is behind."""
-        del epoch
-        return True
+        """Tell whether every verifier that may answer has applied this epoch."""
+        return self.registered is None or self.registered.settled(epoch)
+
+    def standing(self, epoch: int) -> Standing:
+        """Look where every registered verifier is. Raises StoreUnavailable."""
+        if self.registered is None:
+            return Standing(settled=True, acknowledged=1, live=1)
+        return self.registered.standing(epoch)

@@ -32,6 +32,7 @@ from keyturn.ports import Clock
 from keyturn.storage.decisions import Decision, DecisionReader
 from keyturn.storage.engine import is_sqlite, sqlite_path
 from keyturn.storage.freshness import NO_EPOCH, Epoch, Freshness, SharedFile
+from keyturn.storage.leases import Leased, Leasing
 from keyturn.storage.postgresql import Password, no_password
 from keyturn.verifier.gate import Gate
 from keyturn.verifier.hashing import Hashing, fingerprint, same_tag
@@ -139,13 +140,22 @@ class Verifier:
         clock: Clock,
         password: Password = no_password,
         hashing: Hashing | None = None,
+        leasing: Leasing | None = None,
     ) -> Verifier:
-        """Open a verifier on a store; it reads the spool of this host's state folder."""
+        """Open a verifier on a store; it reads the spool of this host's state folder.
+
+        On PostgreSQL it remembers answers only with `leasing`, and is registered then until it is
+        closed; for one or two answers it need not be.
+        """
         reader = DecisionReader.open(store_url, password=password)
         here = is_sqlite(store_url)
         # On the host of an SQLite file the spool lies beside it; elsewhere there may be none.
         spool = Spool(state_dir / "revoked.d", required=here)
-        freshness = SharedFile(sqlite_path(store_url)) if here else None
+        freshness: Freshness | None = SharedFile(sqlite_path(store_url)) if here else None
+        if leasing is not None and not here:
+            clock = freshness = Leased.open(
+                store_url, leasing, password=password
+            )  # the store's time
         return cls(reader, spool, clock, freshness=freshness, hashing=hashing)
 
     @property
@@ -164,6 +174,10 @@ class Verifier:
         self._reader.close()
         if self._freshness is not None:
             self._freshness.close()
+
+    def staleness(self) -> float:
+        """Return how many seconds old what it remembers by is: a lease's newest answered poll."""
+        return self._freshness.staleness() if self._freshness is not None else 0.0
 
     def verify(self, login: str | None, secret: Secret | str | bytes) -> Verified:
         """Return whose secret this is; without a login, whoever has it.
@@ -241,6 +255,8 @@ class Verifier:
             self._freshness.epoch()  # a lease may have run out meanwhile
         if row is None:
             return None
+        if row.epoch[:2] < before[:2]:  # some other server than the one that the epoch is from
+            raise StoreUnavailable("the store answered with what it said before")
         proof = _proof(row, before if before.same_store(row.epoch) else NO_EPOCH)
         self._remember(key, proof)
         return proof
