@@ -55,6 +55,7 @@ from keyturn.storage.ledger import Ledger
 from keyturn.storage.postgresql import Password
 from keyturn.storage.requests import Begun
 from keyturn.storage.store import Store
+from keyturn.storage.usage import UsageRecords
 from keyturn.verifier.authority import BuiltinAuthority
 from keyturn.verifier.decision import Verifier
 from keyturn.verifier.spool import Spool
@@ -162,6 +163,15 @@ class Parts:
     _store_clock: GuardedClock | None = None
     _carried: Carried = field(default_factory=Carried)
     _store: Store | None = None
+    _usage: UsageRecords | None = None
+
+    @property
+    def usage(self) -> UsageRecords:
+        """What verifiers saw. Raises StoreUnavailable."""
+        if self._usage is None:
+            folder, store = self.settings.store.folder, self.store
+            self._usage = UsageRecords.beside(store.database, state_dir=folder, clock=self.clock)
+        return self._usage
 
     @property
     def store(self) -> Store:
@@ -189,6 +199,8 @@ class Parts:
         """Give everything back."""
         for destination in self.destinations.values():
             destination.close()
+        if self._usage is not None:
+            self._usage.close()
         if self._store is not None:
             self._store.close()
 

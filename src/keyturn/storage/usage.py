@@ -220,22 +220,15 @@ class UsageRecords:
         rows = self._open().read(lambda connection: connection.execute(grouped).all())
         return {result: int(number) for result, number in rows}
 
-    def presented(self, *, since: datetime | None = None) -> list[Presented]:
-        """Return the ended versions that were presented, or only what was not told `since` then."""
+    def presented(self, *, untold: bool = False) -> list[Presented]:
+        """Return the ended versions that were presented, or only those of which there is news."""
         if not self.begun:
             return []
         query = sa.select(usage_presented).order_by(usage_presented.c.version_id)
-        if since is not None:
-            untold = usage_presented.c.number > usage_presented.c.told_number
-            due = usage_presented.c.told_at.is_(None) | (usage_presented.c.told_at <= since)
-            query = query.where(untold & due)
+        if untold:
+            query = query.where(usage_presented.c.number > usage_presented.c.told_number)
         rows = self._open().read(lambda connection: connection.execute(query).all())
         return [Presented(**row._asdict()) for row in rows]
-
-    def presented_of(self, version_ids: Sequence[str]) -> list[Presented]:
-        """Return those of these versions."""
-        wanted = set(version_ids)
-        return [one for one in self.presented() if one.version_id in wanted]
 
     def told(self, one: Presented, at: datetime) -> None:
         """Note that somebody was told of it."""
