@@ -116,6 +116,21 @@ def test_threads_lose_no_count() -> None:
     assert bench.kept.results == {"accepted": 40_000, "refused": 40_000}
 
 
+def test_versions_that_rest_make_room_for_others() -> None:
+    """Once the table is half full, who was not used goes; what comes back later is counted on."""
+    bench = Bench(versions=10)
+    for turn in range(6):
+        for number in range(4 * turn, 4 * turn + 4):
+            bench.usage.accepted(verified(f"v{number}"))
+        bench.usage.accepted(verified("always"))
+        bench.usage.flush()
+    bench.usage.accepted(verified("v0"))
+    bench.usage.flush()
+    assert bench.kept.uses == {"always": 6, "v0": 2} | {f"v{n}": 1 for n in range(1, 24)}
+    assert bench.usage.counts["unlisted"] == 0
+    assert len(bench.usage._uses._numbers) <= 10
+
+
 @pytest.mark.parametrize("error", [StoreUnavailable("locked"), StoreFull()])
 @pytest.mark.parametrize("after", [False, True])
 def test_a_flush_that_failed_is_made_good_and_nothing_counts_twice(

@@ -4,7 +4,7 @@ SECURITY: a failed verification is no mutation. It is one number more in memory,
 and by whom, and ends as an aggregate; it touches neither the store nor its lock nor the audit, so that
 a guesser delays no revoke and fills no disk.
 
-Counting waits for nothing but a lock that is held for nanoseconds. The instants of a use are those of
+Counting waits for nothing, not even for a lock. The instants of a use are those of
 the flush that collects it: up to `EVERY` late, never early. What a process has not flushed dies with
 it; what it could not flush it keeps for the next time.
 """
@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections import Counter, defaultdict
+from collections import Counter
 from contextlib import suppress
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +26,7 @@ from keyturn.ports import Clock
 from keyturn.storage.decisions import Decision
 from keyturn.storage.postgresql import Password, no_password
 from keyturn.storage.usage import Count, Tally, UsageRecords
+from keyturn.verifier.counters import Counters
 from keyturn.verifier.tombstones import Lookup, Tombstones
 
 EVERY = 10.0  # seconds between two flushes
@@ -78,12 +80,11 @@ class Usage:
         self._versions = versions
         self._tombstones = tombstones or Tombstones(clock.boottime)
         self._tombstones.found = self._presented
-        self._guard = threading.Lock()  # of what answers touch
-        self._uses: defaultdict[str, int] = defaultdict(int)
-        self._late: defaultdict[str, int] = defaultdict(int)
-        self._failed = dict.fromkeys(FAILURES, 0)
-        self._unlisted = {"accepted": 0, "accepted_previous": 0}
-        self._flushing = threading.Lock()  # of what follows
+        self._uses = Counters(versions)
+        self._late = Counters(versions)
+        self._failures = {result: count() for result in FAILURES}
+        self._failed = dict.fromkeys(FAILURES, 0)  # of which so many are taken
+        self._flushing = threading.Lock()  # of what is taken
         self._kept = Tally()
         self._sent: Tally | None = None
         self._number = 0
@@ -126,19 +127,12 @@ class Usage:
 
     def accepted(self, verified: Counted) -> None:
         """Count a yes, also one that was remembered."""
-        version_id = verified.version_id
-        late = verified.state == _PREVIOUS
-        with self._guard:
-            counts = self._late if late else self._uses
-            if version_id in counts or len(counts) < self._versions:
-                counts[version_id] += 1
-            else:
-                self._unlisted["accepted_previous" if late else "accepted"] += 1
+        counters = self._late if verified.state == _PREVIOUS else self._uses
+        counters.raised(verified.version_id)
 
     def failed(self, result: str) -> None:
         """Count another answer, by one of `FAILURES`."""
-        with self._guard:
-            self._failed[result] += 1
+        next(self._failures[result])
 
     def presented(self, row: Decision, secret: Secret) -> None:
         """Look later whether this is an ended version's secret; its tag says so already."""
@@ -183,34 +177,34 @@ class Usage:
         return self._flushed is None or self._clock.boottime() - self._flushed >= QUIET
 
     def _collect(self) -> None:
-        """Take over what answers have counted. The next one finds empty dictionaries."""
-        with self._guard:
-            uses, self._uses = self._uses, defaultdict(int)
-            late, self._late = self._late, defaultdict(int)
-            failed, self._failed = self._failed, dict.fromkeys(FAILURES, 0)
-            unlisted, self._unlisted = self._unlisted, dict.fromkeys(self._unlisted, 0)
+        """Take over what answers have counted."""
+        # The time comes last: a use is never earlier than it is said to be.
+        taken = (("accepted", *self._uses.taken()), ("accepted_previous", *self._late.taken()))
+        failed = {result: next(number) for result, number in self._failures.items()}
         now = self._clock.boottime()
-        for counts, result in ((uses, "accepted"), (late, "accepted_previous")):
-            for version_id, number in counts.items():
-                self._keep_use(version_id, Count(first=now, last=now, number=number))
-            failed[result] = sum(counts.values()) + unlisted[result]
-        self.counts["unlisted"] += sum(unlisted.values())
-        self.counts["dropped"] = self._tombstones.dropped
         minute = now // timedelta(minutes=1)
-        for result, number in failed.items():
-            if number:
-                self._keep_result(minute, result, number)
+        for result, uses, unlisted in taken:
+            for version_id, number in uses.items():
+                self._keep_use(version_id, Count(first=now, last=now, number=number))
+            self.counts["unlisted"] += unlisted
+            self._keep_result(minute, result, sum(uses.values()) + unlisted)
+        for result, value in failed.items():
+            self._keep_result(minute, result, value - self._failed[result])
+            self._failed[result] = value + 1
+        self.counts["dropped"] = self._tombstones.dropped
 
-    def _keep_use(self, version_id: str, count: Count) -> None:
+    def _keep_use(self, version_id: str, use: Count) -> None:
         kept = self._kept.uses
         if version_id in kept:
-            kept[version_id] = kept[version_id].plus(count)
+            kept[version_id] = kept[version_id].plus(use)
         elif len(kept) < self._versions:
-            kept[version_id] = count
+            kept[version_id] = use
         else:
-            self.counts["unlisted"] += count.number
+            self.counts["unlisted"] += use.number
 
     def _keep_result(self, minute: int, result: str, number: int) -> None:
+        if not number:
+            return
         kept = self._kept.results
         if len(kept) >= MINUTES:  # after hours without a flush the sum is what is left
             minute = max((m for m, known in kept if known == result), default=minute)
