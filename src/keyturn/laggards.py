@@ -20,6 +20,7 @@ from keyturn.storage.usage import Presented, UsageRecords, Used
 
 LATELY = timedelta(minutes=15)  # after which a verifier that writes nothing counts no more
 SHOWN = timedelta(days=30)  # for which status tells of an ended version that was presented
+MOST = 500  # of those, over all agents
 QUARTER = 4
 
 
@@ -52,9 +53,10 @@ def _by_agent(
     store: Store, found: Sequence[Presented], now: datetime
 ) -> dict[str, list[Presented]]:
     lately = [one for one in found if now - one.last_at <= SHOWN]
-    known = store.find_versions([one.version_id for one in lately[:500]]) if lately else {}
+    newest = sorted(lately, key=lambda one: one.last_at, reverse=True)[:MOST]
+    known = store.find_versions([one.version_id for one in newest]) if newest else {}
     result: dict[str, list[Presented]] = {}
-    for one in lately:
+    for one in newest:
         if one.version_id in known:
             result.setdefault(known[one.version_id][0].name, []).append(one)
     return result
@@ -119,9 +121,6 @@ def presented_rows(case: Case, seen: Seen | None) -> list[dict[str, Any]] | None
     """Return the ended versions of an agent that somebody still presented, the newest first."""
     if seen is None:
         return None
-    found = sorted(
-        seen.presented.get(case.agent.name, ()), key=lambda one: one.last_at, reverse=True
-    )
     return [
         {
             "version": one.version_id,
@@ -130,5 +129,5 @@ def presented_rows(case: Case, seen: Seen | None) -> list[dict[str, Any]] | None
             "last_at": rfc3339(one.last_at),
             "times": one.number,
         }
-        for one in found
+        for one in seen.presented.get(case.agent.name, ())
     ]

@@ -202,7 +202,8 @@ def identify(
             "identify", {"versions": ids[start : start + _BATCH]}, socket=socket, config=config
         )
     known = {row["version"] for row in rows}
-    strange = [{"version": one, "agent": None, "state": None} for one in ids if one not in known]
+    nothing = dict.fromkeys(("agent", "state", "last_used_at", "uses_last_hour"))
+    strange = [{"version": one, **nothing} for one in ids if one not in known]
     output.show([*rows, *strange], as_json=json, people=render.identified)
     output.end_with(0 if known else 1)
 

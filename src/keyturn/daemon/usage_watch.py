@@ -6,6 +6,7 @@ a version that has ended, once an hour for each, and name no other; what the sta
 
 from __future__ import annotations
 
+import threading
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -36,11 +37,19 @@ class UsageWatch:
         self._totals: dict[str, int] | None = None
         self._counted: dict[str, int] = {}
         self._forgot: datetime | None = None
+        self._looking = threading.Lock()
         for state in ENDED_STATES:  # an alert on a rate needs the zero before the first one
             metrics.retired_presented.labels(state)
 
     def look(self) -> None:
-        """Read what is new, and say it."""
+        """Read what is new, and say it, unless another thread is at it."""
+        if self._looking.acquire(blocking=False):
+            try:
+                self._look()
+            finally:
+                self._looking.release()
+
+    def _look(self) -> None:
         with suppress(StorageError):  # the tick says that the store is away
             records, now = self._parts.usage, self._parts.store.now()
             flushed = records.flushed_at()

@@ -124,7 +124,7 @@ class UsageRecords:
 
         def source() -> Database:
             database = open_database(f"sqlite:///{path}", clock=clock)
-            event.listen(database.engine, "connect", _be_quick)
+            event.listen(database.engine, "connect", _be_quick, insert=True)
             try:
                 database.write(usage_metadata.create_all)
             except BaseException:

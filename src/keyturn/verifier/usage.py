@@ -4,7 +4,7 @@ SECURITY: a failed verification is no mutation. It is one number more in memory,
 and by whom, and ends as an aggregate; it touches neither the store nor its lock nor the audit, so that
 a guesser delays no revoke and fills no disk.
 
-Counting waits for nothing, not even for a lock. The instants of a use are those of
+Counting takes no lock where a version is known, and waits for no flush. The instants of a use are those of
 the flush that collects it: up to `EVERY` late, never early. What a process has not flushed dies with
 it; what it could not flush it keeps for the next time.
 """
