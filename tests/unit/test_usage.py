@@ -341,8 +341,19 @@ def test_a_known_id_alone_is_none(desk: Desk, state: VersionState) -> None:
     _, secret = desk.add(1, state)
     for seed in range(50, 60):
         desk.refuses(forged(secret, seed))
+    assert desk.tombstones._thread is None  # nothing was handed over
+    assert desk.seen() == {}
+
+
+def test_junk_that_makes_a_tombstone_known_reaches_no_hash(desk: Desk) -> None:
+    """The first one who presents a version that only the spool refuses may be a guesser."""
+    version_id, secret = desk.add(1, VersionState.CURRENT)
+    desk.spool.revoke(version_id, {})
+    desk.refuses(forged(secret))
     assert desk.seen() == {}
     assert desk.hashing.checks == []  # type: ignore[attr-defined]
+    desk.refuses(secret)
+    assert desk.seen() == {(version_id, "revoked"): 1}
 
 
 def test_what_is_accepted_is_none_either(desk: Desk) -> None:
