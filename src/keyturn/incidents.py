@@ -45,6 +45,12 @@ TABLE = {
         "the audit is not what it was: entries were changed, cut or put back",
         "keyturn audit --verify",
     ),
+    "revoked-presented": Incident(
+        "somebody presented a revoked secret, all of it", "keyturn status AGENT"
+    ),
+    "retired-presented": Incident(
+        "somebody presented a retired secret, all of it, and was refused", "keyturn status AGENT"
+    ),
     "webhook-gone": Incident(
         "a receiver of webhooks answered that it is gone for ever; nothing is sent to it any more",
         "keyturn notify status",

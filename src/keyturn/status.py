@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import Any
 
-from keyturn import advice
+from keyturn import advice, laggards
 from keyturn.core import repair
 from keyturn.core.decision import ENDING
 from keyturn.core.lifecycle import pinned
@@ -27,6 +27,7 @@ from keyturn.core.model import (
     WaitReason,
 )
 from keyturn.core.walltime import rfc3339
+from keyturn.laggards import Seen
 from keyturn.world import Parked
 
 OVERDUE_AFTER = timedelta(minutes=5)
@@ -39,14 +40,21 @@ def describe(
     now: datetime,
     parked: Parked | None = None,
     suspension: dict[str, Any] | None = None,
+    seen: Seen | None = None,
 ) -> dict[str, Any]:
     """Return everything about one agent as plain JSON values.
 
     `parked` is what the daemon knows of a run that the store broke off, `suspension` who stopped the
-    agent, when and why.
+    agent, when and why, `seen` what verifiers counted.
     """
     agent, credential = case.agent, case.credential
     current, pending = case.current, case.pending
+
+    def shown(version: Version | None) -> dict[str, Any] | None:
+        if version is None:
+            return None
+        return _version(version) | laggards.of_version(version, case, policy, seen)
+
     return {
         **definition(agent),
         "suspension": suspension,
@@ -54,14 +62,15 @@ def describe(
         "next_rotation_at": _at(credential.next_rotation_at) if agent.rotates else None,
         "overdue": is_overdue(case, now),
         "max_age_at": _at(_max_age_at(current, policy)),
-        "current": _version(current),
-        "pending": _version(pending),
-        "kept": [_version(v) for v in case.accepted if v.state is VersionState.KEPT],
-        "previous": [_version(v) for v in case.accepted if v.state is VersionState.PREVIOUS],
+        "current": shown(current),
+        "pending": shown(pending),
+        "kept": [shown(v) for v in case.accepted if v.state is VersionState.KEPT],
+        "previous": [shown(v) for v in case.accepted if v.state is VersionState.PREVIOUS],
+        "presented": laggards.presented_rows(case, seen),
         "successor_owed": credential.successor_owed,
         "rotation": _rotation(case, parked),
         "destinations": [_destination(case, target) for target in case.targets],
-        "safe_to_retire": _safe_to_retire(case, now),
+        "safe_to_retire": _safe_to_retire(case, now, _lagging(case, policy, seen)),
         "hint": advice.hint(parked.code, agent.name) if parked else _hint(case, now),
     }
 
@@ -95,19 +104,13 @@ def _max_age_at(current: Version | None, policy: Policy) -> datetime | None:
     return current.minted_at + policy.max_age
 
 
-def _version(version: Version | None) -> dict[str, Any] | None:
-    if version is None:
-        return None
+def _version(version: Version) -> dict[str, Any]:
     return {
         "version": version.id,
         "minted_at": _at(version.minted_at),
         "promoted_at": _at(version.promoted_at),
         "deadline": _at(version.deadline),
         "exposed": version.exposed,
-        "first_used_at": None,
-        "last_used_at": None,
-        "uses": None,
-        "laggards": None,
     }
 
 
@@ -232,11 +235,18 @@ def _shown(case: Case, target: Target) -> tuple[str | None, datetime | None]:
     return (look.shown or None, look.at) if look else (None, None)
 
 
-def _safe_to_retire(case: Case, now: datetime) -> dict[str, Any]:
+def _lagging(case: Case, policy: Policy, seen: Seen | None) -> frozenset[str]:
+    return frozenset(v.id for v in case.accepted if laggards.lags(v, case, policy, seen))
+
+
+def _safe_to_retire(
+    case: Case, now: datetime, lagging: frozenset[str] = frozenset()
+) -> dict[str, Any]:
     for version in case.accepted:
         reason = _keeps(case, version, now) if version.state in ENDING else ""
         if reason:
-            return {"ok": False, "reason": reason}
+            used = ", and it is still used" if version.id in lagging else ""
+            return {"ok": False, "reason": reason + used}
     return {"ok": True, "reason": ""}
 
 

@@ -57,12 +57,14 @@ from keyturn.storage.ledger import Ledger
 from keyturn.storage.postgresql import Password
 from keyturn.storage.requests import Begun
 from keyturn.storage.store import Store
+from keyturn.storage.usage import UsageRecords
 from keyturn.verifier.authority import BuiltinAuthority
 from keyturn.verifier.decision import Verifier
 from keyturn.verifier.gate import Gate
 from keyturn.verifier.hashing import Hashing
 from keyturn.verifier.registered import Registered
 from keyturn.verifier.spool import Spool
+from keyturn.verifier.usage import Usage
 from keyturn.world import Carried, Watcher, World
 
 RECONCILE_TRIES = 5
@@ -167,6 +169,15 @@ class Parts:
     _store_clock: GuardedClock | None = None
     _carried: Carried = field(default_factory=Carried)
     _store: Store | None = None
+    _usage: UsageRecords | None = None
+
+    @property
+    def usage(self) -> UsageRecords:
+        """What verifiers saw. Raises StoreUnavailable."""
+        if self._usage is None:
+            folder, store = self.settings.store.folder, self.store
+            self._usage = UsageRecords.beside(store.database, state_dir=folder, clock=self.clock)
+        return self._usage
 
     @property
     def store(self) -> Store:
@@ -194,6 +205,8 @@ class Parts:
         """Give everything back."""
         for destination in self.destinations.values():
             destination.close()
+        if self._usage is not None:
+            self._usage.close()
         if self._store is not None:
             self._store.close()
 
@@ -521,7 +534,15 @@ def leasing_of(settings: Settings) -> Leasing:
     )
 
 
-def open_verifier(settings: Settings, *, serving: bool = False) -> Verifier:
+def open_usage(settings: Settings) -> Usage:
+    """Begin to count what a verifier of these settings answers; to be closed before that."""
+    folder, password = settings.store.folder, password_of(settings)
+    return Usage.open(settings.store.url, state_dir=folder, clock=SystemClock(), password=password)
+
+
+def open_verifier(
+    settings: Settings, *, serving: bool = False, usage: Usage | None = None
+) -> Verifier:
     """Open the verifier of these settings; one that is `serving` remembers what it has proven.
 
     It starts from the time that the daemon goes by: a clock that jumped refuses nobody early.
@@ -540,11 +561,11 @@ def open_verifier(settings: Settings, *, serving: bool = False) -> Verifier:
     hashing = Hashing(gate=gate)
     if serving and not here:
         leased = Leased.open(settings.store.url, leasing_of(settings), password=password)
-        return Verifier(reader, spool, leased, freshness=leased, hashing=hashing)
+        return Verifier(reader, spool, leased, freshness=leased, hashing=hashing, usage=usage)
     clock = GuardedClock(SystemClock(), boot_id=this_boot, learn=learn)
     clock.anchor = learn()
     freshness = SharedFile(sqlite_path(settings.store.url)) if serving else None
-    return Verifier(reader, spool, clock, freshness=freshness, hashing=hashing)
+    return Verifier(reader, spool, clock, freshness=freshness, hashing=hashing, usage=usage)
 
 
 def password_of(settings: Settings) -> Password:

@@ -21,6 +21,7 @@ from keyturn.storage.engine import open_database
 from keyturn.storage.membership import Membership
 from keyturn.storage.postgresql import no_password
 from keyturn.storage.store import Store
+from keyturn.storage.usage_tables import usage_metadata
 from support.postgres import Cluster, postgres  # noqa: F401 - a fixture
 from support.stores import TTL, Place, RealClock, add, claim_of, version
 
@@ -187,8 +188,8 @@ def test_a_verifier_reads_the_store_of_the_release_before(place: Place) -> None:
     works(store, uid)
     found = store.case(uid).versions[0]
     with store.engine.connect() as connection, connection.begin():
-        for table in _NEW_TABLES:
-            connection.execute(sa.text(f"DROP TABLE {table}"))
+        for table in [*_NEW_TABLES, *usage_metadata.tables]:  # those of usage on a server only
+            connection.execute(sa.text(f"DROP TABLE IF EXISTS {table}"))
         for column in _NEW_COLUMNS:
             connection.execute(sa.text("ALTER TABLE {} DROP COLUMN {}".format(*column.split("."))))
         connection.execute(sa.text("UPDATE alembic_version SET version_num = '0001'"))

@@ -53,11 +53,22 @@ from keyturn.storage import audit, reading, restoring
 from keyturn.storage.decisions import DecisionReader
 from keyturn.storage.membership import Membership
 from keyturn.storage.store import Store
-from keyturn.storage.tables import metadata
 from keyturn.storage.takeover import TakeOver, Wanted
 from support.pgbouncer import pgbouncer  # noqa: F401 - a fixture
 from support.postgres import postgres  # noqa: F401 - a fixture
-from support.stores import NOW, TTL, Place, add, claim_of, entry, intent, rotation, target, version
+from support.stores import (
+    NOW,
+    TTL,
+    Place,
+    add,
+    claim_of,
+    declared,
+    entry,
+    intent,
+    rotation,
+    target,
+    version,
+)
 
 CANARY = "kt_canary_never_printed"
 
@@ -856,7 +867,7 @@ def test_the_migrations_build_what_the_tables_declare(store: Store) -> None:
     """The schema of a fresh store and `tables` are the same."""
     with store.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
-        assert compare_metadata(context, metadata) == []
+        assert compare_metadata(context, declared(store.engine)) == []
 
 
 def test_a_store_of_a_newer_release_is_refused(place: Place) -> None:

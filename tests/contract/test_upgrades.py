@@ -13,9 +13,8 @@ from sqlalchemy.engine import Engine
 
 from keyturn.storage import migrations
 from keyturn.storage.migrations import versions
-from keyturn.storage.tables import metadata
 from support.postgres import postgres  # noqa: F401 - a fixture
-from support.stores import Place, either_place  # noqa: F401 - a fixture
+from support.stores import Place, declared, either_place  # noqa: F401 - a fixture
 
 # An agent as the first release left it: what is accepted was shown to readers, what is pending not yet.
 _ROWS = """
@@ -59,7 +58,7 @@ def test_a_store_of_the_first_schema_becomes_one_of_this_release(
         done = migrations.upgrade(connection)
         assert [step.revision for step in done][-1] == migrations.HEAD
         context = MigrationContext.configure(connection, opts={"compare_type": True})
-        assert compare_metadata(context, metadata) == []
+        assert compare_metadata(context, declared(engine)) == []
         landed = connection.exec_driver_sql("SELECT id, landed_at FROM versions ORDER BY id")
         assert [tuple(row) for row in landed] == [("v1", None), ("v2", 8), ("v3", None)]
 

@@ -15,6 +15,10 @@ from keyturn.core.model import AgentState, VersionState
 from keyturn.errors import StoreUnavailable
 from keyturn.storage.decisions import DecisionReader
 from keyturn.storage.roles import DAEMON, MIGRATOR, VERIFIER
+from keyturn.storage.usage import UsageRecords
+from keyturn.testing.fakes import FakeClock
+from keyturn.verifier.decision import Verified
+from keyturn.verifier.usage import Usage
 from support.least_rights import READERS, LeastRights, least_rights, psql, put, put_version
 from support.postgres import Cluster, postgres  # noqa: F401 - a fixture
 from support.stores import entry
@@ -192,6 +196,18 @@ NOT_FOR_VERIFIERS = [
     "TRUNCATE public.verifiers",
     "ALTER TABLE public.verifiers DISABLE ROW LEVEL SECURITY",
     "DROP POLICY renew_own ON public.verifiers",
+    "DELETE FROM public.usage_presented",
+    "DELETE FROM public.usage_versions",
+    "DELETE FROM public.usage_sources",
+    "DELETE FROM public.usage_results",
+    "TRUNCATE public.usage_results",
+    "UPDATE public.usage_presented SET told_at = 1",
+    "UPDATE public.usage_presented SET told_number = 9",
+    "UPDATE public.usage_presented SET first_at = 1",
+    "UPDATE public.usage_versions SET version_id = 'x'",
+    "INSERT INTO public.usage_presented (version_id, state, first_at, last_at, number, told_at)"
+    " VALUES ('x', 'retired', 1, 1, 1, 1)",
+    "LOCK TABLE public.usage_versions IN ACCESS EXCLUSIVE MODE",
 ]
 # Who is waited for says so itself; the daemon ends what is dead, and nothing else.
 NOT_FOR_DAEMONS = [
@@ -207,6 +223,9 @@ NOT_FOR_READERS = [
     "SELECT boottime FROM public.daemons",
     "SELECT epoch FROM public.meta",
     "SELECT digest FROM public.versions WHERE id = 'x'",
+    "SELECT * FROM public.usage_versions",
+    "SELECT * FROM public.usage_presented",
+    "INSERT INTO public.usage_results (span, result, slot, at, number) VALUES ('day', 'x', 1, 1, 1)",
     "INSERT INTO web (agent) VALUES ('x')",
     "UPDATE web SET hash = 'x'",
     "DELETE FROM web",
@@ -337,6 +356,34 @@ def test_the_verifier_decides_with_its_own_columns(rights: LeastRights) -> None:
         stranger.lookup(known)
     assert "keyturn policy postgresql" in refused.value.hint
     stranger.close()
+
+
+def test_the_verifier_adds_what_it_counted_and_the_daemon_marks_it(rights: LeastRights) -> None:
+    """The rights that a verifier has on its own tables are all that counting asks for."""
+    store = rights.open()
+    with rights.connect() as admin:
+        epoch = admin.execute("SELECT epoch FROM meta").fetchone()
+    clock, state_dir = FakeClock(), rights.place.state_dir
+    counts = UsageRecords.open(rights.url(VERIFIER), state_dir=state_dir, clock=clock)
+    usage = Usage(counts, clock, source="v")
+    for _ in range(2):
+        usage.accepted(
+            Verified(agent="a", login="a", version_id="v1", state="current", deadline=None)
+        )
+        usage.failed("refused")
+        usage._presented("v2", "retired")
+        assert usage.flush(), usage.counts
+    daemon = UsageRecords.beside(store.database, state_dir=state_dir, clock=clock)
+    assert daemon.uses(["v1"])["v1"].uses == 2
+    assert daemon.totals() == {"accepted": 2, "refused": 2}
+    [one] = daemon.presented(untold=True)
+    daemon.told(one, store.now())
+    assert daemon.presented(untold=True) == []
+    daemon.forget(store.now())
+    assert daemon.flushed_at() is not None
+    usage.close()
+    with rights.connect() as admin:
+        assert admin.execute("SELECT epoch FROM meta").fetchone() == epoch
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from keyturn.core.model import (
     Agent,
@@ -24,6 +25,8 @@ from keyturn.core.model import (
 )
 from keyturn.ports import AuditEntry, Claim
 from keyturn.storage.store import Store
+from keyturn.storage.tables import metadata
+from keyturn.storage.usage_tables import usage_metadata
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 TTL = timedelta(seconds=60)
@@ -78,6 +81,11 @@ def either_place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pla
     found = Place(url, tmp_path)
     yield found
     found.close()
+
+
+def declared(engine: sa.Engine) -> Any:
+    """Return the tables that a store on this database has."""
+    return metadata if engine.dialect.name == "sqlite" else [metadata, usage_metadata]
 
 
 def claim_of(store: Store, uid: str, *, holder: str, ttl: timedelta) -> Claim | None:

@@ -30,6 +30,16 @@ class NothingFound(KeyturnError):
     default_hint = "imported secrets of another form cannot be identified by their text"
 
 
+class NothingCounts(KeyturnError):
+    """No verifier of this store has ever written down what it saw."""
+
+    code = "nothing-counts"
+    exit_code = 69
+    default_hint = (
+        "a verifier counts once it runs on this store; see `keyturn verify` for one secret"
+    )
+
+
 def status(
     *,
     agent: Annotated[
@@ -38,6 +48,10 @@ def status(
             metavar="AGENT", help="Only this one, with details.", autocompletion=complete.agents
         ),
     ] = "",
+    never_presented: Annotated[
+        bool,
+        typer.Option("--never-presented", help="Only those whose secret nobody has presented yet."),
+    ] = False,
     own: Annotated[
         bool, typer.Option("--own", help="The daemon's own logins instead, and when they end.")
     ] = False,
@@ -57,12 +71,20 @@ def status(
         return
     args = {"agent": agent} if agent else {}
     rows = ask("status", args, socket=socket, config=config)
+    rows = _never_presented(rows) if never_presented else rows
     if not json:
         warn(socket, config)
     if agent and rows:
         output.show(rows[0], as_json=json, people=render.status_of_one)
     else:
         output.show(rows, as_json=json, people=render.status)
+
+
+def _never_presented(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    uses = [(row, (row["current"] or {}).get("uses")) for row in rows if row["current"]]
+    if uses and all(number is None for _, number in uses):
+        raise NothingCounts
+    return [row for row, number in uses if number == 0]
 
 
 def audit(
@@ -180,7 +202,8 @@ def identify(
             "identify", {"versions": ids[start : start + _BATCH]}, socket=socket, config=config
         )
     known = {row["version"] for row in rows}
-    strange = [{"version": one, "agent": None, "state": None} for one in ids if one not in known]
+    nothing = dict.fromkeys(("agent", "state", "last_used_at", "uses_last_hour"))
+    strange = [{"version": one, **nothing} for one in ids if one not in known]
     output.show([*rows, *strange], as_json=json, people=render.identified)
     output.end_with(0 if known else 1)
 

@@ -165,6 +165,7 @@ def status_of_one(row: Row, now: datetime | None = None) -> str:
             for line in _version_lines("previous", one, at)
         ),
         *(line for one in row.get("kept") or () for line in _version_lines("kept", one, at)),
+        *(_presented_line(one, at) for one in row.get("presented") or ()),
         *_rotation_lines(row.get("rotation"), at),
         *(_destination_line(one, at) for one in row.get("destinations") or ()),
     ]
@@ -198,9 +199,18 @@ def _version_lines(name: str, version: Row | str | None, now: datetime) -> list[
     ):
         if version.get(key):
             facts.append(f"{word} {when(version[key], now)}")
+    if version.get("uses") is not None:
+        facts.append(f"{version['uses']} {'use' if version['uses'] == 1 else 'uses'}")
     if version.get("laggards"):
         facts.append("still used by " + ", ".join(safe(one) for one in version["laggards"]))
     return [f"  {name:<14} " + " · ".join(facts)]
+
+
+def _presented_line(one: Row, now: datetime) -> str:
+    return (
+        f"  PRESENTED      {safe(one.get('version'))} · {safe(one.get('state'))}"
+        f" · last {when(one.get('last_at'), now)} · first {when(one.get('first_at'), now)}"
+    )
 
 
 def _rotation_lines(rotation: Row | None, now: datetime) -> list[str]:
@@ -417,9 +427,9 @@ def identified(rows: Sequence[Row]) -> str:
 def _identified(row: Row) -> str:
     if not row.get("agent"):
         return f"version {safe(row.get('version'))}: not of this store"
-    uses = row.get("uses")
+    uses = row.get("uses_last_hour")
     line = f"{safe(row['agent'])}, version {safe(row.get('version'))}, {safe(row.get('state'))}"
-    return line + (f", {uses} uses" if uses is not None else "")
+    return line + (f", {uses} {'use' if uses == 1 else 'uses'} an hour" if uses is not None else "")
 
 
 def audit(result: Row) -> str:

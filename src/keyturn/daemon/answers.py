@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from keyturn.core.walltime import rfc3339
 from keyturn.daemon.socket import Progress
 from keyturn.errors import KeyturnError
 from keyturn.storage.audit import ANCHOR_ACTION, Recorded
+from keyturn.storage.usage import Used
 
 
 def recorded(one: Recorded) -> dict[str, Any]:
@@ -99,3 +101,14 @@ def tell(name: str, case: Case, shown: str, progress: Progress, parked: str) -> 
             }
         )
     return state
+
+
+def with_uses(
+    rows: list[dict[str, Any]], uses: Mapping[str, Used | None] | None
+) -> list[dict[str, Any]]:
+    """Add to identified versions how often each was used within an hour; null where nothing counts."""
+    for row in rows:
+        used = uses.get(row["version"]) if uses is not None else None
+        row["last_used_at"] = rfc3339(used.last_used_at) if used else None
+        row["uses_last_hour"] = None if uses is None else used.last_hour if used else 0
+    return rows

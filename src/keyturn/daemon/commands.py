@@ -27,6 +27,7 @@ from keyturn.daemon.peer import Peer, Role
 from keyturn.daemon.recovery import Recovery, in_doubt
 from keyturn.daemon.socket import Command, Progress
 from keyturn.errors import KeyturnError, Refused, UnknownAgent
+from keyturn.laggards import Seen, last_hour, look
 from keyturn.leaks import Caller, Leak
 from keyturn.ports import AuditEntry
 from keyturn.status import describe
@@ -113,7 +114,9 @@ class Commands:
         del peer, progress
         parts = self._parts()
         wanted = [_text(args, "agent")] if args.get("agent") else _names(parts)
-        return [self._describe(parts.store.case_of(name)) for name in wanted]
+        cases = [parts.store.case_of(name) for name in wanted]
+        seen = look(parts.store, parts.usage, cases, parts.store.now())
+        return [self._describe(case, seen) for case in cases]
 
     def status_own(self, args: Args, peer: Peer, progress: Progress) -> Any:
         """Describe the daemon's own logins; without it, what the store has of them."""
@@ -123,7 +126,7 @@ class Commands:
         store = self._parts().store
         return stored_rows(store.owns(), now=store.now())
 
-    def _describe(self, case: Case) -> dict[str, Any]:
+    def _describe(self, case: Case, seen: Seen | None) -> dict[str, Any]:
         parts = self._parts()
         # A tombstone refuses before the store has it, and without a daemon for as long.
         case = parts.administration.refused_here(case)
@@ -133,6 +136,7 @@ class Commands:
             now=parts.store.now(),
             parked=parts.carried.parked(case.credential.uid),
             suspension=self._suspension(case.agent),
+            seen=seen,
         )
         return found | in_doubt(parts.store, case.agent)
 
@@ -188,7 +192,9 @@ class Commands:
         """Say whose versions these are."""
         del peer, progress
         ids = [str(one) for one in args.get("versions", ())][:1000]
-        return self._parts().administration.identify(ids)
+        parts = self._parts()
+        rows = parts.administration.identify(ids)
+        return answers.with_uses(rows, last_hour(parts.usage, ids, parts.store.now()))
 
     def audit(self, args: Args, peer: Peer, progress: Progress) -> Any:
         """Return the newest entries, and whether the chains are whole."""

@@ -25,6 +25,8 @@ VERSION_STATES = tuple(state.value for state in VersionState)
 OUTCOMES = ("promoted", "stalled", "abandoned", "revoked", "kept", "retired")
 TRIGGERS = ("command", "file", "reload", "spool")
 REPAIRS = ("copied", "rotated", "failed", "left")
+VERIFICATIONS = ("accepted", "accepted_previous", "refused", "limited", "unavailable")
+ENDED_STATES = (VersionState.RETIRED.value, VersionState.REVOKED.value)
 DRIFT_KINDS = ("older", "revoked", "unknown", "missing", "unreadable")
 
 
@@ -37,6 +39,10 @@ class Measured(Gauge):
         """Measure it."""
         super().set(value)
         self.measured = True
+
+    def unset(self) -> None:
+        """Have no sample: it cannot be measured any more."""
+        self.measured = False
 
     def collect(self) -> Iterable[Metric]:
         """Give the sample if there is one; name and text in any case."""
@@ -54,6 +60,7 @@ class Metrics:
         self._rotations()
         self._destinations()
         self._revocations()
+        self._usage()
         self._webhooks()
         self._process()
 
@@ -76,9 +83,6 @@ class Metrics:
             "agents_over_max_age", "Agents whose current version is older than their policy allows"
         )
         self.versions = self._gauge("versions", "Versions", "state")
-        self.laggards = self._measured(
-            "laggards", "Who uses an old version still; no sample while nothing counts uses"
-        )
         self.clock_jump = self._measured(
             "clock_jump_seconds", "How far the wall clock is off since it jumped; 0: it is believed"
         )
@@ -122,6 +126,25 @@ class Metrics:
         )
         self.verifiers_live = self._measured(
             "verifiers_live", "Verifiers that remember and are waited for; no sample on SQLite"
+        )
+
+    def _usage(self) -> None:
+        self.laggards = self._measured(
+            "laggards", "Who uses an old version still; no sample while nothing counts uses"
+        )
+        self.grace_ending_in_use = self._measured(
+            "grace_ending_in_use", "Old versions in use of whose grace a quarter is left"
+        )
+        self.verifications = self._counter(
+            "verifications", "Answers of all verifiers, as they have written them down", "result"
+        )
+        self.retired_presented = self._counter(
+            "retired_presented",
+            "Ended versions that were presented with the whole secret, at most once a minute each",
+            "state",
+        )
+        self.usage_flushed = self._measured(
+            "usage_flushed_timestamp_seconds", "When a verifier last wrote down what it counted"
         )
 
     def _webhooks(self) -> None:

@@ -23,7 +23,15 @@ import structlog
 from apscheduler.schedulers.background import BackgroundScheduler
 
 from keyturn import __version__, config, rotation, wiring
-from keyturn.daemon import anchoring, filewatch, logs, own_checks, rehearsal, revoking
+from keyturn.daemon import (
+    anchoring,
+    filewatch,
+    logs,
+    own_checks,
+    rehearsal,
+    revoking,
+    usage_watch,
+)
 from keyturn.daemon.anchoring import AnchorCommands, Anchoring
 from keyturn.daemon.commands import Commands
 from keyturn.daemon.cron import Crontab
@@ -39,6 +47,7 @@ from keyturn.daemon.revoking import Revoking
 from keyturn.daemon.signals import Signals
 from keyturn.daemon.socket import AdminServer
 from keyturn.daemon.supervision import Supervisor, beating
+from keyturn.daemon.usage_watch import UsageWatch
 from keyturn.daemon.watching import Watching
 from keyturn.errors import ClaimLost, ConfigError, KeyturnError, Refused, StoreUnavailable
 from keyturn.notify import Notifier
@@ -119,6 +128,7 @@ class Service:
         self.front = Front(settings, socket, roles_of(settings), self.readiness, self.metrics)
         self.parts.on_revocation = self.watching.revocation
         self.parts.on_rotation_end = self.watching.rotation_ended
+        self._usage = UsageWatch(self.parts, self.metrics)
         self._anchoring = Anchoring(self.parts, self.metrics, self.watching.incident)
         self._stop = threading.Event()
         self.own_logins = OwnLogins(self.parts, self.metrics, self._stop.is_set)
@@ -246,6 +256,7 @@ class Service:
         tick = beating(self._tick, self._supervisor)
         every(tick, "interval", seconds=TICK, id="tick")
         every(self.watching.measure, "interval", seconds=MEASURE, id="measure")
+        every(self._usage.look, "interval", seconds=usage_watch.EVERY, id="usage")
         every(self.own_logins.tick, "interval", seconds=OWN_LOGINS, id="own-logins")
         every(self.revoking.poll, "interval", seconds=revoking.POLL, id="revocations")
         every(self._forget_requests, "interval", seconds=FORGET_REQUESTS, id="requests")
@@ -556,4 +567,5 @@ class Service:
     def metrics_text(self) -> str:
         """Return the metrics in the Prometheus text format."""
         self.watching.measure()
+        self._usage.look()
         return self.metrics.text()

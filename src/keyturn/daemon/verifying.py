@@ -68,7 +68,8 @@ class Service:
     def __init__(self, settings: config.Settings, *, supervisor: Supervisor | None = None) -> None:
         self._supervisor = supervisor or Supervisor()
         self._readiness = Readiness()
-        self._verifier: Verifier = wiring.open_verifier(settings, serving=True)
+        self._usage = wiring.open_usage(settings)
+        self._verifier: Verifier = wiring.open_verifier(settings, serving=True, usage=self._usage)
         section = settings.verifier
         self._callers = Callers(parties(section))
         self._desk = Desk(
@@ -91,6 +92,7 @@ class Service:
             self.server.run()
         finally:
             self._desk.close()
+            self._usage.close()
             self._verifier.close()
             if self._listener is not None:
                 self._listener.close()

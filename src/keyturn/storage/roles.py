@@ -2,7 +2,8 @@
 
     keyturn_migrator        owns the tables; `keyturn store upgrade` logs in as it, nothing else does
     keyturn_daemon          rows, no tables; adds to the audit and to the versions, never rewrites them
-    keyturn_verifier        reads what a decision needs, column by column; its own rows of `verifiers`
+    keyturn_verifier        reads what a decision needs, column by column; its own rows of `verifiers`,
+                            and adds to what it counted
     keyturn_reader_GROUP    one view: the hashes of its agents that are accepted now
 
 The first part (`roles`) needs an administrator of the server, once and whenever a group is added. The
@@ -20,6 +21,7 @@ from sqlalchemy.engine import Connection, make_url
 from keyturn.errors import StorageError
 from keyturn.storage.postgresql import IDLE_MS, LOCK_MS, STATEMENT_MS
 from keyturn.storage.tables import metadata
+from keyturn.storage.usage_tables import usage_metadata
 
 MIGRATOR, DAEMON, VERIFIER = "keyturn_migrator", "keyturn_daemon", "keyturn_verifier"
 READER = "keyturn_reader_"  # and the name of the group
@@ -62,6 +64,21 @@ _READ_BY_VERIFIERS: dict[str, Sequence[str]] = {
 }  # fmt: skip
 # Its lease is what a revoke waits for: that stays what it was registered with.
 _RENEWED_BY_VERIFIERS = ("incarnation", "epoch", "renewals", "renewed_at")
+
+# What verifiers count (`storage.usage`): what they insert and what they may change of it. Nothing is
+# theirs to delete, and nothing to mark as told.
+_COUNTED_BY_VERIFIERS: dict[str, tuple[Sequence[str], Sequence[str]]] = {
+    "usage_sources": (("source", "number", "flushed_at"), ("number", "flushed_at")),
+    "usage_versions": (
+        ("version_id", "first_used_at", "last_used_at", "uses", "hour", "hour_uses", "hour_before"),
+        ("first_used_at", "last_used_at", "uses", "hour", "hour_uses", "hour_before"),
+    ),
+    "usage_results": (("span", "result", "slot", "at", "number"), ("at", "number")),
+    "usage_presented": (
+        ("version_id", "state", "first_at", "last_at", "number"),
+        ("state", "last_at", "number"),
+    ),
+}
 
 _LIMITS = {  # statement, lock and idle-in-transaction timeouts in ms, connections
     MIGRATOR: (600_000, 10_000, 60_000, 5),
@@ -181,12 +198,15 @@ def rights(readers: Readers) -> list[str]:
         f"REVOKE ALL ON ALL FUNCTIONS IN SCHEMA {SCHEMA} FROM PUBLIC",
         f"GRANT SELECT ON {SCHEMA}.alembic_version TO {DAEMON}",
     ]
-    for table in metadata.sorted_tables:
+    for table in (*metadata.sorted_tables, *usage_metadata.sorted_tables):
         verbs = _verbs(table)
         statements.append(f"GRANT {verbs} ON {SCHEMA}.{table.name} TO {DAEMON}")
         if table.name in _READ_BY_VERIFIERS:
             columns = ", ".join(_READ_BY_VERIFIERS[table.name])
             statements.append(f"GRANT SELECT ({columns}) ON {SCHEMA}.{table.name} TO {VERIFIER}")
+    for name, (added, changed) in _COUNTED_BY_VERIFIERS.items():
+        verbs = f"SELECT, INSERT ({', '.join(added)}), UPDATE ({', '.join(changed)})"
+        statements.append(f"GRANT {verbs} ON {SCHEMA}.{name} TO {VERIFIER}")
     statements.append(f"GRANT USAGE ON SEQUENCE {SCHEMA}.audit_position_seq TO {DAEMON}")
     return [*statements, *_own_rows(), *_views(readers)]
 

@@ -15,6 +15,7 @@ from sqlalchemy.engine import Connection, Dialect
 
 from keyturn.errors import StorageError
 from keyturn.storage.tables import metadata
+from keyturn.storage.usage_tables import usage_metadata
 
 Part = tuple[str, str, str]  # table, name, what it is
 _TRIGGERS = (("versions", "versions_tombstones"),)
@@ -76,7 +77,7 @@ def _wanted(dialect_name: str) -> frozenset[Part]:
 
 
 def _parts(dialect: Dialect) -> Iterator[Part]:
-    for table in metadata.tables.values():
+    for table in _tables(dialect.name):
         for column in table.columns:
             filled = " not null" if not column.nullable else ""
             yield table.name, column.name, column.type.compile(dialect).lower() + filled
@@ -89,9 +90,15 @@ def _parts(dialect: Dialect) -> Iterator[Part]:
         yield (*trigger, "trigger")
 
 
+def _tables(dialect_name: str) -> list[sa.Table]:
+    """Return what a store consists of: on SQLite what verifiers saw is in another file."""
+    found = list(metadata.tables.values())
+    return found if dialect_name == "sqlite" else [*found, *usage_metadata.tables.values()]
+
+
 @functools.cache
 def _constraints() -> dict[str, list[str]]:
     return {
         table.name: [str(one.name) for one in table.constraints if one.name is not None]
-        for table in metadata.tables.values()
+        for table in _tables("postgresql")
     }

@@ -37,6 +37,8 @@ from keyturn.storage.postgresql import Password, no_password
 from keyturn.verifier.gate import Gate
 from keyturn.verifier.hashing import Hashing, fingerprint, same_tag
 from keyturn.verifier.spool import Spool
+from keyturn.verifier.tombstones import ENDED
+from keyturn.verifier.usage import Usage
 
 REMEMBERED = 100_000
 _ANSWERED_STATES = frozenset({"enabled"})
@@ -117,8 +119,12 @@ class Verifier:
         freshness: Freshness | None = None,
         hashing: Hashing | None = None,
         random_bytes: Callable[[int], bytes] = os.urandom,
+        usage: Usage | None = None,
     ) -> None:
         self._reader = reader
+        self._usage = usage
+        if usage is not None:
+            usage.look_up_by(reader.lookup)
         self._spool = spool
         self._clock = clock
         self._freshness = freshness
@@ -141,11 +147,13 @@ class Verifier:
         password: Password = no_password,
         hashing: Hashing | None = None,
         leasing: Leasing | None = None,
+        usage: Usage | None = None,
     ) -> Verifier:
         """Open a verifier on a store; it reads the spool of this host's state folder.
 
         On PostgreSQL it remembers answers only with `leasing`, and is registered then until it is
-        closed; for one or two answers it need not be.
+        closed; for one or two answers it need not be. `usage` counts its answers; whoever opened that
+        closes it, before this one.
         """
         reader = DecisionReader.open(store_url, password=password)
         here = is_sqlite(store_url)
@@ -156,7 +164,7 @@ class Verifier:
             clock = freshness = Leased.open(
                 store_url, leasing, password=password
             )  # the store's time
-        return cls(reader, spool, clock, freshness=freshness, hashing=hashing)
+        return cls(reader, spool, clock, freshness=freshness, hashing=hashing, usage=usage)
 
     @property
     def waiting(self) -> int:
@@ -198,13 +206,18 @@ class Verifier:
 
     def count(self, answer: Proof | StoreUnavailable | None) -> None:
         """Count an answer that was given."""
-        if answer is None:
-            self.counts["refused"] += 1
-        elif isinstance(answer, Proof):
+        if isinstance(answer, Proof):
+            if self._usage is not None:
+                self._usage.accepted(answer.verified)
             late = answer.verified.state == "previous"
             self.counts["accepted_previous" if late else "accepted"] += 1
-        else:
-            self.counts["limited" if isinstance(answer, VerifierBusy) else "unavailable"] += 1
+            return
+        result = "refused"
+        if answer is not None:
+            result = "limited" if isinstance(answer, VerifierBusy) else "unavailable"
+        self.counts[result] += 1
+        if self._usage is not None:
+            self._usage.failed(result)
 
     # --- what is remembered -----------------------------------------------------------------
 
@@ -277,14 +290,24 @@ class Verifier:
         revoked = self._spool.holds(parsed.version_id)
         row = None if revoked else self._reader.lookup(parsed.version_id, login)
         good = row is not None and self._stands(login, row)
+        shown = self._tombstone(parsed.version_id, secret) if revoked else row
         # SECURITY: unknown, revoked and wrong all end at a compare of one tag.
-        expected = row.tag if row is not None and row.tag else _DUMMY_TAG
-        tagged = same_tag(expected, parsed.version_id if row else _DUMMY_ID, secret)
+        expected = shown.tag if shown is not None and shown.tag else _DUMMY_TAG
+        tagged = same_tag(expected, parsed.version_id if shown else _DUMMY_ID, secret)
+        if shown is not None and tagged:
+            self._watch(shown, secret)
         if row is None or not good or not tagged:
             return None
         if self._was_proven(key, row):
             return row
         return self._once_more(login, row) if self._hashed(key, row, secret) else None
+
+    def _tombstone(self, version_id: str, secret: Secret) -> Decision | None:
+        return None if self._usage is None else self._usage.tombstone(version_id, secret)
+
+    def _watch(self, shown: Decision, secret: Secret) -> None:
+        if self._usage is not None and shown.state in ENDED:
+            self._usage.presented(shown, secret)
 
     def _decide_imported(self, key: bytes, login: str, secret: Secret) -> Decision | None:
         for row in self._reader.imported(login) if login else ():

@@ -17,7 +17,7 @@ from sqlalchemy.engine import Connection
 
 from keyturn.errors import StorageError, StoreTooNew, StoreTooOld
 
-HEAD = "0008"  # what this release needs: its last expansion
+HEAD = "0009"  # what this release needs: its last expansion
 FOLDERS = [Path(__file__).parent / "versions"]
 _LOCK = 0x6B65797475726E  # "keyturn"; held to the end of the transaction, so poolers do not matter
 _NO_RIGHT = "42501"
