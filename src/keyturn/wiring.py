@@ -57,6 +57,7 @@ from keyturn.storage.requests import Begun
 from keyturn.storage.store import Store
 from keyturn.verifier.authority import BuiltinAuthority
 from keyturn.verifier.decision import Verifier
+from keyturn.verifier.keyring import KeyRing
 from keyturn.verifier.spool import Spool
 from keyturn.world import Carried, Watcher, World
 
@@ -144,7 +145,7 @@ def boot_id() -> str:
 
 @dataclass(slots=True, kw_only=True)
 class Parts:
-    """Everything of one running Keyturn. `settings` and `destinations` change with a reload."""
+    """Everything of one running Keyturn. `settings`, `destinations`, `ring` change with a reload."""
 
     settings: Settings
     open_store: Callable[[], Store]
@@ -153,6 +154,7 @@ class Parts:
     authority: BuiltinAuthority
     administration: Administration
     clock: GuardedClock
+    ring: KeyRing
     destinations: dict[str, DestinationBase] = field(default_factory=dict)
     on_revocation: Callable[[Mapping[str, Any], str], None] = lambda _result, _trigger: None
     on_rotation_end: Callable[[str], None] = lambda _outcome: None
@@ -436,7 +438,7 @@ def build(settings: Settings, *, cron: CronCalculator, create: bool) -> Parts:
         ballast.keep()
         (folder / "revoked.d").mkdir(mode=0o700, exist_ok=True)  # for a person who has only `touch`
     spool = Spool(folder / "revoked.d", make_room=ballast.release)
-    authority = BuiltinAuthority()
+    authority = BuiltinAuthority(ring=lambda: parts.ring)
     parts: Parts
 
     def open_store() -> Store:
@@ -472,6 +474,7 @@ def build(settings: Settings, *, cron: CronCalculator, create: bool) -> Parts:
         administration=administration,
         clock=clock,
         cron=cron,
+        ring=ring_of(settings),
     )
     return parts
 
@@ -518,7 +521,14 @@ def open_verifier(settings: Settings) -> Verifier:
     clock = GuardedClock(SystemClock(), boot_id=this_boot, learn=learn)
     clock.anchor = learn()
     spool = Spool(settings.store.folder / "revoked.d", required=is_sqlite(settings.store.url))
-    return Verifier(reader, spool, clock)
+    return Verifier(reader, spool, clock, ring=ring_of(settings))
+
+
+def ring_of(settings: Settings) -> KeyRing:
+    """Read the key ring's files as they are now; one that cannot be used stands in it with its reason."""
+    verifier = settings.verifier
+    files = {key_id: key.file for key_id, key in verifier.keys.items()}
+    return KeyRing.read(files, current=verifier.key or "", schemes=verifier.schemes)
 
 
 def password_of(settings: Settings) -> Password:

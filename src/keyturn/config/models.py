@@ -181,6 +181,13 @@ KeyName = Annotated[str, _matching(_NAME), Form("a key of A-Z a-z 0-9 . _ -, eac
 Flag = Annotated[bool, Form("true or false")]
 
 
+Scheme = Literal["argon2id", "hmac-sha256"]
+
+
+def _all_schemes() -> list[Scheme]:
+    return ["argon2id", "hmac-sha256"]
+
+
 class ReaderSection(Section):
     """One group of foreign verifiers: `store.readers`, by name."""
 
@@ -257,14 +264,41 @@ class LogSettings(Section):
     ] = "auto"
 
 
+class KeySection(Section):
+    """One key of `hmac-sha256`: `verifier.keys`, by id. The id stands in each hash, the key nowhere."""
+
+    file: Annotated[
+        Path,
+        BeforeValidator(credential_path),
+        Form(CREDENTIAL_FORM),
+        Field(
+            description="file with the key: 64 hexadecimal digits, or 32 to 1024 bytes as they are; mode"
+            " 0400 or 0600; `keyturn make-key` makes one"
+        ),
+    ]
+
+
 class VerifierSettings(Section):
-    """How verifiers stay fresh."""
+    """How verifiers stay fresh, and the keys that they check with."""
 
     lease: Annotated[
         Duration,
         Field(description="how long a verifier may answer until it must ask the store again"),
     ] = timedelta(seconds=30)
     poll: Annotated[Duration, Field(description="how often it asks")] = timedelta(milliseconds=250)
+    keys: Annotated[
+        dict[Id, KeySection],
+        Form("a mapping of ids to {file: …}"),
+        Field(description="keys of hmac-sha256 (docs/howto/hmac-sha256.md)"),
+    ] = Field(default_factory=dict)
+    key: Annotated[
+        Id | None, Form("an id in verifier.keys"), Field(description="the key of new hashes")
+    ] = None
+    schemes: Annotated[
+        list[Scheme],
+        Field(min_length=1, description="with which hashes a version may be accepted at all"),
+        Form("a list of argon2id and hmac-sha256, one at least"),
+    ] = Field(default_factory=_all_schemes)
 
 
 class GroupSettings(Section):
@@ -399,6 +433,14 @@ class PolicySection(Section):
         Form("leave, disable or destroy"),
         Field(description="what happens to old copies at destinations"),
     ] = "disable"
+    scheme: Annotated[
+        Scheme,
+        Form("argon2id or hmac-sha256"),
+        Field(
+            description="how the store keeps secrets that are minted from now on; hmac-sha256 needs"
+            " `verifier.key`"
+        ),
+    ] = "argon2id"
 
     @model_validator(mode="before")
     @classmethod

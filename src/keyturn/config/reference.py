@@ -43,6 +43,7 @@ _SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("`policies.NAME.max_age`", models.MaxAge),
     ("`policies.NAME.retry`", models.RetrySection),
     ("`verifier`", models.VerifierSettings),
+    ("`verifier.keys.ID`", models.KeySection),
     ("`admin`", models.AdminSettings),
     ("`admin.groups`", models.GroupSettings),
     ("`listen`", listening.ListenSettings),
