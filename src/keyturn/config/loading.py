@@ -86,7 +86,8 @@ class Loading:
         connections = self._connections()
         policies, places = self._policies(lease)
         agents = self._agents([main, *self._includes(top.include)])
-        self.problems += check_keys(verifier, store, policies, main)
+        if all(not problem.key.startswith("verifier") for problem in self.problems):
+            self.problems += check_keys(verifier, store, policies, main)
         self._notes += shown_to_readers(store, policies, agents)
         return Settings(
             path=self._path,
