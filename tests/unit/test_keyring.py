@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from keyturn.cli.main import main
 from keyturn.core.secret import Secret
+from keyturn.daemon.keys import make
 from keyturn.errors import ConfigError
 from keyturn.testing.canary import leaks
 from keyturn.verifier.keyed import Key
@@ -112,3 +114,41 @@ def test_a_ring_says_why_a_key_cannot_be_used(tmp_path: Path) -> None:
     assert "mode 0644" in ring.unusable["open"]
     assert "errno 2" in ring.unusable["gone"]
     assert leaks(repr(ring), Secret(RAW.hex())) == []
+
+
+def test_the_command_makes_keys_where_they_belong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not in the store's folder, not over another file, and without a word of the key."""
+    (tmp_path / "state").mkdir(mode=0o700)
+    config = tmp_path / "keyturn.yaml"
+    config.write_text(f"version: 1\nstore: {{url: 'sqlite:///{tmp_path}/state/keyturn.db'}}\n")
+    config.chmod(0o600)
+    path = tmp_path / "k1"
+
+    def run(file: Path, *more: str) -> tuple[int, str]:
+        code = main(["make-key", str(file), "-c", str(config), *more])
+        found = capsys.readouterr()
+        return code, found.out + found.err
+
+    code, said = run(path)
+    assert (code, str(path) in said) == (0, True)
+    before = path.read_text()
+    assert leaks(said, Secret(before.strip())) == []
+    assert run(path)[0] == 78
+    assert path.read_text() == before
+    code, said = run(tmp_path / "state" / "k1", "--json")
+    assert (code, "the store's folder" in said) == (4, True)
+    assert not (tmp_path / "state" / "k1").exists()
+
+
+def test_root_gives_a_new_key_to_the_stores_user(tmp_path: Path) -> None:
+    """Else the daemon could not read what an administrator made for it."""
+    (tmp_path / "state").mkdir(mode=0o700)
+    os.chown(tmp_path / "state", 12345, 12346)
+    config = tmp_path / "keyturn.yaml"
+    config.write_text(f"version: 1\nstore: {{url: 'sqlite:///{tmp_path}/state/keyturn.db'}}\n")
+    config.chmod(0o600)
+    assert make(tmp_path / "k1", config)["owner"] == 12345
+    found = (tmp_path / "k1").stat()
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (12345, 12346, 0o600)
