@@ -240,6 +240,8 @@ class _Saga(Mending):
         """
         if isinstance(action, steps.CopyForward):
             return
+        if self.case.rotation is None:
+            raise error
         why, code, detail = WaitReason.VERIFIERS, error.code, _words(error)
         self.wait(steps.Wait(reason=why, code=code, detail=detail, retry_after=KEY_AGAIN))
 

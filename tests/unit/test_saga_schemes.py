@@ -9,8 +9,10 @@ from datetime import timedelta
 import pytest
 
 from keyturn.core.model import RotationState, VersionState
-from keyturn.errors import StoreUnavailable
+from keyturn.errors import StoreUnavailable, VerifierBusy
+from keyturn.storage.decisions import Decision
 from keyturn.storage.hashes import in_use
+from keyturn.verifier.gate import Gate
 from keyturn.verifier.keyed import Key
 from support.bench import Bench, Crash
 
@@ -198,3 +200,28 @@ def test_a_new_key_takes_over_at_the_next_rotation(make: Make) -> None:
     assert bench.verifier.lacking() == []
     assert bench.version(first).state is VersionState.RETIRED
     bench.assert_home()
+
+
+@pytest.mark.parametrize("scheme", [HMAC, ARGON2])
+def test_a_keyed_check_passes_no_gate_and_looks_once(
+    make: Make, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where argon2id is turned away at a full gate, a keyed hash is judged by one look at the store."""
+    bench = make("vault", scheme=scheme)
+    (text,) = bench.texts.values()
+    bench.verifier.use(bench.ring)  # nothing is remembered
+    looked: list[str] = []
+    lookup = bench.verifier._reader.lookup
+
+    def counted(version_id: str, login: str = "") -> Decision | None:
+        looked.append(version_id)
+        return lookup(version_id, login)
+
+    monkeypatch.setattr(bench.verifier._reader, "lookup", counted)
+    object.__setattr__(bench.hashing, "gate", Gate(1, queue=0))
+    if scheme == HMAC:
+        assert bench.accepts(*text)
+    else:
+        with pytest.raises(VerifierBusy):
+            bench.verifier.verify(*text)
+    assert len(looked) == 1

@@ -23,7 +23,7 @@ from keyturn.verifier import keyed
 from keyturn.verifier.keyring import KeyRing, make_key, read_key
 from keyturn.wiring import Parts
 
-LOOK = 5.0  # seconds between two looks at whether accepted versions need a key that is not there
+LOOK = 30.0  # seconds between two looks: what is needed changes by a reload, a restore or a forger
 
 _log = structlog.get_logger(__name__)
 
@@ -52,6 +52,11 @@ class Keys:
                 " that nothing uses it",
             )
         return ring
+
+    def begin(self) -> None:
+        """Read the ring as it is when the lead is ours: a standby may have waited for months."""
+        self._parts().ring = wiring.ring_of(self._parts().settings)
+        self.look()
 
     def look(self) -> None:
         """Be ready only while every accepted version can be judged."""

@@ -190,7 +190,7 @@ class Service:
         server.start()
         self._server = server
         self.front.lead()
-        self._keys.look()
+        self._keys.begin()
         self._schedule(membership)
         self.readiness.release(Reason.STARTING)
         if quarantined:
