@@ -6,8 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+from jsonschema import Draft7Validator
 
 from keyturn.config import load_all
+from keyturn.config.schema import schema
 from keyturn.errors import ConfigError
 
 MAIN = """\
@@ -135,3 +138,16 @@ def test_agents_whose_hashes_a_view_will_not_show_are_remarked(tmp_path: Path) -
         "store.readers.web: agent bot has hmac-sha256 by its policy quick, and the view shows"
         " argon2id only: what is minted for it from now on is refused there"
     ]
+
+
+def test_an_editor_knows_the_ring(tmp_path: Path) -> None:
+    """The schema takes what the loader takes, also a key that systemd hands over, and no inline key."""
+    problems(tmp_path)
+    content = yaml.safe_load((tmp_path / "keyturn.yaml").read_text())
+    judge = Draft7Validator(schema())
+    assert list(judge.iter_errors(content)) == []
+    content["verifier"]["keys"]["k1"] = {"file": "credential:k1"}
+    content["store"]["readers"] = {"web": {"agents": ["bot"]}}
+    assert list(judge.iter_errors(content)) == []
+    content["verifier"]["keys"]["k1"] = {"value": "0123"}
+    assert list(judge.iter_errors(content)) != []
