@@ -110,6 +110,12 @@ TABLE = {
         f"see which is behind or stale; {_BY_ITSELF}, once its lease has run out at the latest",
         "keyturn verifiers",
     ),
+    "key-missing": Advice(
+        "the key that the hash needs is not on this host",
+        "put its file back and `keyturn reload`; it goes on by itself, or at once by"
+        " `keyturn rotation retry AGENT`",
+        _PROBE,
+    ),
     str(WaitReason.ACCEPTED_LIMIT): Advice(
         "as many versions are accepted as may be",
         "it goes on when the first grace ends; sooner by revoking the oldest version",

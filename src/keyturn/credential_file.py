@@ -152,9 +152,14 @@ def _is_read_only(folder: Path) -> bool:
 _GIVEN = ("/run/credentials/", "/run/secrets/", "/var/run/secrets/")  # systemd, Docker, Kubernetes
 
 
+def platform_given(path: Path) -> bool:
+    """Whether systemd, Docker or Kubernetes puts the file there anew at each start, as its path tells."""
+    return any(str(one).startswith(_GIVEN) for one in (path, path.parent.resolve() / path.name))
+
+
 def refuse_given(path: Path) -> None:
-    """Raise ConfigError where others put the file there anew at each start, as its path tells."""
-    if any(str(one).startswith(_GIVEN) for one in (path, path.parent.resolve() / path.name)):
+    """Raise ConfigError where others put the file there anew at each start."""
+    if platform_given(path):
         raise ConfigError(
             f"{path} is handed over anew at each start and cannot be replaced",
             hint="copy it once into a folder of the daemon's own, 0700 (systemd: StateDirectory=),"

@@ -15,6 +15,7 @@
     │   │   └── StoreQuarantined     restored, and not merged yet: nobody can tell
     │   │   └── VerifierBusy*        too many hashes wait: come back after `retry_after`
     │   │   └── VerifierStale*       a verifier's lease has run out before it could ask again
+    │   │   └── KeyMissing*          a hash needs a key that this process does not have
     │   ├── StoreTooNew, StoreTooOld  its schema and this release do not fit
     │   ├── StaleRevision            somebody else changed the row first
     │   └── ClaimLost                the single-writer right went to another run
@@ -167,6 +168,13 @@ class VerifierStale(StoreUnavailable):
 
     code = "verifier-stale"
     default_hint = "see why the store cannot be reached from here; it answers again by itself"
+
+
+class KeyMissing(StoreUnavailable):
+    """A hash cannot be made or judged without a key that is not there."""
+
+    code = "key-missing"
+    default_hint = "see `keyturn check --probe`, and docs/howto/hmac-sha256.md"
 
 
 class StoreTooNew(StorageError):

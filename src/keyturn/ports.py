@@ -179,11 +179,20 @@ class Authority(Protocol):
     def abilities(self) -> Abilities:
         """What it can do. Constant."""
 
-    def accept(self, *, version_id: str, secret: Secret) -> Accepted:
-        """Make a new version acceptable, or return what makes it so when it is committed."""
+    def accept(
+        self, *, version_id: str, secret: Secret, credential_uid: str, scheme: str
+    ) -> Accepted:
+        """Make a new version acceptable, or return what makes it so when it is committed.
+
+        `scheme` is what the policy asks for; only an authority that keeps hashes of ours heeds it.
+        Raises KeyMissing where a key for it is not there.
+        """
 
     def matches(self, version: Version, secret: Secret) -> bool:
-        """Tell by the full check whether this text is that very version, accepted or not."""
+        """Tell by the full check whether this text is that very version, accepted or not.
+
+        Raises KeyMissing where that cannot be told without a key: it is no "no".
+        """
 
     def resembles(self, version: Version, secret: Secret) -> bool:
         """Tell by a cheap check (the tag) whether this text can be that version."""

@@ -43,13 +43,7 @@ from typing import Any
 
 from keyturn.core import lifecycle, repair, secret, steps
 from keyturn.core.decision import decide, nowhere
-from keyturn.core.model import (
-    Cause,
-    Effect,
-    Look,
-    Target,
-    WaitReason,
-)
+from keyturn.core.model import Cause, Effect, Look, Target, WaitReason
 from keyturn.core.secret import Secret
 from keyturn.core.steps import Action, Plan, Run, Sight, Trouble
 from keyturn.errors import (
@@ -58,22 +52,21 @@ from keyturn.errors import (
     DestinationError,
     DestinationUnavailable,
     IllegalTransition,
+    KeyMissing,
+    KeyturnError,
     Rejected,
     StaleRevision,
     StoreUnavailable,
 )
 from keyturn.mending import Mending
-from keyturn.ports import (
-    Destination,
-    Entry,
-    Observed,
-)
+from keyturn.ports import Destination, Entry, Observed
 from keyturn.sight import look
 from keyturn.world import Parked, World
 
 CLAIM_TTL = timedelta(seconds=60)
 CONFLICTS_PER_RUN = 3
 LONGEST_DETAIL = 300
+KEY_AGAIN = timedelta(seconds=5)
 
 
 def run(world: World, credential_uid: str, *, holder: str) -> datetime | None:
@@ -160,6 +153,9 @@ class _Saga(Mending):
         except DestinationError as error:
             code, detail = error.code, _words(error)
             self._trouble(action, where, error)
+        except KeyMissing as error:
+            code, detail = error.code, _words(error)
+            self._without_key(action, error)
         self.world.watcher.step(
             step=type(action).__name__.lower(),
             case=case,
@@ -237,6 +233,15 @@ class _Saga(Mending):
         )
         self.seen = self.seen.met(where, trouble)
 
+    def _without_key(self, action: Action, error: KeyMissing) -> None:
+        """Nobody can make a hash, or judge a copy: wait. What else mends an entry goes on."""
+        if isinstance(action, steps.CopyForward):
+            return
+        if self.case.rotation is None:
+            raise error
+        why, code, detail = WaitReason.VERIFIERS, error.code, _words(error)
+        self.wait(steps.Wait(reason=why, code=code, detail=detail, retry_after=KEY_AGAIN))
+
     def _sight(self, target: Target, found: Observed) -> Sight:
         return look(
             self.case,
@@ -275,7 +280,12 @@ class _Saga(Mending):
         version_id, plain = secret.mint(
             random_bytes=self.world.random_bytes, prefix=self.world.prefix
         )
-        accepted = self.world.authority.accept(version_id=version_id, secret=plain)
+        accepted = self.world.authority.accept(
+            version_id=version_id,
+            secret=plain,
+            credential_uid=self.claim.credential_uid,
+            scheme=self.plan.policy.scheme,
+        )
         self.case = lifecycle.accept(
             lifecycle.go_on(self.case),
             version_id=version_id,
@@ -558,7 +568,7 @@ def _detail(action: Action) -> str:
     return f"{why}: {action.detail}" if action.detail else why
 
 
-def _words(error: DestinationError) -> str:
+def _words(error: KeyturnError) -> str:
     """Return what an error of ours says, in one line of bounded length."""
     return " ".join(str(error).split())[:LONGEST_DETAIL]
 

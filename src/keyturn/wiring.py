@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from keyturn import __version__, config
+from keyturn import config
 from keyturn.administration import Administration
 from keyturn.config import Settings
 from keyturn.config.models import (
@@ -44,27 +44,21 @@ from keyturn.core.timekeeping import Anchor, judge
 from keyturn.credential_file import credential_path, read_credential
 from keyturn.destinations import registry
 from keyturn.destinations.base import DestinationBase
-from keyturn.errors import ConfigError, Refused, StaleRevision, StoreUnavailable
+from keyturn.errors import ConfigError, Refused, StaleRevision
 from keyturn.ports import AuditEntry, Clock
 from keyturn.reconcile import SWEEP_EVERY, Change, Reconciling, check_use, credential_of, undone
 from keyturn.storage import restoring
 from keyturn.storage.ballast import Ballast
-from keyturn.storage.decisions import DecisionReader
-from keyturn.storage.engine import is_sqlite, refuse_open, sqlite_path
-from keyturn.storage.freshness import SharedFile
-from keyturn.storage.leases import Leased, Leasing
+from keyturn.storage.engine import is_sqlite, refuse_open
 from keyturn.storage.ledger import Ledger
 from keyturn.storage.postgresql import Password
 from keyturn.storage.requests import Begun
 from keyturn.storage.store import Store
 from keyturn.storage.usage import UsageRecords
 from keyturn.verifier.authority import BuiltinAuthority
-from keyturn.verifier.decision import Verifier
-from keyturn.verifier.gate import Gate
-from keyturn.verifier.hashing import Hashing
+from keyturn.verifier.keyring import KeyRing
 from keyturn.verifier.registered import Registered
 from keyturn.verifier.spool import Spool
-from keyturn.verifier.usage import Usage
 from keyturn.world import Carried, Watcher, World
 
 RECONCILE_TRIES = 5
@@ -151,7 +145,7 @@ def boot_id() -> str:
 
 @dataclass(slots=True, kw_only=True)
 class Parts:
-    """Everything of one running Keyturn. `settings` and `destinations` change with a reload."""
+    """Everything of one running Keyturn. `settings`, `destinations`, `ring` change with a reload."""
 
     settings: Settings
     open_store: Callable[[], Store]
@@ -160,6 +154,7 @@ class Parts:
     authority: BuiltinAuthority
     administration: Administration
     clock: GuardedClock
+    ring: KeyRing
     destinations: dict[str, DestinationBase] = field(default_factory=dict)
     on_revocation: Callable[[Mapping[str, Any], str], None] = lambda _result, _trigger: None
     on_rotation_end: Callable[[str], None] = lambda _outcome: None
@@ -458,7 +453,7 @@ def build(settings: Settings, *, cron: CronCalculator, create: bool) -> Parts:
     here = is_sqlite(settings.store.url)
     patience = 2 * settings.verifier.poll.total_seconds() + 0.1
     registered = None if here else Registered(lambda: parts.store.database, patience=patience)
-    authority = BuiltinAuthority(registered=registered)
+    authority = BuiltinAuthority(ring=lambda: parts.ring, registered=registered)
 
     def open_store() -> Store:
         if (folder / "ledger").exists():
@@ -493,6 +488,7 @@ def build(settings: Settings, *, cron: CronCalculator, create: bool) -> Parts:
         administration=administration,
         clock=clock,
         cron=cron,
+        ring=ring_of(settings),
     )
     return parts
 
@@ -523,49 +519,11 @@ def connect(
     return found
 
 
-def leasing_of(settings: Settings) -> Leasing:
-    """Return how this process registers as a verifier that remembers, on PostgreSQL."""
-    return Leasing(
-        id=secrets.token_hex(16),
-        host=os.uname().nodename,
-        release=__version__,
-        lease=settings.verifier.lease,
-        poll=settings.verifier.poll,
-    )
-
-
-def open_usage(settings: Settings) -> Usage:
-    """Begin to count what a verifier of these settings answers; to be closed before that."""
-    folder, password = settings.store.folder, password_of(settings)
-    return Usage.open(settings.store.url, state_dir=folder, clock=SystemClock(), password=password)
-
-
-def open_verifier(
-    settings: Settings, *, serving: bool = False, usage: Usage | None = None
-) -> Verifier:
-    """Open the verifier of these settings; one that is `serving` remembers what it has proven.
-
-    It starts from the time that the daemon goes by: a clock that jumped refuses nobody early.
-    """
-    this_boot, password = boot_id(), password_of(settings)
-    reader = DecisionReader.open(settings.store.url, password=password)
-
-    def learn() -> Anchor | None:
-        with suppress(StoreUnavailable):
-            return reader.anchor(this_boot)
-        return None
-
-    here = is_sqlite(settings.store.url)
-    spool = Spool(settings.store.folder / "revoked.d", required=here)
-    gate = Gate(os.cpu_count() or 1, memory_kib=settings.verifier.hash_memory_kib)
-    hashing = Hashing(gate=gate)
-    if serving and not here:
-        leased = Leased.open(settings.store.url, leasing_of(settings), password=password)
-        return Verifier(reader, spool, leased, freshness=leased, hashing=hashing, usage=usage)
-    clock = GuardedClock(SystemClock(), boot_id=this_boot, learn=learn)
-    clock.anchor = learn()
-    freshness = SharedFile(sqlite_path(settings.store.url)) if serving else None
-    return Verifier(reader, spool, clock, freshness=freshness, hashing=hashing, usage=usage)
+def ring_of(settings: Settings) -> KeyRing:
+    """Read the key ring's files as they are now; one that cannot be used stands in it with its reason."""
+    verifier = settings.verifier
+    files = {key_id: key.file for key_id, key in verifier.keys.items()}
+    return KeyRing.read(files, current=verifier.key or "", schemes=verifier.schemes)
 
 
 def password_of(settings: Settings) -> Password:

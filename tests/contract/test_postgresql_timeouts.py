@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from keyturn.config.models import VerifierSettings
+from keyturn.config.verifying import VerifierSection
 from keyturn.errors import StoreUnavailable, VerificationFailed
 from keyturn.storage import decisions, engine, postgresql, roles
 from keyturn.storage.roles import DAEMON, VERIFIER
@@ -22,7 +22,7 @@ from support.least_rights import LeastRights, least_rights, put
 from support.postgres import Cluster, postgres  # noqa: F401 - a fixture
 from support.stores import NOW, entry
 
-LEASE = VerifierSettings().lease.total_seconds()
+LEASE = VerifierSection().lease.total_seconds()
 
 
 @pytest.fixture

@@ -47,6 +47,8 @@ from keyturn.storage.tables import meta
 from keyturn.verifier.authority import BuiltinAuthority
 from keyturn.verifier.decision import Verifier
 from keyturn.verifier.hashing import CHEAP_FOR_TESTS, Hashing
+from keyturn.verifier.keyed import Key
+from keyturn.verifier.keyring import KeyRing
 
 NOW = datetime(2026, 3, 2, 12, tzinfo=UTC)
 GRACE = timedelta(hours=2)
@@ -301,12 +303,14 @@ class Bench:
         self.database = open_database(f"sqlite:///{self.folder}/store.db", clock=self.clock)
         (self.folder / "revoked.d").mkdir(mode=0o700)
         self.hashing = Hashing(cost=CHEAP_FOR_TESTS)
-        self.authority = BuiltinAuthority(hashing=self.hashing)
+        self.ring = KeyRing(keys={"k1": Key(bytes(range(32)))}, current="k1")
+        self.authority = BuiltinAuthority(hashing=self.hashing, ring=lambda: self.ring)
         self.verifier = Verifier.open(
             f"sqlite:///{self.folder}/store.db",
             state_dir=self.folder,
             clock=self.clock,
             hashing=self.hashing,
+            ring=self.ring,
         )
         self.membership: Membership | None = None
         self.start()
@@ -405,6 +409,11 @@ class Bench:
         for _ in range(4):
             self.clock.advance(span / 4)
             self.look()
+
+    def use(self, **changes: Any) -> None:
+        """Give every part another key ring, as a reload does."""
+        self.ring = replace(self.ring, **changes)
+        self.verifier.use(self.ring)
 
     # --- what is so -------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from keyturn import rotation, wiring
+from keyturn import rotation, verifying, wiring
 from keyturn.core.model import Case
 from keyturn.daemon.service import Service, load
 from keyturn.errors import StoreUnavailable, VerificationFailed
@@ -106,7 +106,7 @@ class Installed:
 
     def accepts(self, held: dict[str, str]) -> bool:
         """Ask a new verifier."""
-        verifier = wiring.open_verifier(self.parts.settings)
+        verifier = verifying.open_verifier(self.parts.settings)
         try:
             verifier.verify(held["id"], held["secret"])
         except VerificationFailed:

@@ -25,7 +25,7 @@ from keyturn.core.model import (
     WaitReason,
 )
 from keyturn.core.model import VersionState as S
-from keyturn.errors import DestinationError, StoreFull, StoreUnavailable
+from keyturn.errors import DestinationError, KeyMissing, StoreFull, StoreUnavailable
 from keyturn.status import describe
 from keyturn.world import Parked
 from support.stores import NOW, intent, rotation, target, version
@@ -245,7 +245,7 @@ def test_every_code_has_its_advice() -> None:
     found = errors | {str(one) for one in WaitReason} | advice.ALTERED | {"not-shown"}
     # These two never come without a code of their own.
     found -= {str(WaitReason.DESTINATION), str(WaitReason.FOREIGN_STAGED)}
-    found |= {StoreFull.code, StoreUnavailable.code, "repair-fight"}
+    found |= {StoreFull.code, StoreUnavailable.code, KeyMissing.code, "repair-fight"}
     assert found == set(advice.TABLE)
 
 

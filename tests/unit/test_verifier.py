@@ -21,6 +21,7 @@ from keyturn.core.model import AgentState, VersionState
 from keyturn.core.secret import ALPHABET, Secret, mint, parse
 from keyturn.errors import StoreUnavailable, UnknownVersion, VerificationFailed, VerifierBusy
 from keyturn.storage.decisions import Decision
+from keyturn.storage.hashes import InUse
 from keyturn.testing.fakes import FakeClock, seeded
 from keyturn.verifier.authority import BuiltinAuthority
 from keyturn.verifier.decision import Verifier, identify
@@ -45,6 +46,16 @@ class Rows:
         if self.broken:
             raise StoreUnavailable
         return [r for r in self.rows.values() if r.tag is None and r.login == login]
+
+    def in_use(self) -> list[InUse]:
+        return [
+            InUse(
+                scheme=r.scheme,
+                head=r.digest[:-43] if r.scheme == "hmac-sha256" else "",
+                versions=1,
+            )
+            for r in self.rows.values()
+        ]
 
     def close(self) -> None:
         pass
@@ -411,7 +422,9 @@ def test_the_authority_knows_its_own_version_only(bench: Bench) -> None:
     """Recovery asks whether a text is this very version, by tag and by hash."""
     authority = BuiltinAuthority(hashing=Hashing(cost=CHEAP_FOR_TESTS))
     version_id, secret = mint(random_bytes=seeded(5))
-    accepted = authority.accept(version_id=version_id, secret=secret)
+    accepted = authority.accept(
+        version_id=version_id, secret=secret, credential_uid="c", scheme="argon2id"
+    )
     from keyturn.core.model import Version
 
     version = Version(

@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from keyturn import wiring
+from keyturn import verifying
 from keyturn.cli.client import AdminClient
 from keyturn.cli.render import table
 from keyturn.core.secret import Secret
@@ -167,7 +167,7 @@ def _show(config: Path, places: Sequence[Place], seconds: float) -> int:
     settings = load(config)
     client = AdminClient(settings.admin.socket)
     _await_first_versions(client)
-    verifier = wiring.open_verifier(settings)
+    verifier = verifying.open_verifier(settings)
     agents = [
         _Agent(name, places[seed % len(places)].read, verifier, seed)
         for seed, name in enumerate(AGENTS)

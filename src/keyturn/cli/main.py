@@ -18,6 +18,7 @@ from keyturn import __version__
 from keyturn.cli import act, complete, files, init, look, options, output, render, report
 from keyturn.cli.agents import agents, destinations
 from keyturn.cli.health import health
+from keyturn.cli.keys import make_key
 from keyturn.cli.notify import notify
 from keyturn.cli.reach import late
 from keyturn.cli.store import store
@@ -53,6 +54,7 @@ app.add_typer(store, name="store")
 app.command("report")(report.report)
 app.command("init")(init.init)
 app.command("check")(files.check)
+app.command("make-key")(make_key)
 app.command("reload")(files.reload)
 app.add_typer(files.config_, name="config")
 app.add_typer(notify, name="notify")

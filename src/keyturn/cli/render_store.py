@@ -130,6 +130,7 @@ def differences(report: Row) -> str:
             f"at 503 until you decide: {', '.join(safe(name) for name in report['undecided'])}:"
             " `keyturn store release AGENT`, or with --reissue"
         )
+    parts += [f"at 503 on this host until the key is here: {safe(text)}" for text in report["keys"]]
     return "\n\n".join(parts)
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from keyturn.config.file import Document, Problem, did_you_mean, read_document, refuse
 from keyturn.config.generation import Generation, Include, Looks, Seen
+from keyturn.config.keys import check_keys, shown_to_readers
 from keyturn.config.listening import ListenSettings
 from keyturn.config.models import (
     ID_FORM,
@@ -84,6 +85,10 @@ class Loading:
         lease = verifier.lease if leased else timedelta(0)
         connections = self._connections()
         policies, places = self._policies(lease)
+        agents = self._agents([main, *self._includes(top.include)])
+        if all(not problem.key.startswith("verifier") for problem in self.problems):
+            self.problems += check_keys(verifier, store, policies, main)
+        self._notes += shown_to_readers(store, policies, agents)
         return Settings(
             path=self._path,
             store=store,
@@ -97,7 +102,7 @@ class Loading:
             policies=policies,
             policy_places=places,
             reload=self._section(ReloadSettings, "reload"),
-            agents=self._agents([main, *self._includes(top.include)]),
+            agents=agents,
             revocations_file=top.revocations_file,
             revocations=tuple(self._revocations(top.revocations)),
             lease=lease,
@@ -379,6 +384,7 @@ def _policy(name: str, values: dict[str, Any]) -> Policy:
         first_rotation=chosen.first_rotation,
         retry=Retry(**values.get("retry", {})),
         retire=chosen.retire,
+        scheme=chosen.scheme,
     )
 
 

@@ -17,7 +17,6 @@ from pydantic import BeforeValidator, Field, model_validator
 from keyturn.config.shape import Section
 from keyturn.core.duration import FORM as DURATION_FORM
 from keyturn.core.duration import parse_duration
-from keyturn.core.lease import LONGEST, OFTENEST, SHORTEST
 from keyturn.core.walltime import WINDOW_FORM, ZONE_FORM, parse_window, zone_of
 from keyturn.credential_file import CREDENTIAL_FORM, credential_path
 from keyturn.destinations.base import Form
@@ -182,6 +181,9 @@ KeyName = Annotated[str, _matching(_NAME), Form("a key of A-Z a-z 0-9 . _ -, eac
 Flag = Annotated[bool, Form("true or false")]
 
 
+Scheme = Literal["argon2id", "hmac-sha256"]
+
+
 class ReaderSection(Section):
     """One group of foreign verifiers: `store.readers`, by name."""
 
@@ -256,30 +258,6 @@ class LogSettings(Section):
         Form("auto, json or text"),
         Field(description="auto: text on a terminal, else JSON"),
     ] = "auto"
-
-
-class VerifierSettings(Section):
-    """How verifiers stay fresh."""
-
-    rule: ClassVar[str] = (
-        "a lease of 1s to 5m, and a poll of 20ms or more that is a quarter of it at most"
-    )
-
-    lease: Annotated[
-        Duration,
-        Field(
-            description="how long a verifier on PostgreSQL may answer until it must ask the store "
-            "again; a revoke waits so long for one that does not answer"
-        ),
-    ] = timedelta(seconds=30)
-    poll: Annotated[Duration, Field(description="how often it asks")] = timedelta(milliseconds=250)
-
-    @model_validator(mode="after")
-    def _polls_within(self) -> VerifierSettings:
-        good = SHORTEST <= self.lease <= LONGEST and OFTENEST <= self.poll <= self.lease / 4
-        if not good:
-            raise ValueError
-        return self
 
 
 class GroupSettings(Section):
@@ -414,6 +392,14 @@ class PolicySection(Section):
         Form("leave, disable or destroy"),
         Field(description="what happens to old copies at destinations"),
     ] = "disable"
+    scheme: Annotated[
+        Scheme,
+        Form("argon2id or hmac-sha256"),
+        Field(
+            description="how the store keeps secrets that are minted from now on; hmac-sha256 needs"
+            " `verifier.key`"
+        ),
+    ] = "argon2id"
 
     @model_validator(mode="before")
     @classmethod

@@ -45,6 +45,7 @@ _SECTIONS: list[tuple[str, type[BaseModel]]] = [
     ("`verifier`", verifying.VerifierSection),
     ("`verifier.listen`", verifying.VerifierListen),
     ("`verifier.relying_parties.NAME`", verifying.RelyingPartySection),
+    ("`verifier.keys.ID`", verifying.KeySection),
     ("`admin`", models.AdminSettings),
     ("`admin.groups`", models.GroupSettings),
     ("`listen`", listening.ListenSettings),

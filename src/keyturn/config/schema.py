@@ -24,6 +24,7 @@ from pydantic.fields import FieldInfo
 from keyturn.config import models, verifying
 from keyturn.config.reference import default_of
 from keyturn.config.shape import form_of
+from keyturn.credential_file import credential_path
 from keyturn.destinations import registry
 from keyturn.errors import ConfigError
 
@@ -153,9 +154,10 @@ def _read_by(annotation: Any, functions: list[Any]) -> Schema:
         manual = functions[-1] is models.read_interval
         return {"anyOf": [{"enum": ["manual"]}, _duration()]} if manual else _duration()
     if annotation is Path:
-        return _TEXT | {"pattern": "^/"}
+        given = credential_path in functions
+        return _TEXT | {"pattern": "^(/|credential:)" if given else "^/"}
     if get_origin(annotation) in (dict, Mapping):
-        return {"type": "object", "additionalProperties": _TEXT}
+        return _plain(annotation, [])
     for one in functions:
         if isinstance(one, partial):
             return _TEXT | {"pattern": _whole(one.args[0].pattern)}
@@ -174,6 +176,8 @@ def _plain(annotation: Any, notes: list[Any]) -> Schema:
         return {"type": "array", "items": _value(get_args(annotation)[0], [])} | _limits(
             notes, "Items"
         )
+    if origin in (dict, Mapping):
+        return {"type": "object", "additionalProperties": _value(get_args(annotation)[1], [])}
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return _of_model(annotation)
     if annotation in (int, bool):

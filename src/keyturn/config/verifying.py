@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from datetime import timedelta
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from keyturn.config.listening import Address, ListenSettings, TlsSection, is_loopback
-from keyturn.config.models import CredentialFile, File, Group, Id, VerifierSettings
+from keyturn.config.models import CredentialFile, Duration, File, Group, Id, Scheme
 from keyturn.config.shape import Section
+from keyturn.core.lease import LONGEST, OFTENEST, SHORTEST
+from keyturn.credential_file import CREDENTIAL_FORM, credential_path
 from keyturn.destinations.base import Form
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
@@ -35,6 +39,24 @@ def _size(value: object) -> object:
     if not isinstance(value, str) or _SIZE.fullmatch(value) is None:
         raise ValueError
     return value
+
+
+def _all_schemes() -> list[Scheme]:
+    return ["argon2id", "hmac-sha256"]
+
+
+class KeySection(Section):
+    """One key of `hmac-sha256`: `verifier.keys`, by id. The id stands in each hash, the key nowhere."""
+
+    file: Annotated[
+        Path,
+        BeforeValidator(credential_path),
+        Form(CREDENTIAL_FORM),
+        Field(
+            description="file with the key: 64 hexadecimal digits, or 32 to 1024 bytes as they are; mode"
+            " 0400 or 0600; `keyturn make-key` makes one"
+        ),
+    ]
 
 
 class RelyingPartySection(Section):
@@ -92,13 +114,35 @@ class VerifierListen(Section):
         return self
 
 
-class VerifierSection(VerifierSettings):
-    """How verifiers stay fresh, where they are asked over HTTP, and by whom."""
+class VerifierSection(Section):
+    """How verifiers stay fresh, which keys they check with, where they are asked, and by whom."""
 
     rule: ClassVar[str] = (
-        f"{VerifierSettings.rule}; relying_parties where others than this host can ask, and"
-        " tls.client_ca for certificates"
+        "a lease of 1s to 5m, and a poll of 20ms or more that is a quarter of it at most;"
+        " relying_parties where others than this host can ask, and tls.client_ca for certificates"
     )
+
+    lease: Annotated[
+        Duration,
+        Field(
+            description="how long a verifier on PostgreSQL may answer until it must ask the store "
+            "again; a revoke waits so long for one that does not answer"
+        ),
+    ] = timedelta(seconds=30)
+    poll: Annotated[Duration, Field(description="how often it asks")] = timedelta(milliseconds=250)
+    keys: Annotated[
+        dict[Id, KeySection],
+        Form("a mapping of ids to {file: …}"),
+        Field(description="keys of hmac-sha256 (docs/howto/hmac-sha256.md)"),
+    ] = Field(default_factory=dict)
+    key: Annotated[
+        Id | None, Form("an id in verifier.keys"), Field(description="the key of new hashes")
+    ] = None
+    schemes: Annotated[
+        list[Scheme],
+        Field(min_length=1, description="with which hashes a version may be accepted at all"),
+        Form("a list of argon2id and hmac-sha256, one at least"),
+    ] = Field(default_factory=_all_schemes)
 
     listen: Annotated[
         VerifierListen | None,
@@ -122,6 +166,13 @@ class VerifierSection(VerifierSettings):
         Form("a size such as 256MiB"),
         Field(description="what argon2 may use at once; more than one hash a core never runs"),
     ] = "256MiB"
+
+    @model_validator(mode="after")
+    def _polls_within(self) -> VerifierSection:
+        good = SHORTEST <= self.lease <= LONGEST and OFTENEST <= self.poll <= self.lease / 4
+        if not good:
+            raise ValueError
+        return self
 
     @model_validator(mode="after")
     def _strangers_are_out(self) -> VerifierSection:

@@ -437,6 +437,7 @@ class Policy:
     first_rotation: str = "after-first-use"  # next-slot | now
     retry: Retry = field(default_factory=Retry)
     retire: str = "disable"  # leave | disable | destroy
+    scheme: str = "argon2id"  # or hmac-sha256: how the store keeps what is minted from now on
 
     @property
     def lifetime(self) -> timedelta | None:

@@ -21,7 +21,7 @@ from keyturn.config.file import read_trusted
 from keyturn.config.models import HookSection
 from keyturn.core.model import Agent, Case, Credential, Target
 from keyturn.core.revocations import parse_revocations
-from keyturn.daemon import own_checks
+from keyturn.daemon import keys, own_checks
 from keyturn.daemon.certificates import Certificates
 from keyturn.daemon.checking import become_daemon, settings_of
 from keyturn.daemon.notifying import spec_of
@@ -40,8 +40,9 @@ from keyturn.notify import events, in_words
 from keyturn.notify.hook import send
 from keyturn.ports import Observed
 from keyturn.sight import look
-from keyturn.storage import queries, roles
+from keyturn.storage import hashes, queries, roles
 from keyturn.storage.engine import is_sqlite, open_database, refuse_open, sqlite_path
+from keyturn.storage.hashes import InUse
 from keyturn.storage.migrations import HEAD, revision
 from keyturn.storage.tables import meta
 from keyturn.verifier.authority import BuiltinAuthority
@@ -65,6 +66,7 @@ class _Known:
 
     store_id: str = ""
     cases: Mapping[str, Case] = field(default_factory=dict)
+    used: tuple[InUse, ...] = ()
 
 
 def check(path: Path, *, probe: bool = False, in_checkout: bool = False) -> dict[str, Any]:
@@ -90,9 +92,12 @@ def check(path: Path, *, probe: bool = False, in_checkout: bool = False) -> dict
         notes.append("changes of this volume are taken over with `reload: {on_change: true}` only")
     rows += [_good("note", note) for note in notes]
     rows += [_file_of_ours(*one) for one in own_checks.problems(settings)]
+    if not probe:
+        rows += keys.checked(settings, None)
     if probe:
         row, known = _looked_at_store(settings)
         rows.append(row)
+        rows += keys.checked(settings, known.used if known else None)
         rows += _listener(settings)
         destinations = wiring.connect(settings, store_id="", clock=wiring.SystemClock())
         for name, destination in destinations.items():
@@ -250,7 +255,8 @@ def _read_store(settings: Settings) -> _Known | None:
         store_id = connection.execute(sa.select(meta.c.store_id)).scalar() or ""
         names = [agent.name for agent in queries.agents(connection, removed=False)]
         cases = {name: queries.case_of(connection, name, "default") for name in names}
-        return _Known(store_id=store_id, cases=cases)
+        used = tuple(hashes.of_rows(connection.execute(sa.text(hashes.SELECT)).all()))
+        return _Known(store_id=store_id, cases=cases, used=used)
 
     try:
         return database.read(body)

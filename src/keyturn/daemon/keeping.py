@@ -17,7 +17,7 @@ from typing import Any
 from keyturn import config, wiring
 from keyturn.config import Settings
 from keyturn.core.walltime import rfc3339
-from keyturn.daemon import logs, offline
+from keyturn.daemon import keys, logs, offline
 from keyturn.daemon.cron import Crontab
 from keyturn.daemon.recovery import Recovery
 from keyturn.daemon.service import load
@@ -123,6 +123,7 @@ def backup(path: Path, place: Path) -> dict[str, Any]:
     place = place.absolute()
     if place.exists():
         raise Refused(f"{place} is there already", hint="name another file")
+    keys.refuse_beside_keys(settings, place)
     folder, live = settings.store.folder, sqlite_path(settings.store.url)
     draft = live.with_name(f".backup.{os.getpid()}")
     with _owner_of(folder) as as_caller:
@@ -307,6 +308,7 @@ def _recover(settings: Settings, lock: FileLock | None, *, adopt: bool, ask: Ask
         shown = recovery.survey()
         undecided = [one.agent for one in recovery.differences if one.what == "undecided"]
         report = recovery.report(shown, undecided)
+        report["keys"] = keys.lacking_after_restore(parts)
         answer = ask(report)
         membership.renew(ttl=LEAD)  # a daemon that took the lead meanwhile lets go by itself
         if not answer:
@@ -357,7 +359,9 @@ def _rehearse(settings: Settings, copy: Path | None) -> dict[str, Any]:
             )
             shown = recovery.survey()
             undecided = [one.agent for one in recovery.differences if one.what == "undecided"]
-            return recovery.report(shown, undecided) | {"released": False, "dry_run": True}
+            report = recovery.report(shown, undecided)
+            report["keys"] = keys.lacking_after_restore(parts)
+            return report | {"released": False, "dry_run": True}
         finally:
             parts.close()
     finally:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from keyturn import config, wiring
+from keyturn import config, verifying, wiring
 from keyturn.config.file import read_document
 from keyturn.core.secret import Secret
 from keyturn.daemon.anchoring import AnchorCommands
@@ -40,7 +40,7 @@ class Offline:
 
     def verify(self, login: str, secret: Secret) -> bool:
         """Tell whether the store accepts this pair now. Raises StoreUnavailable."""
-        verifier = wiring.open_verifier(self._parts.settings)
+        verifier = verifying.open_verifier(self._parts.settings)
         try:
             verifier.verify(login, secret)
         except VerificationFailed:

@@ -26,6 +26,7 @@ class Reason(StrEnum):
     STUCK = "stuck"
     STORE_DOWN = "store-down"
     QUARANTINED = "quarantined"
+    KEY_MISSING = "key-missing"
 
 
 TEXTS = {
@@ -35,6 +36,7 @@ TEXTS = {
     Reason.STUCK: "the due-queue was not looked at for two minutes: see its log, then restart it",
     Reason.STORE_DOWN: "the store does not answer; it goes on by itself when it does",
     Reason.QUARANTINED: "the store was restored and waits for a person",
+    Reason.KEY_MISSING: "accepted versions need a key that is not there",
 }
 
 
@@ -45,10 +47,12 @@ class Readiness:
         """`clock` gives seconds that only go on; it may stop while the machine sleeps."""
         self._clock = clock
         self._held = frozenset({Reason.STARTING})
+        self._details: dict[Reason, str] = {}
         self._looked_at: float | None = None
 
-    def hold(self, reason: Reason) -> None:
-        """Be not ready for this reason, until it is released."""
+    def hold(self, reason: Reason, detail: str = "") -> None:
+        """Be not ready for this reason, until it is released; `detail` is put behind its text."""
+        self._details[reason] = detail
         self._held |= {reason}
 
     def release(self, reason: Reason) -> None:
@@ -97,5 +101,9 @@ class Readiness:
             "live": self.live,
             "ready": not reasons,
             "leads": self.leads,
-            "reasons": [{"reason": str(one), "text": TEXTS[one]} for one in reasons],
+            "reasons": [{"reason": str(one), "text": self._text(one)} for one in reasons],
         }
+
+    def _text(self, reason: Reason) -> str:
+        detail = self._details.get(reason)
+        return f"{TEXTS[reason]}: {detail}" if detail else TEXTS[reason]

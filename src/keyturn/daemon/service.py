@@ -36,6 +36,8 @@ from keyturn.daemon.anchoring import AnchorCommands, Anchoring
 from keyturn.daemon.commands import Commands
 from keyturn.daemon.cron import Crontab
 from keyturn.daemon.front import Front
+from keyturn.daemon.keys import LOOK as LOOK_AT_KEYS
+from keyturn.daemon.keys import Keys
 from keyturn.daemon.metrics import Metrics
 from keyturn.daemon.notifying import NotifyCommands, notifier_of, specs_of
 from keyturn.daemon.own_logins import OwnLogins
@@ -129,6 +131,7 @@ class Service:
         self.parts.on_revocation = self.watching.revocation
         self.parts.on_rotation_end = self.watching.rotation_ended
         self._usage = UsageWatch(self.parts, self.metrics)
+        self._keys = Keys(lambda: self.parts, self.readiness)
         self._anchoring = Anchoring(self.parts, self.metrics, self.watching.incident)
         self._stop = threading.Event()
         self.own_logins = OwnLogins(self.parts, self.metrics, self._stop.is_set)
@@ -201,6 +204,7 @@ class Service:
         server.start()
         self._server = server
         self.front.lead()
+        self._keys.begin()
         self._schedule(membership)
         self.readiness.release(Reason.STARTING)
         if quarantined:
@@ -257,6 +261,7 @@ class Service:
         every(tick, "interval", seconds=TICK, id="tick")
         every(self.watching.measure, "interval", seconds=MEASURE, id="measure")
         every(self._usage.look, "interval", seconds=usage_watch.EVERY, id="usage")
+        every(self._keys.look, "interval", seconds=LOOK_AT_KEYS, id="keys")
         every(self.own_logins.tick, "interval", seconds=OWN_LOGINS, id="own-logins")
         every(self.revoking.poll, "interval", seconds=revoking.POLL, id="revocations")
         every(self._forget_requests, "interval", seconds=FORGET_REQUESTS, id="requests")
@@ -463,6 +468,7 @@ class Service:
         """Tell what a reload would do now."""
         settings = load(self.parts.settings.path)
         self._same_store(self.parts.settings, settings)
+        self._keys.read(settings)
         return rehearsal.rehearse(
             self.parts, settings, allow_mass_change=allow_mass_change, take_over=take_over
         )
@@ -487,6 +493,7 @@ class Service:
                 raise
             self.metrics.config_last_reload_successful.set(1)
             self._note_reload(actor, "ok")
+            self._keys.look()
             notes = self._regroup(before, settings)
             _log.info("config.taken-over", **done)
             for note in notes:
@@ -519,6 +526,7 @@ class Service:
     ) -> dict[str, Any]:
         """Put settings in force. What a connection has open stays open where its lines are the same."""
         parts, old = self.parts, self.parts.destinations
+        ring = self._keys.read(settings)
         fresh = wiring.connect(
             settings,
             store_id=parts.store.store_id,
@@ -535,7 +543,7 @@ class Service:
                     destinations=fresh,
                     take_over=take_over,
                 )
-                parts.settings, parts.destinations = settings, fresh
+                parts.ring, parts.settings, parts.destinations = ring, settings, fresh
             if self._notifier is not None:
                 self._notifier.apply(specs_of(settings))
         finally:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import grp
 import os
 import ssl
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import structlog
 
-from keyturn import config, wiring
+from keyturn import config, verifying, wiring
 from keyturn.config.listening import host_of, port_of
 from keyturn.config.verifying import VerifierListen, VerifierSection
 from keyturn.daemon import logs
@@ -35,6 +36,7 @@ from keyturn.verifier.http.messages import Answer, json_answer
 from keyturn.verifier.http.openapi import DOCUMENT
 from keyturn.verifier.http.server import Place, Server, listen_tcp, listen_unix
 
+KEYS_EVERY = 10.0  # seconds
 _PAGES = ("/healthz", "/readyz")
 _log = structlog.get_logger(__name__)
 
@@ -53,7 +55,7 @@ def run(path: Path) -> int:
     supervisor.starting("opening the store")
     service = Service(settings, supervisor=supervisor)
     # Before anything can start a thread: a signal goes to any thread that lets it.
-    signals = Signals(revoke=lambda: None, reload=service.refresh, stop=service.stop)
+    signals = Signals(revoke=lambda: None, reload=service.reload, stop=service.stop)
     signals.start()
     try:
         service.run()
@@ -66,10 +68,15 @@ class Service:
     """One verifier process."""
 
     def __init__(self, settings: config.Settings, *, supervisor: Supervisor | None = None) -> None:
+        self._settings = settings
         self._supervisor = supervisor or Supervisor()
         self._readiness = Readiness()
-        self._usage = wiring.open_usage(settings)
-        self._verifier: Verifier = wiring.open_verifier(settings, serving=True, usage=self._usage)
+        self._lacking: list[str] = []
+        self._keys_again = 0.0
+        self._usage = verifying.open_usage(settings)
+        self._verifier: Verifier = verifying.open_verifier(
+            settings, serving=True, usage=self._usage
+        )
         section = settings.verifier
         self._callers = Callers(parties(section))
         self._desk = Desk(
@@ -103,12 +110,20 @@ class Service:
         self._supervisor.stopping()
         self.server.stop()
 
+    def reload(self) -> None:
+        """Read the key ring again, and whatever `refresh` does."""
+        with self._supervisor.reloading():
+            self._verifier.use(wiring.ring_of(self._settings))
+            self._keys_again = 0.0
+            self.refresh()
+
     def refresh(self) -> None:
-        """See whether we can answer, and read what was replaced: tokens, every second and at HUP."""
+        """See whether we can answer, and read the tokens that were replaced; once a second."""
         self._callers.refresh()
         self._supervisor.pulse()
         try:
             self._verifier.probe()
+            self._look_at_keys()
         except StoreQuarantined:
             self._readiness.hold(Reason.QUARANTINED)
             self._readiness.looked(store_answers=True)
@@ -117,6 +132,18 @@ class Service:
         else:
             self._readiness.release(Reason.QUARANTINED)
             self._readiness.looked(store_answers=True)
+
+    def _look_at_keys(self) -> None:
+        """Every few seconds: it reads which keys accepted versions name."""
+        now = time.monotonic()
+        if now < self._keys_again:
+            return
+        self._keys_again = now + KEYS_EVERY
+        lacking = self._verifier.lacking()
+        if lacking != self._lacking and lacking:
+            _log.error("keys.missing", keys=lacking)
+        self._lacking = lacking
+        (self._readiness.hold if lacking else self._readiness.release)(Reason.KEY_MISSING)
 
     def _serving(self) -> None:
         self.refresh()

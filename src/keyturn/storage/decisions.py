@@ -28,6 +28,8 @@ from keyturn.errors import StoreQuarantined, StoreUnavailable
 from keyturn.storage.codec import instant
 from keyturn.storage.engine import code_of, is_sqlite, sqlite_path
 from keyturn.storage.freshness import NO_EPOCH, Epoch
+from keyturn.storage.hashes import SELECT as _IN_USE
+from keyturn.storage.hashes import InUse, of_rows
 from keyturn.storage.postgresql import (
     Password,
     asked,
@@ -130,6 +132,10 @@ class DecisionReader:
             return None
         found, boottime, wall = rows[0]
         return Anchor(boot_id=found, boottime=timedelta(microseconds=boottime), wall=instant(wall))
+
+    def in_use(self) -> list[InUse]:
+        """Return which schemes and keys accepted versions have. Raises StoreUnavailable."""
+        return of_rows(self._rows(_IN_USE, ""))
 
     def close(self) -> None:
         """Give back the connections, those in use as soon as their look-ups are done."""
@@ -305,7 +311,7 @@ def _unreadable(error: object) -> StoreUnavailable:
     return StoreUnavailable(str(known), hint=known.hint)
 
 
-_QUERIES = (_BY_ID, _IMPORTED, _ANCHOR)
+_QUERIES = (_BY_ID, _IMPORTED, _ANCHOR, _IN_USE)
 _TOO_LONG = frozenset(
     {"55P03", "57014"}
 )  # a lock, a statement: a new connection would wait as long
@@ -313,6 +319,8 @@ _TOO_LONG = frozenset(
 
 def _values(query: str, value: str, login: str) -> tuple[str, ...]:
     """Return the parameters in the order in which a query has them."""
+    if query == _IN_USE:
+        return ()
     return (value,) if query == _ANCHOR else (login, value)
 
 

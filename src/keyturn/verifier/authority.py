@@ -6,6 +6,7 @@ nothing more here but to wait for the verifiers that remember (rules 16 to 18).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -13,8 +14,10 @@ from keyturn.core.model import Version
 from keyturn.core.secret import Secret, parse
 from keyturn.ports import Abilities, Accepted, Standing
 from keyturn.verifier.gate import Gate
-from keyturn.verifier.hashing import SCHEME, Hashing, same_tag, tag, text_of
+from keyturn.verifier.hashing import Hashing, same_tag, tag, text_of
+from keyturn.verifier.keyring import KeyRing
 from keyturn.verifier.registered import Registered
+from keyturn.verifier.schemes import Schemes, Stored
 
 
 def _saga_hashing() -> Hashing:
@@ -32,24 +35,42 @@ class BuiltinAuthority:
     hashing: Hashing = field(default_factory=_saga_hashing)
     abilities: Abilities = field(default_factory=Abilities)
     registered: Registered | None = None
+    ring: Callable[[], KeyRing] = KeyRing
 
-    def accept(self, *, version_id: str, secret: Secret) -> Accepted:
+    @property
+    def _schemes(self) -> Schemes:
+        return Schemes(hashing=self.hashing, ring=self.ring)
+
+    def accept(
+        self, *, version_id: str, secret: Secret, credential_uid: str, scheme: str
+    ) -> Accepted:
         """Return what makes the version acceptable once it is committed."""
         return Accepted(
             secret=secret,
-            scheme=SCHEME,
-            digest=self.hashing.digest(secret),
+            scheme=scheme,
+            digest=self._schemes.digest(
+                scheme, secret, credential_uid=credential_uid, version_id=version_id
+            ),
             tag=tag(version_id, secret),
         )
 
     def matches(self, version: Version, secret: Secret) -> bool:
-        """Tell by tag and argon2 whether this text is that very version, accepted or not."""
-        return self.resembles(version, secret) and self.hashing.matches(version.digest, secret)
+        """Tell by tag and hash whether this text is that very version, accepted or not."""
+        return self.resembles(version, secret) and self._has_hash(version, secret)
+
+    def _has_hash(self, version: Version, secret: Secret) -> bool:
+        stored = Stored(
+            scheme=version.scheme,
+            digest=version.digest,
+            credential_uid=version.credential_uid,
+            version_id=version.id,
+        )
+        return self._schemes.matches(stored, secret)
 
     def resembles(self, version: Version, secret: Secret) -> bool:
         """Tell by public form and tag whether this text can be that version."""
         if version.tag is None:
-            return self.hashing.matches(version.digest, secret)
+            return self._has_hash(version, secret)
         parsed = parse(text_of(secret))
         if parsed is None or parsed.version_id != version.id:
             return False

@@ -9,7 +9,8 @@ cheaper than the next:
   3. row       by the version id in the text: exactly one hash to try
   4. state     login, agent, state, deadline
   5. tag       constant time; a dummy compare where there is no row
-  6. hash      at most one, through the gate, one flight per secret; none where it was proven before
+  6. hash      at most one, through the gate, one flight per secret; none where it was proven before;
+               a keyed one costs what the tag costs, and needs neither gate nor flight
   7. again     after a hash spool and row once more: a revoke during it wins
 """
 
@@ -32,10 +33,14 @@ from keyturn.ports import Clock
 from keyturn.storage.decisions import Decision, DecisionReader
 from keyturn.storage.engine import is_sqlite, sqlite_path
 from keyturn.storage.freshness import NO_EPOCH, Epoch, Freshness, SharedFile
+from keyturn.storage.hashes import InUse
 from keyturn.storage.leases import Leased, Leasing
 from keyturn.storage.postgresql import Password, no_password
+from keyturn.verifier import keyed
 from keyturn.verifier.gate import Gate
 from keyturn.verifier.hashing import Hashing, fingerprint, same_tag
+from keyturn.verifier.keyring import KeyRing
+from keyturn.verifier.schemes import Schemes, Stored
 from keyturn.verifier.spool import Spool
 from keyturn.verifier.tombstones import ENDED
 from keyturn.verifier.usage import Usage
@@ -56,6 +61,9 @@ class Reader(Protocol):
 
     def imported(self, login: str) -> Sequence[Decision]:
         """Return the accepted imported secrets of a login."""
+
+    def in_use(self) -> Sequence[InUse]:
+        """Return which schemes and keys accepted versions have."""
 
     def close(self) -> None:
         """Give the connection back."""
@@ -118,19 +126,22 @@ class Verifier:
         *,
         freshness: Freshness | None = None,
         hashing: Hashing | None = None,
+        ring: KeyRing | None = None,
         random_bytes: Callable[[int], bytes] = os.urandom,
         usage: Usage | None = None,
     ) -> None:
         self._reader = reader
         self._usage = usage
         if usage is not None:
-            usage.look_up_by(reader.lookup)
+            usage.look_up_by(reader.lookup, lambda: self._ring)
         self._spool = spool
         self._clock = clock
         self._freshness = freshness
-        self._hashing = hashing or Hashing()
+        self._ring = ring or KeyRing()
+        self._schemes = Schemes(hashing=hashing or Hashing(), ring=lambda: self._ring)
         # Imported secrets have no tag, so their guesses reach argon2: one at a time, apart.
-        self._imported = Hashing(gate=Gate(1, queue=None))
+        self._imported = Schemes(hashing=Hashing(gate=Gate(1, queue=None)), ring=lambda: self._ring)
+        self._random_bytes = random_bytes
         self._key = random_bytes(32)
         self._proofs: OrderedDict[bytes, Proof] = OrderedDict()
         self._flights: dict[bytes, Future[bool]] = {}
@@ -148,6 +159,7 @@ class Verifier:
         hashing: Hashing | None = None,
         leasing: Leasing | None = None,
         usage: Usage | None = None,
+        ring: KeyRing | None = None,
     ) -> Verifier:
         """Open a verifier on a store; it reads the spool of this host's state folder.
 
@@ -164,12 +176,14 @@ class Verifier:
             clock = freshness = Leased.open(
                 store_url, leasing, password=password
             )  # the store's time
-        return cls(reader, spool, clock, freshness=freshness, hashing=hashing, usage=usage)
+        return cls(
+            reader, spool, clock, freshness=freshness, hashing=hashing, ring=ring, usage=usage
+        )
 
     @property
     def waiting(self) -> int:
         """How many wait for their turn to hash."""
-        return self._hashing.gate.waiting
+        return self._schemes.hashing.gate.waiting
 
     def probe(self) -> None:
         """Do what a decision needs, for nobody's secret. Raises StoreUnavailable where it cannot."""
@@ -218,6 +232,23 @@ class Verifier:
         self.counts[result] += 1
         if self._usage is not None:
             self._usage.failed(result)
+
+    # --- keys -------------------------------------------------------------------------------
+
+    def use(self, ring: KeyRing) -> None:
+        """Go by these keys and schemes from now on; what the old ones have proven is forgotten."""
+        with self._guard:
+            self._ring = ring
+            # Whoever decides by the old ring just now remembers that where nobody looks any more.
+            self._key = self._random_bytes(32)
+            self._proofs.clear()
+
+    def lacking(self) -> list[str]:
+        """Say which keys of accepted versions are missing here; any makes a verifier not ready.
+
+        Raises StoreUnavailable.
+        """
+        return list(self._ring.lacking(self._reader.in_use()))
 
     # --- what is remembered -----------------------------------------------------------------
 
@@ -300,6 +331,8 @@ class Verifier:
             return None
         if self._was_proven(key, row):
             return row
+        if row.scheme == keyed.SCHEME:
+            return row if self._schemes.matches(_stored(row), secret) else None
         return self._once_more(login, row) if self._hashed(key, row, secret) else None
 
     def _tombstone(self, version_id: str, secret: Secret) -> Decision | None:
@@ -314,7 +347,7 @@ class Verifier:
             if self._stands(login, row):
                 if self._was_proven(key, row):
                     return row
-                if self._imported.matches(row.digest, secret):
+                if self._imported.matches(_stored(row), secret):
                     return self._once_more(login, row)
         return None
 
@@ -354,12 +387,12 @@ class Verifier:
             if flight is None:
                 flight = self._flights[key] = Future()
         if mine:
-            self._fly(key, flight, row.digest, secret)
+            self._fly(key, flight, _stored(row), secret)
         return flight.result()
 
-    def _fly(self, key: bytes, flight: Future[bool], digest: str, secret: Secret) -> None:
+    def _fly(self, key: bytes, flight: Future[bool], stored: Stored, secret: Secret) -> None:
         try:
-            right = self._hashing.matches(digest, secret)
+            right = self._schemes.matches(stored, secret)
         except BaseException as error:
             with self._guard:
                 del self._flights[key]
@@ -368,6 +401,15 @@ class Verifier:
         with self._guard:
             del self._flights[key]
         flight.set_result(right)
+
+
+def _stored(row: Decision) -> Stored:
+    return Stored(
+        scheme=row.scheme,
+        digest=row.digest,
+        credential_uid=row.credential_uid,
+        version_id=row.version_id,
+    )
 
 
 def _proof(row: Decision, epoch: Epoch) -> Proof:

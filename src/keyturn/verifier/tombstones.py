@@ -23,6 +23,8 @@ from keyturn.errors import StorageError
 from keyturn.storage.decisions import Decision
 from keyturn.verifier.gate import Gate
 from keyturn.verifier.hashing import Hashing, same_tag
+from keyturn.verifier.keyring import KeyRing
+from keyturn.verifier.schemes import Schemes, Stored
 
 QUEUE = 32
 KEPT = 4096  # versions of which row and minute are kept
@@ -55,7 +57,9 @@ class Tombstones:
         timer: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._boottime = boottime
-        self._hashing = hashing or Hashing(gate=Gate(1, queue=None))
+        self.ring: Callable[[], KeyRing] = KeyRing
+        hashing = hashing or Hashing(gate=Gate(1, queue=None))
+        self._schemes = Schemes(hashing=hashing, ring=self._keys)
         self._share = share
         self._timer = timer
         self._queue: queue.Queue[_Shown] = queue.Queue(room)
@@ -67,6 +71,9 @@ class Tombstones:
         self.dropped = 0
         self.lookup: Lookup = lambda _version_id: None
         self.found: Callable[[str, str], None] = lambda _version_id, _state: None
+
+    def _keys(self) -> KeyRing:
+        return self.ring()
 
     def presented(self, row: Decision, secret: Secret) -> None:
         """Look later at a text whose tag is that of an ended version."""
@@ -132,7 +139,13 @@ class Tombstones:
         if not same_tag(row.tag, row.version_id, shown.secret):
             return
         _keep(self._minutes, row.version_id, minute)
-        if self._hashing.matches(row.digest, shown.secret):
+        stored = Stored(
+            scheme=row.scheme,
+            digest=row.digest,
+            credential_uid=row.credential_uid,
+            version_id=row.version_id,
+        )
+        if self._schemes.matches(stored, shown.secret):
             self.found(row.version_id, str(row.state))
 
     def _learn(self, version_id: str) -> Decision | None:

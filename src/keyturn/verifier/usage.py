@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from itertools import count
@@ -27,6 +28,7 @@ from keyturn.storage.decisions import Decision
 from keyturn.storage.postgresql import Password, no_password
 from keyturn.storage.usage import Count, Tally, UsageRecords
 from keyturn.verifier.counters import Counters
+from keyturn.verifier.keyring import KeyRing
 from keyturn.verifier.tombstones import Lookup, Tombstones
 
 EVERY = 10.0  # seconds between two flushes
@@ -142,9 +144,9 @@ class Usage:
         """Return the row of a version that this host's spool refuses, as far as it is known by now."""
         return self._tombstones.row(version_id, secret)
 
-    def look_up_by(self, lookup: Lookup) -> None:
-        """Take what finds such rows."""
-        self._tombstones.lookup = lookup
+    def look_up_by(self, lookup: Lookup, ring: Callable[[], KeyRing]) -> None:
+        """Take what finds such rows, and the keys to check them with."""
+        self._tombstones.lookup, self._tombstones.ring = lookup, ring
 
     # --- what goes on beside ----------------------------------------------------------------
 
