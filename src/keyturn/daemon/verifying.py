@@ -143,7 +143,10 @@ class Service:
         if lacking != self._lacking and lacking:
             _log.error("keys.missing", keys=lacking)
         self._lacking = lacking
-        (self._readiness.hold if lacking else self._readiness.release)(Reason.KEY_MISSING)
+        if lacking:
+            self._readiness.hold(Reason.KEY_MISSING, "; ".join(lacking))
+        else:
+            self._readiness.release(Reason.KEY_MISSING)
 
     def _serving(self) -> None:
         self.refresh()
