@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import grp
 import os
+import signal
 import ssl
 import time
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from keyturn.daemon.cron import Crontab
 from keyturn.daemon.listener import Listener
 from keyturn.daemon.pages import Pages
 from keyturn.daemon.readiness import Readiness, Reason
-from keyturn.daemon.signals import Signals
+from keyturn.daemon.signals import WAITED_FOR, Signals
 from keyturn.daemon.supervision import Supervisor
 from keyturn.daemon.verifier_metrics import VerifierMetrics
 from keyturn.errors import ConfigError, StoreQuarantined, StoreUnavailable
@@ -53,8 +54,9 @@ def run(path: Path) -> int:
     logs.configure(level=settings.log.level, form=settings.log.format)
     supervisor = Supervisor.take(os.environ, pid=os.getpid())
     supervisor.starting("opening the store")
-    service = Service(settings, supervisor=supervisor)
     # Before anything can start a thread: a signal goes to any thread that lets it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, WAITED_FOR)
+    service = Service(settings, supervisor=supervisor)
     signals = Signals(revoke=lambda: None, reload=service.reload, stop=service.stop)
     signals.start()
     try:
