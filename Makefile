@@ -10,7 +10,7 @@ LOCK := $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-versio
 	--no-header --no-emit-index-url --no-emit-find-links --upgrade
 SBOM ?= dist/keyturn.cdx.json
 
-.PHONY: demo test test-full check audit bench drill docs lock wheel sbom clean
+.PHONY: demo test test-full check audit bench bench-verifier drill docs lock wheel sbom clean
 
 demo: .venv/demo.stamp  ## the main job on the embedded defaults; DEST=vault|aws|azure|all
 	@$(BIN)/keyturn demo --dest $(DEST)
@@ -35,6 +35,10 @@ audit: .venv/bin/python  ## known vulnerabilities of what is installed
 
 bench: .venv/test.stamp  ## rotations per second beside the bare clients, in one run
 	@$(BIN)/python benchmarks/rotations.py
+
+bench-verifier: .venv/test.stamp  ## warm checks beside their peers, and a cold herd
+	@$(BIN)/python benchmarks/verifications.py
+	@$(BIN)/python benchmarks/herd.py --agents 1000
 
 drill: .venv/test.stamp  ## how long a revoke takes, by each way, under load
 	@$(BIN)/python benchmarks/revocation.py
