@@ -157,9 +157,13 @@ def test_a_million_failures_cost_less_than_a_mebibyte(tmp_path: Path, number: in
         bench.ask(1)
         assert bench.usage.flush()
         before = size_of(tmp_path)
+        spared = 1 if number == 10**6 else 10  # answers that only the long version gives
         for done in range(1, number + 1):
-            with suppress(VerificationFailed):
-                bench.verifier.verify("b" if done % 100 == 0 else None, "x" * 40)
+            if done % spared:
+                bench.usage.failed("refused")
+            else:
+                with suppress(VerificationFailed):
+                    bench.verifier.verify("b" if done % 100 == 0 else None, "x" * 40)
             if done % 50_000 == 0:
                 bench.clock.advance(timedelta(seconds=10))
                 assert bench.usage.flush()

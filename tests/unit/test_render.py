@@ -334,3 +334,23 @@ def test_verifiers_are_a_table() -> None:
     ]
     assert "0a1b2c3d" in text
     assert "on SQLite" in verifiers_table({"leased": False, "verifiers": []})
+
+
+def test_what_verifiers_saw_is_said_in_words() -> None:
+    """Uses of a version, who lags behind, an ended one that was presented, and uses within an hour."""
+    row = {
+        "agent": "a", "state": "enabled",
+        "current": {"version": "v2", "uses": 1, "last_used_at": "2026-03-01T11:00:00Z"},
+        "previous": [{"version": "v1", "uses": 40, "laggards": ["a"]}],
+        "presented": [
+            {"version": "v0", "state": "revoked", "first_at": "2026-03-01T10:00:00Z",
+             "last_at": "2026-03-01T11:30:00Z", "times": 3}
+        ],
+    }  # fmt: skip
+    text = render.status_of_one(row, datetime(2026, 3, 1, 12, tzinfo=UTC))
+    assert "v2 · last used 1h ago · 1 use\n" in text
+    assert "v1 · 40 uses · still used by a" in text
+    assert "PRESENTED      v0 · revoked · last 30m ago · first 2h ago" in text
+    found = {"agent": "a", "version": "v1", "state": "current"}
+    assert render.identified([found | {"uses_last_hour": 14}]).endswith("current, 14 uses an hour")
+    assert render.identified([found | {"uses_last_hour": None}]).endswith("current")
