@@ -34,10 +34,12 @@ from keyturn.storage.engine import is_sqlite, sqlite_path
 from keyturn.storage.freshness import NO_EPOCH, Epoch, Freshness, SharedFile
 from keyturn.storage.postgresql import Password, no_password
 from keyturn.verifier.gate import Gate
+from keyturn.verifier.guesses import Guesses
 from keyturn.verifier.hashing import Hashing, fingerprint, same_tag
 from keyturn.verifier.spool import Spool
 
 REMEMBERED = 100_000
+IMPORTED_QUEUE = 16  # of agents whose imported secret waits for its hash
 _ANSWERED_STATES = frozenset({"enabled"})
 _ACCEPTED_STATES = frozenset({"pending", "current", "previous", "kept"})
 _DUMMY_ID = "0" * 14
@@ -122,8 +124,9 @@ class Verifier:
         self._clock = clock
         self._freshness = freshness
         self._hashing = hashing or Hashing()
-        # Imported secrets have no tag, so their guesses reach argon2: one at a time, apart.
-        self._imported = Hashing(gate=Gate(1, queue=None))
+        # Imported secrets have no tag, so their guesses reach argon2: one at a time, apart, and few.
+        self._imported = Hashing(gate=Gate(1, queue=IMPORTED_QUEUE))
+        self._guesses = Guesses()
         self._key = random_bytes(32)
         self._proofs: OrderedDict[bytes, Proof] = OrderedDict()
         self._flights: dict[bytes, Future[bool]] = {}
@@ -230,13 +233,16 @@ class Verifier:
             return proof
         return self.decide(key, login, text)
 
-    def decide(self, key: bytes, login: bytes, text: bytes) -> Proof | None:
+    def decide(
+        self, key: bytes, login: bytes, text: bytes, *, agents: Container[str] | None = None
+    ) -> Proof | None:
         """Ask the store, and hash where need be; None is a no. May wait for both.
 
-        Raises StoreUnavailable.
+        `agents` are the only ones that whoever asks may hear of: a secret of another one is not even
+        hashed, or the time would tell what the answer does not. Raises StoreUnavailable.
         """
         before = self._known_epoch()
-        row = self._decide(key, login.decode("ascii"), text)
+        row = self._decide(key, login.decode("ascii"), text, agents)
         if self._freshness is not None:
             self._freshness.epoch()  # a lease may have run out meanwhile
         if row is None:
@@ -251,16 +257,18 @@ class Verifier:
             return NO_EPOCH
         return self._freshness.epoch() or self._freshness.learn()
 
-    def _decide(self, key: bytes, login: str, text: bytes) -> Decision | None:
+    def _decide(
+        self, key: bytes, login: str, text: bytes, agents: Container[str] | None
+    ) -> Decision | None:
         parsed = parse(text)
         secret = Secret(text.decode())
         if parsed is None:
-            return self._decide_imported(key, login, secret)
+            return self._decide_imported(key, login, secret, agents)
         # SECURITY: before the store is touched: whoever can lock it must not turn this no into
         # "cannot tell", which some callers let through, nor make it wait for the lock.
         revoked = self._spool.holds(parsed.version_id)
         row = None if revoked else self._reader.lookup(parsed.version_id, login)
-        good = row is not None and self._stands(login, row)
+        good = row is not None and self._stands(login, row) and _among(agents, row)
         # SECURITY: unknown, revoked and wrong all end at a compare of one tag.
         expected = row.tag if row is not None and row.tag else _DUMMY_TAG
         tagged = same_tag(expected, parsed.version_id if row else _DUMMY_ID, secret)
@@ -270,12 +278,16 @@ class Verifier:
             return row
         return self._once_more(login, row) if self._hashed(key, row, secret) else None
 
-    def _decide_imported(self, key: bytes, login: str, secret: Secret) -> Decision | None:
+    def _decide_imported(
+        self, key: bytes, login: str, secret: Secret, agents: Container[str] | None
+    ) -> Decision | None:
         for row in self._reader.imported(login) if login else ():
-            if self._stands(login, row):
+            if self._stands(login, row) and _among(agents, row):
                 if self._was_proven(key, row):
                     return row
-                if self._imported.matches(row.digest, secret):
+                with self._guesses.one(row.credential_uid) as guess:
+                    guess.right = self._imported.matches(row.digest, secret)
+                if guess.right:
                     return self._once_more(login, row)
         return None
 
@@ -329,6 +341,10 @@ class Verifier:
         with self._guard:
             del self._flights[key]
         flight.set_result(right)
+
+
+def _among(agents: Container[str] | None, row: Decision) -> bool:
+    return agents is None or row.agent_name in agents
 
 
 def _proof(row: Decision, epoch: Epoch) -> Proof:

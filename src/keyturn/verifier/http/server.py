@@ -146,8 +146,9 @@ class Server:
     async def _run(self) -> None:
         self._loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
         self._desk.open(self._loop)
+        self.registry.sweep(self._loop.time())
         servers = [await self._serve(self._loop, place) for place in self._places]
-        sweeping = self._loop.create_task(self._sweep())
+        tasks = [self._loop.create_task(one()) for one in (self._sweep, self._keep_fresh)]
         self._serving()
         if not self._stopped.is_set():
             await self._ended.wait()
@@ -158,7 +159,8 @@ class Server:
             async with asyncio.timeout(FAREWELL):
                 while len(self.registry):
                     await asyncio.sleep(0.01)
-        sweeping.cancel()
+        for task in tasks:
+            task.cancel()
         self.registry.drop()
 
     async def _serve(self, loop: asyncio.AbstractEventLoop, place: Place) -> asyncio.Server:
@@ -178,6 +180,12 @@ class Server:
         while True:
             await asyncio.sleep(SWEEP)
             self.registry.sweep(loop.time())
+
+    async def _keep_fresh(self) -> None:
+        # Not by the sweeper: a store that hangs must not keep deadlines from being kept.
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(SWEEP)
             try:
                 await loop.run_in_executor(None, self._refresh)
             except Exception:  # noqa: BLE001  # loop top: deadlines must go on
