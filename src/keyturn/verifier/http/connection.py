@@ -69,7 +69,8 @@ class Registry:
             next(iter(self._new)).drop()
             return
         # Whoever is owed an answer stays. Several go at once: this looks at all of them.
-        resting = sorted((one for one in self._all if one.until < _NEVER), key=lambda o: o.until)
+        resting = [one for one in self._all if one.until < _NEVER and one is not newest]
+        resting.sort(key=lambda one: one.until)
         for one in resting[: max(1, self.most // _ROOM)] or [newest]:
             one.drop()
 
