@@ -123,7 +123,7 @@ class Server:
         self._desk = desk
         self._callers = callers
         self._places = places
-        self.registry = registry or Registry(most=room())
+        self.registry = Registry(most=room()) if registry is None else registry
         self._refresh = refresh
         self._serving = serving
         self._loop: asyncio.AbstractEventLoop | None = None
