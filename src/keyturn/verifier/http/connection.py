@@ -401,15 +401,35 @@ class Handshake(asyncio.Protocol, Held):
         self._registry = registry
         self._transport: asyncio.Transport | None = None
         self._task: asyncio.Task[None] | None = None
+        self._early: list[bytes] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin the handshake."""
         loop = asyncio.get_running_loop()
         self._transport = cast("asyncio.Transport", transport)
-        self._transport.pause_reading()
         self.until = loop.time() + self._registry.deadline
         self._registry.add(self)
         self._task = loop.create_task(self._upgrade(loop, self._transport))
+        # uvloop starts to read after this call, so the client's hello may come to us: the handshake
+        # gets it as soon as it has begun, before anything else is read. It is paused until then.
+        loop.call_soon(loop.call_soon, self._hand_on)
+
+    def data_received(self, data: bytes) -> None:
+        """Keep what was read too early."""
+        self._early.append(data)
+
+    def _hand_on(self) -> None:
+        if self._transport is None or self._transport.is_closing():
+            return
+        protocol: Any = self._transport.get_protocol()
+        for data in self._early:
+            view = memoryview(data)
+            while view and protocol is not self:
+                room = protocol.get_buffer(len(view))[: len(view)]
+                room[:] = view[: len(room)]
+                protocol.buffer_updated(len(room))
+                view = view[len(room) :]
+        self._early.clear()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""

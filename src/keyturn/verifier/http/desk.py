@@ -33,7 +33,7 @@ from keyturn.verifier.http.presented import NOBODYS, Presented
 from keyturn.verifier.http.routes import Route, problem, route_of, unavailable
 
 READERS = 16  # threads beside those that wait for a hash: junk and cold checks go on
-BEAT = 0.002  # seconds that a look-up for a no takes at most, else two of them, and so on
+BEAT = 0.005  # seconds; far more than a look-up takes
 MOST_FLIGHTS = 2048  # texts that are decided at once; beyond it nobody can tell
 _log = structlog.get_logger(__name__)
 
