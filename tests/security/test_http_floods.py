@@ -69,7 +69,7 @@ def junk(held: Held, revoked: Held) -> list[str]:
 
 def p99(took: Sequence[float]) -> float:
     """Return the time that one of a hundred exceeds."""
-    return statistics.quantiles(took, n=100)[98]
+    return sorted(took)[int(len(took) * 0.99)]
 
 
 @pytest.mark.parametrize(
@@ -124,6 +124,8 @@ def test_a_flood_of_junk_delays_no_revoke(tmp_path: Path, number: int) -> None:
         ):
             assert cutter.stdin is not None
             assert cutter.stdout is not None
+            print("revoke", service.held[-1].version_id, file=cutter.stdin, flush=True)
+            assert float(cutter.stdout.readline())  # it has started
             for one in service.held[1:-1]:
                 began = time.monotonic()
                 print("revoke", one.version_id, file=cutter.stdin, flush=True)
@@ -188,7 +190,7 @@ class Asking:
 
 
 @pytest.mark.parametrize(
-    "rounds", [50, pytest.param(10_000, marks=[pytest.mark.full, pytest.mark.timeout(3600)])]
+    "rounds", [30, pytest.param(10_000, marks=[pytest.mark.full, pytest.mark.timeout(3600)])]
 )
 def test_no_process_says_yes_after_a_cut_has_returned(rounds: int) -> None:
     """security.md, test 4, over HTTP: three processes on one file, suspended and resumed in races."""
