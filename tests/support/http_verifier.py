@@ -7,10 +7,10 @@ import http.client
 import json
 import random
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from keyturn.core.model import VersionState
 from keyturn.core.secret import Secret, mint
 from keyturn.storage.store import Store
 from keyturn.verifier.decision import Verifier
-from keyturn.verifier.hashing import CHEAP_FOR_TESTS, Hashing, tag
+from keyturn.verifier.gate import Gate
+from keyturn.verifier.hashing import CHEAP_FOR_TESTS, Cost, Hashing, tag
 from keyturn.verifier.http.callers import Callers, RelyingParty
 from keyturn.verifier.http.desk import Desk, Page
 from keyturn.verifier.http.server import Place, Server, listen_tcp
@@ -77,6 +78,7 @@ class Served:
     server: Server
     store: Store
     held: list[Held]
+    hashes: list[str] = field(default_factory=list)  # that were checked, one by one
 
     def ask(
         self,
@@ -102,6 +104,27 @@ class Served:
             "/v1/verify", headers={"Content-Type": "application/json"}, body=content
         )
         return status, json.loads(body)
+
+
+class Counted(Hashing):
+    """Hashing that notes every check, and can be held up before one."""
+
+    def __init__(self, cost: Cost = CHEAP_FOR_TESTS, gate: Gate | None = None) -> None:
+        super().__init__(cost=cost, **({} if gate is None else {"gate": gate}))
+        object.__setattr__(self, "checked", [])
+        object.__setattr__(self, "before", lambda: None)
+
+    checked: list[str]
+    before: Callable[[], None]
+
+    def hold(self, before: Callable[[], None]) -> None:
+        """Call this before each check."""
+        object.__setattr__(self, "before", before)
+
+    def matches(self, digest: str, secret: Secret) -> bool:
+        self.checked.append(digest)
+        self.before()
+        return super().matches(digest, secret)
 
 
 @contextmanager
@@ -138,7 +161,7 @@ def served(
     **more: Any,
 ) -> Iterator[Served]:
     """Serve a new store with these agents."""
-    hashing = hashing or Hashing(cost=CHEAP_FOR_TESTS)
+    hashing = hashing or Counted()
     store = open_store(folder, writer="w")
     (folder / "revoked.d").mkdir(mode=0o700, exist_ok=True)
     held = fill(store, names, hashing=Hashing(cost=hashing.cost))
@@ -148,7 +171,13 @@ def served(
     try:
         with serve(verifier, parties=parties, **more) as (port, desk, server):
             yield Served(
-                port=port, verifier=verifier, desk=desk, server=server, store=store, held=held
+                port=port,
+                verifier=verifier,
+                desk=desk,
+                server=server,
+                store=store,
+                held=held,
+                hashes=hashing.checked if isinstance(hashing, Counted) else [],
             )
     finally:
         verifier.close()

@@ -38,6 +38,7 @@ from keyturn.storage.leases import Leased, Leasing
 from keyturn.storage.postgresql import Password, no_password
 from keyturn.verifier import keyed
 from keyturn.verifier.gate import Gate
+from keyturn.verifier.guesses import Guesses
 from keyturn.verifier.hashing import Hashing, fingerprint, same_tag
 from keyturn.verifier.keyring import KeyRing
 from keyturn.verifier.schemes import Schemes, Stored
@@ -46,6 +47,7 @@ from keyturn.verifier.tombstones import ENDED
 from keyturn.verifier.usage import Usage
 
 REMEMBERED = 100_000
+IMPORTED_QUEUE = 16  # of agents whose imported secret waits for its hash
 _ANSWERED_STATES = frozenset({"enabled"})
 _ACCEPTED_STATES = frozenset({"pending", "current", "previous", "kept"})
 _DUMMY_ID = "0" * 14
@@ -139,9 +141,12 @@ class Verifier:
         self._freshness = freshness
         self._ring = ring or KeyRing()
         self._schemes = Schemes(hashing=hashing or Hashing(), ring=lambda: self._ring)
-        # Imported secrets have no tag, so their guesses reach argon2: one at a time, apart.
-        self._imported = Schemes(hashing=Hashing(gate=Gate(1, queue=None)), ring=lambda: self._ring)
+        # Imported secrets have no tag, so their guesses reach argon2: one at a time, apart, and few.
+        self._imported = Schemes(
+            hashing=Hashing(gate=Gate(1, queue=IMPORTED_QUEUE)), ring=lambda: self._ring
+        )
         self._random_bytes = random_bytes
+        self._guesses = Guesses()
         self._key = random_bytes(32)
         self._proofs: OrderedDict[bytes, Proof] = OrderedDict()
         self._flights: dict[bytes, Future[bool]] = {}
@@ -288,13 +293,16 @@ class Verifier:
             return proof
         return self.decide(key, login, text)
 
-    def decide(self, key: bytes, login: bytes, text: bytes) -> Proof | None:
+    def decide(
+        self, key: bytes, login: bytes, text: bytes, *, agents: Container[str] | None = None
+    ) -> Proof | None:
         """Ask the store, and hash where need be; None is a no. May wait for both.
 
-        Raises StoreUnavailable.
+        `agents` are the only ones that whoever asks may hear of: a secret of another one is not even
+        hashed, or the time would tell what the answer does not. Raises StoreUnavailable.
         """
         before = self._known_epoch()
-        row = self._decide(key, login.decode("ascii"), text)
+        row = self._decide(key, login.decode("ascii"), text, agents)
         if self._freshness is not None:
             self._freshness.epoch()  # a lease may have run out meanwhile
         if row is None:
@@ -311,16 +319,18 @@ class Verifier:
             return NO_EPOCH
         return self._freshness.epoch() or self._freshness.learn()
 
-    def _decide(self, key: bytes, login: str, text: bytes) -> Decision | None:
+    def _decide(
+        self, key: bytes, login: str, text: bytes, agents: Container[str] | None
+    ) -> Decision | None:
         parsed = parse(text)
         secret = Secret(text.decode())
         if parsed is None:
-            return self._decide_imported(key, login, secret)
+            return self._decide_imported(key, login, secret, agents)
         # SECURITY: before the store is touched: whoever can lock it must not turn this no into
         # "cannot tell", which some callers let through, nor make it wait for the lock.
         revoked = self._spool.holds(parsed.version_id)
         row = None if revoked else self._reader.lookup(parsed.version_id, login)
-        good = row is not None and self._stands(login, row)
+        good = row is not None and self._stands(login, row) and _among(agents, row)
         shown = self._tombstone(parsed.version_id, secret) if revoked else row
         # SECURITY: unknown, revoked and wrong all end at a compare of one tag.
         expected = shown.tag if shown is not None and shown.tag else _DUMMY_TAG
@@ -342,12 +352,16 @@ class Verifier:
         if self._usage is not None and shown.state in ENDED:
             self._usage.presented(shown, secret)
 
-    def _decide_imported(self, key: bytes, login: str, secret: Secret) -> Decision | None:
+    def _decide_imported(
+        self, key: bytes, login: str, secret: Secret, agents: Container[str] | None
+    ) -> Decision | None:
         for row in self._reader.imported(login) if login else ():
-            if self._stands(login, row):
+            if self._stands(login, row) and _among(agents, row):
                 if self._was_proven(key, row):
                     return row
-                if self._imported.matches(_stored(row), secret):
+                with self._guesses.one(row.credential_uid) as guess:
+                    guess.right = self._imported.matches(_stored(row), secret)
+                if guess.right:
                     return self._once_more(login, row)
         return None
 
@@ -410,6 +424,10 @@ def _stored(row: Decision) -> Stored:
         credential_uid=row.credential_uid,
         version_id=row.version_id,
     )
+
+
+def _among(agents: Container[str] | None, row: Decision) -> bool:
+    return agents is None or row.agent_name in agents
 
 
 def _proof(row: Decision, epoch: Epoch) -> Proof:

@@ -125,6 +125,8 @@ def text_of(secret: Secret) -> bytes:
 
 def _asked(digest: str) -> Parameters | None:
     """Return what a hash asks for, None where it is no hash of ours or asks for too much."""
+    if not (digest.isascii() and digest.isprintable()):
+        return None  # argon2-cffi raises for the one, and argon2 stops reading at some of the other
     try:
         asked = extract_parameters(digest)
     except InvalidHashError:

@@ -34,6 +34,11 @@ class Caller:
         """Whether an answer about this agent is for this caller."""
         return self.agents is None or agent in self.agents
 
+    @property
+    def scope(self) -> tuple[bytes, ...]:
+        """What its answers are remembered by, besides what was shown."""
+        return () if self.agents is None else (self.name.encode(),)
+
 
 ANYBODY = Caller(name="")
 
@@ -95,7 +100,12 @@ class Callers:
                         f"{party.token_file} has a token below {SHORTEST_TOKEN} characters",
                         hint="make one with: openssl rand -hex 32",
                     )
-                found[self._digest(token.encode())] = party.caller
+                digest = self._digest(token.encode())
+                if found.setdefault(digest, party.caller) is not party.caller:
+                    raise ConfigError(
+                        f"{party.token_file} has a token that another relying party has too",
+                        hint="one each: make one with: openssl rand -hex 32",
+                    )
         return found
 
     def _digest(self, token: bytes) -> bytes:

@@ -29,6 +29,9 @@ IGNORED_LIMIT = 1024 * 1024  # of a body that nobody reads
 HEADERS = 64
 LINGER = 1.0  # seconds in which a last answer can arrive
 AHEAD = 64  # requests that wait for the answer to the one before
+_AT_ONCE = 16 * 1024  # bytes that are read before a limit is looked at
+_ROOM = 64  # of so many connections one goes, where all places are taken and another one comes
+_LOOKED_AT = frozenset({b"host", b"expect", b"transfer-encoding"})
 _NEVER = float("inf")
 _EXPECT = b"HTTP/1.1 100 Continue\r\n\r\n"
 _TOO_LARGE = problem(413, "invalid_request", f"a body above {BODY_LIMIT} bytes")
@@ -56,10 +59,20 @@ class Registry:
         return len(self._all)
 
     def add(self, one: Held) -> None:
-        """Take one in; where there are too many one goes that has asked nothing, or the oldest."""
+        """Take one in; where there are too many one goes that has asked nothing, or rests longest."""
         self._all[one] = self._new[one] = None
         if len(self._all) > self.most:
-            next(iter(self._new if len(self._new) > 1 else self._all)).drop()
+            self._make_room(one)
+
+    def _make_room(self, newest: Held) -> None:
+        if len(self._new) > 1:
+            next(iter(self._new)).drop()
+            return
+        # Whoever is owed an answer stays. Several go at once: this looks at all of them.
+        resting = [one for one in self._all if one.until < _NEVER and one is not newest]
+        resting.sort(key=lambda one: one.until)
+        for one in resting[: max(1, self.most // _ROOM)] or [newest]:
+            one.drop()
 
     def useful(self, one: Held) -> None:
         """Note that it has asked something."""
@@ -115,10 +128,14 @@ class Connection(asyncio.Protocol, Held):
         self._transport: asyncio.Transport | None = None
         self._early: list[bytes] = []  # what came with the end of a handshake
         self._request = Request()
-        self._parts: list[bytes] = []
-        self._size = 0
+        self._body = bytearray()  # not a list: bytes that come one by one cost 50 times their size
+        self._size = 0  # of the body so far, also of one that nobody reads
+        self._framing = (
+            0  # bytes of this request that are no body: lines, headers, chunks, trailers
+        )
         self._in_head = False
         self._begun = False
+        self._stuck = False  # it does not read its answers
         self._complete = 0
         self._queue: deque[Request] = deque()
         self._busy = False
@@ -148,13 +165,19 @@ class Connection(asyncio.Protocol, Held):
     def pause_writing(self) -> None:
         """Read nothing more from who does not read; it has the time of a request for that."""
         if self._transport is not None:
+            self._stuck = True
             self._transport.pause_reading()
             self.until = self._loop.time() + self._registry.deadline
 
     def resume_writing(self) -> None:
         """Go on."""
-        if self._transport is not None and not self._ending:
+        self._stuck = False
+        if self._transport is None or self._ending:
+            return
+        if len(self._queue) < AHEAD:
             self._transport.resume_reading()
+        if not self._busy:
+            self._rest()
             self._next()
 
     def drop(self) -> None:
@@ -173,6 +196,10 @@ class Connection(asyncio.Protocol, Held):
         if self._transport is None:
             self._early.append(data)
             return
+        if len(data) > _AT_ONCE:
+            for at in range(0, len(data), _AT_ONCE):
+                self.data_received(data[at : at + _AT_ONCE])
+            return
         if self._ending:
             return
         complete, begun = self._complete, self._begun
@@ -189,16 +216,16 @@ class Connection(asyncio.Protocol, Held):
             return
         if not begun and not self._busy:
             self.until = self._loop.time() + self._registry.deadline
-        if self._in_head and self._complete == complete:
-            self._size += len(data)
-            if self._size > HEAD_LIMIT:
+        if self._complete == complete:
+            self._framing += len(data)
+            if self._framing > HEAD_LIMIT:
                 self._refuse(_TOO_MANY)
 
     # --- the parser -------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
         """Begin a request."""
-        self._request, self._parts, self._size = Request(), [], 0
+        self._request, self._size, self._framing = Request(), 0, 0
         self._in_head = self._begun = True
 
     def on_url(self, url: bytes) -> None:
@@ -207,11 +234,16 @@ class Connection(asyncio.Protocol, Held):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take a header."""
-        name = name.lower()
+        if not self._in_head:
+            return  # SECURITY: a trailer is no header (RFC 9110, 6.5.1)
+        name, request = name.lower(), self._request
         if name == b"authorization":
-            self._request.authorization.append(value)
+            request.authorization.append(value)
         else:
-            self._request.headers.append((name, value))
+            request.headers.append((name, value))
+            if len(request.headers) > HEADERS:
+                request.headers.clear()
+                self._refuse(_TOO_MANY)
 
     def on_headers_complete(self) -> None:
         """Look whether the body may come."""
@@ -223,37 +255,71 @@ class Connection(asyncio.Protocol, Held):
         if request.path[:1] != b"/":
             request.path = _origin_form(request.path)
         request.keep_alive = self._parser.should_keep_alive()
-        self._in_head, self._size = False, 0
-        if len(request.headers) + len(request.authorization) > HEADERS:
-            self._refuse(_TOO_MANY)
-        elif request.header(b"expect") and self._transport is not None and not self._ending:
+        self._in_head = False
+        special = [pair for pair in request.headers if pair[0] in _LOOKED_AT]
+        usual = len(special) == 1 and special[0][0] == b"host" and request.keep_alive
+        if not usual or request.method == b"CONNECT":
+            self._look_closer(request, special)
+
+    def _look_closer(self, request: Request, special: list[tuple[bytes, bytes]]) -> None:
+        """Refuse what two servers may understand in two ways, and let a body come."""
+        version = self._parser.get_http_version()
+        values = dict(special)
+        coding = values.get(b"transfer-encoding", b"chunked").strip().lower()
+        if (
+            version not in ("1.0", "1.1")
+            or len(values) != len(special)  # also of Host (RFC 9112, 3.2)
+            or (version == "1.1" and b"host" not in values)
+            or coding != b"chunked"
+            or (version == "1.0" and b"transfer-encoding" in values)  # RFC 9112, 6.1
+            or request.method == b"CONNECT"
+        ):
+            self._refuse(_BROKEN)
+        elif values.get(b"expect", b"").lower() == b"100-continue" and version == "1.1":
+            self._let_come(request)
+
+    def _let_come(self, request: Request) -> None:
+        length = b"".join(request.header(b"content-length"))
+        if len(length) > 9 or int(length or b"0") > _limit(request):
+            self._refuse(_TOO_LARGE)
+        elif self._transport is not None and not (self._ending or self._busy):
+            # With an answer still owed this would pass for a part of that one.
             self._transport.write(_EXPECT)
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body."""
         self._size += len(body)
-        if not self._request.path.startswith(b"/v1/auth"):
-            self._parts.append(body)
-            if self._size > BODY_LIMIT:
-                self._refuse(_TOO_LARGE)
-        elif self._size > IGNORED_LIMIT:
+        self._framing -= len(body)
+        limit = _limit(self._request)
+        if self._size > limit:
+            self._body.clear()
             self._refuse(_TOO_LARGE)
+        elif limit == BODY_LIMIT:
+            self._body += body
 
     def on_message_complete(self) -> None:
         """Hand the request over, or let it wait for the one before."""
         request = self._request
-        if self._parts:
-            request.body = b"".join(self._parts)
+        if self._body:
+            request.body = bytes(self._body)
+            self._body = bytearray()
         self._begun = False
         self._complete += 1
         if self._ending:
             return
-        if self._busy:
-            self._queue.append(request)
-            if len(self._queue) == AHEAD and self._transport is not None:
-                self._transport.pause_reading()
-            return
-        self._hand_over(request)
+        if self._busy or self._stuck:
+            self._wait(request)
+        else:
+            self._hand_over(request)
+
+    def _wait(self, request: Request) -> None:
+        if len(self._queue) > AHEAD:
+            return  # the one before is the last one
+        self._queue.append(request)
+        if len(self._queue) == AHEAD and self._transport is not None:
+            self._transport.pause_reading()
+        elif len(self._queue) > AHEAD:
+            request.keep_alive = False
 
     # --- answers ----------------------------------------------------------------------------
 
@@ -272,12 +338,17 @@ class Connection(asyncio.Protocol, Held):
             transport.close()
             return
         transport.write(answer.kept_alive(self._registry.date))
+        if self._stuck:
+            return  # it has its time already
+        self._rest()
+        if self._queue:
+            self._next()
+
+    def _rest(self) -> None:
         if self._begun:
             self.until = self._loop.time() + self._registry.deadline
         else:
             self.until = self._registry.rested
-        if self._queue:
-            self._next()
 
     def _hand_over(self, request: Request) -> None:
         self._busy = True
@@ -309,6 +380,10 @@ class Connection(asyncio.Protocol, Held):
             self._transport.close()
 
 
+def _limit(request: Request) -> int:
+    return IGNORED_LIMIT if request.path.startswith(b"/v1/auth") else BODY_LIMIT
+
+
 def _origin_form(target: bytes) -> bytes:
     """Return the path of an absolute target (RFC 9112, 3.2.2); of any other one that is nowhere."""
     scheme, mark, rest = target.partition(b"://")
@@ -326,15 +401,35 @@ class Handshake(asyncio.Protocol, Held):
         self._registry = registry
         self._transport: asyncio.Transport | None = None
         self._task: asyncio.Task[None] | None = None
+        self._early: list[bytes] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin the handshake."""
         loop = asyncio.get_running_loop()
         self._transport = cast("asyncio.Transport", transport)
-        self._transport.pause_reading()
         self.until = loop.time() + self._registry.deadline
         self._registry.add(self)
         self._task = loop.create_task(self._upgrade(loop, self._transport))
+        # uvloop starts to read after this call, so the client's hello may come to us: the handshake
+        # gets it as soon as it has begun, before anything else is read. It is paused until then.
+        loop.call_soon(loop.call_soon, self._hand_on)
+
+    def data_received(self, data: bytes) -> None:
+        """Keep what was read too early."""
+        self._early.append(data)
+
+    def _hand_on(self) -> None:
+        if self._transport is None or self._transport.is_closing():
+            return
+        protocol: Any = self._transport.get_protocol()
+        for data in self._early:
+            view = memoryview(data)
+            while view and protocol is not self:
+                room = protocol.get_buffer(len(view))[: len(view)]
+                room[:] = view[: len(room)]
+                protocol.buffer_updated(len(room))
+                view = view[len(room) :]
+        self._early.clear()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""

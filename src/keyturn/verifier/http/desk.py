@@ -5,6 +5,9 @@ epoch and spool, taken after the last of them was read: so each look is younger 
 Whatever has to ask the store or to hash goes to a thread, one flight for all who present the same. Who
 joins a flight on its way is not answered by it but by a look after it, or by the next one: a yes may
 have been revoked, and a no accepted, since it began (I3, I1).
+
+SECURITY: to find nothing takes the store less time than to find a wrong secret, and a tombstone takes
+none of its time. So a no of a look-up leaves at a beat, of all at once, that no look-up has a part in.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from typing import NamedTuple, Protocol
 import structlog
 
 from keyturn.errors import KeyturnError, StoreUnavailable, VerifierBusy
-from keyturn.verifier.decision import REMEMBERED, Look, Proof, Verifier
+from keyturn.verifier.decision import IMPORTED_QUEUE, REMEMBERED, Look, Proof, Verifier
 from keyturn.verifier.gate import QUEUE
 from keyturn.verifier.http.callers import ANYBODY, Caller, Callers
 from keyturn.verifier.http.measures import Measures
@@ -30,11 +33,13 @@ from keyturn.verifier.http.presented import NOBODYS, Presented
 from keyturn.verifier.http.routes import Route, problem, route_of, unavailable
 
 READERS = 16  # threads beside those that wait for a hash: junk and cold checks go on
+BEAT = 0.005  # seconds; far more than a look-up takes
 MOST_FLIGHTS = 2048  # texts that are decided at once; beyond it nobody can tell
 _log = structlog.get_logger(__name__)
 
 Page = Callable[[bytes], Answer | None]  # other pages, by path
 _Schedule = Callable[[Callable[[], None]], object]
+_Later = Callable[[float, Callable[[], None]], object]
 
 
 class Asker(Protocol):
@@ -73,13 +78,15 @@ class Desk:
         self._pages = pages
         self._soon: _Schedule = _not_open
         self._wake: _Schedule = _not_open
+        self._later: _Later = lambda _delay, call: _not_open(call)
+        self._refused: list[_Waiting] = []
         self._whoever = ANYBODY if callers.open else None
         self._salt = os.urandom(32)
         self._keys: dict[bytes, bytes] = {}  # of headers that came before, by their digest
         self._batch: list[tuple[Asker, Request]] = []
         self._began = 0.0
         self._flights: dict[bytes, _Flight] = {}
-        self._pool = ThreadPoolExecutor(QUEUE + threads + READERS, "verifier")
+        self._pool = ThreadPoolExecutor(QUEUE + threads + IMPORTED_QUEUE + 1 + READERS, "verifier")
         self._landed: deque[tuple[bytes, Proof | StoreUnavailable | None]] = deque()
         self._woken = False
         self.measures = Measures()
@@ -92,6 +99,7 @@ class Desk:
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin to answer on this loop."""
         self._soon, self._wake = loop.call_soon, loop.call_soon_threadsafe
+        self._later = loop.call_later
 
     def close(self) -> None:
         """Wait for what is being decided."""
@@ -144,11 +152,13 @@ class Desk:
         if not request.body and len(request.authorization) == 1 and not route.introspects:
             # The same header as before: what it shows is known without reading it again.
             mark = blake2b(request.authorization[0], key=self._salt, digest_size=32).digest()
+            if who.caller.agents is not None:
+                mark += who.caller.name.encode()
             key = self._keys.get(mark)
             if key is not None and isinstance(look, Look) and not (request.query and route.methods):
-                proof = self._verifier.recall(key, look)
-                if proof is not None:
-                    return self._tell(who, proof)
+                found = self._recall(key, look)
+                if found is not None:
+                    return self._tell(who, found)
         shown = route.read(request)
         if isinstance(shown, Answer):
             self._verifier.counts["malformed"] += 1
@@ -170,18 +180,22 @@ class Desk:
             return self._tell(who, look)
         if shown is NOBODYS:
             return self._tell(who, None)
-        key = self._verifier.key(*shown)
-        try:
-            proof = self._verifier.recall(key, look)
-        except StoreUnavailable as error:
-            return self._tell(who, error)
-        if proof is None:
+        parts = [part for way in shown.ways() for part in way]
+        key = self._verifier.key(*parts, *who.caller.scope)
+        found = self._recall(key, look)
+        if found is None:
             return self._board(key, shown, who)
-        if mark:
+        if mark and isinstance(found, Proof):
             if len(self._keys) >= REMEMBERED:
                 self._keys.clear()
             self._keys[mark] = key
-        return self._tell(who, proof)
+        return self._tell(who, found)
+
+    def _recall(self, key: bytes, look: Look) -> Proof | StoreUnavailable | None:
+        try:
+            return self._verifier.recall(key, look)
+        except StoreUnavailable as error:
+            return error
 
     def _tell(self, who: _Waiting, found: Proof | StoreUnavailable | None) -> None:
         if isinstance(found, Proof):
@@ -203,33 +217,52 @@ class Desk:
             self._tell(who, VerifierBusy())
         else:
             self._flights[key] = _Flight(shown, who)
-            self._start(key, shown)
+            self._start(key, shown, who.caller)
 
-    def _start(self, key: bytes, shown: Presented) -> None:
+    def _start(self, key: bytes, shown: Presented, caller: Caller) -> None:
         def land(done: Future[Proof | None]) -> None:
             self._landed.append((key, _outcome(done)))
             if not self._woken:
                 self._woken = True
                 self._wake(self._collect)
 
-        self._pool.submit(self._decide, key, shown).add_done_callback(land)
+        self._pool.submit(self._decide, key, shown, caller).add_done_callback(land)
 
-    def _decide(self, key: bytes, shown: Presented) -> Proof | None:
-        found = self._verifier.decide(key, shown.login, shown.text)
-        if found is None and shown.plain and shown.plain != shown.login:
-            found = self._verifier.decide(key, shown.plain, shown.text)
-        return found
+    def _decide(self, key: bytes, shown: Presented, caller: Caller) -> Proof | None:
+        for login, text in shown.ways():
+            found = self._verifier.decide(key, login, text, agents=caller.agents)
+            if found is not None:
+                return found
+        return None
 
     def _collect(self) -> None:
         self._woken = False  # before the first look: what lands from here on wakes us again
         while self._landed:
             key, outcome = self._landed.popleft()
             flight = self._flights.pop(key)
-            for who in flight.aboard:
-                self._tell(who, outcome)
-                self.measures.one(time.perf_counter() - who.began)
+            if outcome is None:
+                self._refuse(flight.aboard)
+            else:
+                self._land(flight.aboard, outcome)
             if flight.late:
                 self._again(key, flight)
+
+    def _land(self, waiting: list[_Waiting], outcome: Proof | StoreUnavailable | None) -> None:
+        for who in waiting:
+            self._tell(who, outcome)
+            self.measures.one(time.perf_counter() - who.began)
+
+    def _refuse(self, waiting: list[_Waiting]) -> None:
+        if not self._refused:
+            self._later(BEAT - time.monotonic() % BEAT, self._beat)
+        self._refused += waiting
+
+    def _beat(self) -> None:
+        due = time.perf_counter() - BEAT
+        waiting, self._refused = self._refused, []
+        if late := [who for who in waiting if who.began > due]:
+            self._refuse(late)
+        self._land([who for who in waiting if who.began <= due], None)
 
     def _again(self, key: bytes, flight: _Flight) -> None:
         """Answer those who came while it flew, as if they came now."""

@@ -82,6 +82,7 @@ def _auth(method: str) -> dict[str, Any]:
         "responses": {
             "200": {"description": "accepted", "headers": _YES_HEADERS},
             "401": {"description": "refused", "headers": _CHALLENGE},
+            "413": {"description": "a body above 1 MiB that nobody reads", "content": _ERROR},
             "503": {"description": "nobody can tell now, or the caller is no relying party"},
         },
     }

@@ -29,12 +29,16 @@ _MAX_FIELDS = 32
 class Presented(NamedTuple):
     """A login and a secret; `login` b"" asks who has the secret.
 
-    `plain` is the login as it stands where that may have been meant: clients forget to encode it.
+    `plain` are both as they stand, where that may have been meant: clients forget to encode them.
     """
 
     login: bytes
     text: bytes
-    plain: bytes = b""
+    plain: tuple[bytes, bytes] | None = None
+
+    def ways(self) -> list[tuple[bytes, bytes]]:
+        """Return every pair that may have been meant, the likeliest first."""
+        return [self[:2], *([self.plain] if self.plain else [])]
 
 
 NOBODYS = Presented(b"", b"")
@@ -122,11 +126,14 @@ def _basic(text: bytes) -> Presented:
         return NOBODYS
     if b"%" not in raw and b"+" not in raw:
         return _named(Presented(login, secret))
+    plain = _named(Presented(login, secret))
     try:
-        decoded = Presented(_decoded(login), _decoded(secret), plain=login)
+        decoded = _named(Presented(_decoded(login), _decoded(secret)))
     except Malformed:
-        decoded = Presented(login, secret)
-    return _named(decoded)
+        return plain
+    if NOBODYS in (plain, decoded) or plain == decoded:
+        return plain if decoded is NOBODYS else decoded
+    return decoded._replace(plain=(login, secret))
 
 
 def _named(shown: Presented) -> Presented:
@@ -136,10 +143,10 @@ def _named(shown: Presented) -> Presented:
 
 def possible(shown: Presented) -> Presented:
     """Return it, or `NOBODYS` where no login or secret can look like that."""
-    login, text, plain = shown
+    login, text = shown[:2]
     if not 0 < len(text) <= MAX_SECRET_BYTES or len(login) > MAX_LOGIN:
         return NOBODYS
-    if not (login + plain).isascii() or not (login + plain).decode().isprintable():
+    if not login.isascii() or not login.decode().isprintable():
         return NOBODYS  # a database may choke on such a character, and that is no answer
     try:
         text.decode()
@@ -150,7 +157,8 @@ def possible(shown: Presented) -> Presented:
 
 def _from_json(body: bytes) -> Presented:
     try:
-        found = json.loads(body, object_pairs_hook=_once, parse_constant=_no_number)
+        # As text: of bytes it would guess the encoding, and there is only one (RFC 8259, 8.1).
+        found = json.loads(body.decode(), object_pairs_hook=_once, parse_constant=_no_number)
     except (ValueError, RecursionError):
         raise Malformed("no JSON object, or a key that is repeated") from None
     if not isinstance(found, dict) or not {"secret"} <= found.keys() <= {"login", "secret"}:

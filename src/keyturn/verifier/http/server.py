@@ -123,7 +123,7 @@ class Server:
         self._desk = desk
         self._callers = callers
         self._places = places
-        self.registry = registry or Registry(most=room())
+        self.registry = Registry(most=room()) if registry is None else registry
         self._refresh = refresh
         self._serving = serving
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -146,8 +146,9 @@ class Server:
     async def _run(self) -> None:
         self._loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
         self._desk.open(self._loop)
+        self.registry.sweep(self._loop.time())
         servers = [await self._serve(self._loop, place) for place in self._places]
-        sweeping = self._loop.create_task(self._sweep())
+        tasks = [self._loop.create_task(one()) for one in (self._sweep, self._keep_fresh)]
         self._serving()
         if not self._stopped.is_set():
             await self._ended.wait()
@@ -158,7 +159,8 @@ class Server:
             async with asyncio.timeout(FAREWELL):
                 while len(self.registry):
                     await asyncio.sleep(0.01)
-        sweeping.cancel()
+        for task in tasks:
+            task.cancel()
         self.registry.drop()
 
     async def _serve(self, loop: asyncio.AbstractEventLoop, place: Place) -> asyncio.Server:
@@ -177,6 +179,12 @@ class Server:
         loop = asyncio.get_running_loop()
         while True:
             self.registry.sweep(loop.time())  # at once: until then nobody who rests has a time
+            await asyncio.sleep(SWEEP)
+
+    async def _keep_fresh(self) -> None:
+        # Not by the sweeper: a store that hangs must not keep deadlines from being kept.
+        loop = asyncio.get_running_loop()
+        while True:
             await asyncio.sleep(SWEEP)
             try:
                 await loop.run_in_executor(None, self._refresh)

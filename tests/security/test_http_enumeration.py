@@ -1,0 +1,237 @@
+"""Nobody learns from the verifier which logins, ids or secrets there are: not by bytes, nor by time.
+
+CVE-2023-3462, CVE-2025-6011, CVE-2025-54999, CVE-2020-35177, TOB-PYPI-5, GHSA-34fc-gh42-pj53: in each of
+them one kind of refusal took longer, or said more, than another one.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import random
+import re
+import socket
+import statistics
+import time
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+from keyturn.core.model import VersionState
+from keyturn.core.secret import ALPHABET, CHECKSUM_LENGTH, RANDOM_LENGTH, _checksum, mint
+from support.cutter import administration, cut
+from support.http_verifier import Held, Served, basic, served
+from support.raw_client import connect
+from support.stores import RealClock, entry
+
+SEED = int(os.environ.get("KEYTURN_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 30)
+Kind = Callable[[], tuple[str, str]]
+
+
+def wrong(draw: random.Random, version_id: str) -> str:
+    """Return a well-formed secret of a version that is not the right one."""
+    body = f"kt_{version_id}_" + "".join(draw.choices(ALPHABET, k=RANDOM_LENGTH))
+    assert CHECKSUM_LENGTH
+    return body + _checksum(body.encode())
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Served]:
+    """Give a service with an agent in each state."""
+    names = ["good", "known", "revoked", "retired", "expired", "suspended"]
+    with served(tmp_path, names) as found:
+        held = {one.agent: one for one in found.held}
+        verbs = administration(tmp_path, found.store)
+        cut(verbs, "revoke", held["revoked"].version_id)
+        cut(verbs, "suspend", "suspended")
+        now = RealClock().now()
+        amend(found, "retired", state=VersionState.RETIRED, ended_at=now)
+        amend(found, "expired", state=VersionState.PREVIOUS, deadline=now)
+        yield found
+
+
+def amend(service: Served, name: str, **changes: object) -> None:
+    """Change the version of an agent."""
+
+    def change(case: object) -> object:
+        version = replace(case.versions[0], **changes)  # type: ignore[attr-defined]
+        return replace(case, versions=(version,)), [entry()]  # type: ignore[type-var]
+
+    service.store.amend(f"cred-{name}", change)  # type: ignore[arg-type]
+
+
+def kinds_of(service: Served, draw: random.Random) -> dict[str, Kind]:
+    """Return each kind of refusal, with the login and the secret that it shows."""
+    held: dict[str, Held] = {one.agent: one for one in service.held}
+
+    def right(name: str) -> Kind:
+        return lambda: (name, held[name].secret.reveal())
+
+    return {
+        "unknown": lambda: ("good", mint(random_bytes=draw.randbytes)[1].reveal()),
+        "unknown login": lambda: ("nobody", mint(random_bytes=draw.randbytes)[1].reveal()),
+        "known id": lambda: ("known", wrong(draw, held["known"].version_id)),
+        "revoked": right("revoked"),
+        "revoked id": lambda: ("revoked", wrong(draw, held["revoked"].version_id)),
+        "retired": right("retired"),
+        "expired": right("expired"),
+        "suspended": right("suspended"),
+        "another agent's": lambda: ("known", held["good"].secret.reveal()),
+    }
+
+
+class Client:
+    """A connection on which each answer has the same length."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = connect(port)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.began, self.said = 0.0, ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.socket.close()
+
+    def ask(self, login: str, secret: str) -> None:
+        """Send a question."""
+        header = f"Authorization: {basic(login, secret)}\r\n"
+        data = f"POST /v1/verify HTTP/1.1\r\nHost: x\r\n{header}\r\n".encode()
+        self.began = time.perf_counter()
+        self.socket.sendall(data)
+
+    def answer(self) -> float:
+        """Return how long the answer took."""
+        found = self.socket.recv(65536)
+        took = time.perf_counter() - self.began
+        self.said = re.sub(rb"Date: [^\r]*", b"", found).decode()
+        return took
+
+
+def one_refusal(
+    connection: http.client.HTTPConnection, shown: tuple[str, str]
+) -> tuple[float, str]:
+    """Ask, and return how long that took and all that was said but the date."""
+    headers = {"Authorization": basic(*shown)}
+    began = time.perf_counter()
+    connection.request("POST", "/v1/verify", headers=headers)
+    found = connection.getresponse()
+    body = found.read()
+    took = time.perf_counter() - began
+    said = [(name, value) for name, value in found.getheaders() if name != "Date"]
+    return took, repr((found.status, said, body))
+
+
+def auc(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return how often a value of one exceeds one of the other: 0.5 tells nothing."""
+    ordered = sorted(one)
+    above = sum(bisect_left(ordered, x) + bisect_right(ordered, x) for x in other)
+    return above / 2 / len(one) / len(other)
+
+
+@pytest.mark.parametrize(
+    ("samples", "apart", "most"),
+    [
+        pytest.param(300, 0.10, 0.6, id="tenth"),
+        pytest.param(
+            10_000, 0.02, 0.53, id="whole", marks=[pytest.mark.full, pytest.mark.timeout(3600)]
+        ),
+    ],
+)
+def test_cve_2023_3462_no_refusal_differs_from_another(
+    service: Served, samples: int, apart: float, most: float
+) -> None:
+    """Unknown, wrong, revoked, retired, expired, suspended, another's: the same bytes and times."""
+    draw = random.Random(SEED)
+    kinds = kinds_of(service, draw)
+    took: dict[str, list[float]] = {name: [] for name in kinds}
+    said: dict[str, set[str]] = {name: set() for name in kinds}
+    # One after the other is how one measures best; all at once is how a short test has its samples.
+    at_once = 1 if samples >= 10_000 else len(kinds)
+    with ExitStack() as stack:
+        connections = [stack.enter_context(Client(service.port)) for _ in kinds]
+        for _ in range(samples):
+            order = draw.sample(list(kinds), len(kinds))
+            for start in range(0, len(order), at_once):
+                asked = list(zip(connections, order[start : start + at_once], strict=False))
+                for one, name in asked:
+                    one.ask(*kinds[name]())
+                for one, name in draw.sample(asked, len(asked)):
+                    took[name].append(one.answer())
+                    said[name].add(one.said)
+    assert len(set.union(*said.values())) == 1, said
+    assert service.hashes == []
+    middle = statistics.median(took["unknown"])
+    for name, values in took.items():
+        share = statistics.median(values) / middle - 1
+        print(f"{name}: median {share:+.1%}, AUC {auc(took['unknown'], values):.3f}")
+    for name, values in took.items():
+        told = auc(took["unknown"], values)
+        assert abs(statistics.median(values) / middle - 1) <= apart, f"{name}, seed {SEED}"
+        assert 1 - most <= told <= most, f"{name}, seed {SEED}"
+
+
+def test_cve_2025_6004_no_spelling_of_a_login_is_another_way_in(service: Served) -> None:
+    """CVE-2025-54998, CVE-2025-5999, CVE-2026-9798: case, blanks, zero width, NFKC, escapes: all no."""
+    right = next(one for one in service.held if one.agent == "good")
+    assert service.ask("/v1/auth", headers={"Authorization": right.basic})[0] == 200
+    before = len(service.hashes)
+    blanks = [" ", "\t", "\u00a0", "\u200b", "\ufeff", "\u2060", "%00", "%20", "+", "\0", "\n", "."]
+    spellings = [
+        *(
+            "".join(c.upper() if 1 << i & n else c for i, c in enumerate("good"))
+            for n in range(1, 16)
+        ),
+        *(place.format(blank) for blank in blanks for place in ("good{}", "{}good", "go{}od")),
+        *(f"goo{c}" for c in "ԁｄⅾ𝐝ḍďđ"),
+        *(f"{c}ood" for c in "ｇᶃɡǵ"),
+        *(f"g{a}{b}d" for a in "оοｏ0" for b in "оοｏ0"),
+        *(
+            "%2567ood",
+            "%u0067ood",
+            "&#103;ood",
+            "good/",
+            "good\\",
+            "good;",
+            "good,",
+            "good:",
+            "'good'",
+        ),
+        *(f"good{n}" for n in range(120)),
+    ]
+    assert len(spellings) >= 200
+    for number, login in enumerate(spellings):
+        path = ("/v1/auth", "/v1/verify")[number % 2]
+        header = basic(login, right.secret.reveal())
+        assert service.ask(path, headers={"Authorization": header})[0] == 401, login
+    assert len(service.hashes) == before
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(200, id="tenth"),
+        pytest.param(10_000, id="whole", marks=[pytest.mark.full, pytest.mark.timeout(600)]),
+    ],
+)
+def test_a_lockout_is_no_denial_of_service(service: Served, number: int) -> None:
+    """Row 3: so many bad tries at a login from one place refuse its agent elsewhere not once."""
+    draw = random.Random(SEED)
+    right = next(one for one in service.held if one.agent == "good")
+    bad = http.client.HTTPConnection("127.0.0.1", service.port, timeout=20)
+    good = http.client.HTTPConnection("127.0.0.1", service.port, timeout=20)
+    for count in range(number):
+        assert "401" in one_refusal(bad, ("good", wrong(draw, right.version_id)))[1][:10]
+        if count % 4 == 0:
+            good.request("GET", "/v1/auth", headers={"Authorization": right.basic})
+            found = good.getresponse()
+            found.read()
+            assert found.status == 200
+    bad.close()
+    good.close()

@@ -1,0 +1,259 @@
+"""When the desk answers: one flight for all, nobody by a flight that began before, and no by the beat."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from keyturn.core.model import VersionState
+from keyturn.verifier.decision import Verifier
+from keyturn.verifier.http.connection import Held as HeldConnection
+from keyturn.verifier.http.connection import Registry
+from keyturn.verifier.http.desk import BEAT
+from support.cutter import administration, cut, open_store
+from support.http_verifier import Counted, Served, basic, fill, serve, served
+from support.stores import RealClock, entry
+
+
+class Latch:
+    """Holds hashes up until it is opened, and tells how many wait."""
+
+    def __init__(self) -> None:
+        self.arrived = threading.Semaphore(0)
+        self.opened = threading.Event()
+
+    def __call__(self) -> None:
+        self.arrived.release()
+        assert self.opened.wait(20)
+
+
+@contextmanager
+def held_up(folder: Path) -> Iterator[tuple[Served, Latch]]:
+    """Serve with every hash held up."""
+    hashing, latch = Counted(), Latch()
+    with served(folder, ["a", "b"], hashing=hashing) as service:
+        hashing.hold(latch)
+        try:
+            yield service, latch
+        finally:
+            latch.opened.set()
+
+
+def wait_until_asked(service: Served, number: int) -> None:
+    """Wait until so many requests have been handed over."""
+    until = time.monotonic() + 20
+    while sum(len(f.aboard) + len(f.late) for f in list(service.desk._flights.values())) < number:
+        assert time.monotonic() < until
+        time.sleep(0.002)
+
+
+def test_500_first_uses_at_once_are_one_hash_and_no_503(tmp_path: Path) -> None:
+    """security.md, test 5: a fleet restarts with one new secret, each replica on its connection."""
+    number = 500
+    with held_up(tmp_path) as (service, latch):
+        held = service.held[0]
+        connections = []
+        for _ in range(number):
+            one = http.client.HTTPConnection("127.0.0.1", service.port, timeout=20)
+            one.request("GET", "/v1/auth", headers={"Authorization": held.basic})
+            connections.append(one)
+        assert latch.arrived.acquire(timeout=20)
+        wait_until_asked(service, number)
+        latch.opened.set()
+        answers = Counter()
+        for one in connections:
+            found = one.getresponse()
+            found.read()
+            answers[found.status] += 1
+            one.close()
+        assert answers == {200: number}
+        assert len(service.hashes) == 1
+
+
+@pytest.mark.parametrize("command", ["suspend", "revoke"])
+def test_who_joins_a_flight_is_not_answered_by_what_it_found_before(
+    tmp_path: Path, command: str
+) -> None:
+    """A yes on its way is no yes for who asks after the cut has returned."""
+    with held_up(tmp_path) as (service, latch), ThreadPoolExecutor(2) as pool:
+        held = service.held[0]
+        headers = {"Authorization": held.basic}
+        first = pool.submit(service.ask, "/v1/auth", headers=headers)
+        assert latch.arrived.acquire(timeout=20)
+        cut(
+            administration(tmp_path, service.store),
+            command,
+            held.version_id if command == "revoke" else "a",
+        )
+        late = pool.submit(service.ask, "/v1/auth", headers=headers)
+        wait_until_asked(service, 2)
+        latch.opened.set()
+        assert late.result()[0] == 401
+        assert first.result()[0] == 401  # the store is asked once more after a hash
+
+
+def test_who_joins_a_flight_is_not_refused_by_what_it_found_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A no on its way is no no for who asks after the version was accepted."""
+    with served(tmp_path, ["a"]) as service, ThreadPoolExecutor(2) as pool:
+        held, decide = service.held[0], service.verifier.decide
+        cut(administration(tmp_path, service.store), "suspend", "a")
+        found, go_on = threading.Event(), threading.Event()
+
+        def slowly(*args: object, **more: object) -> object:
+            answer = decide(*args, **more)  # type: ignore[arg-type]
+            found.set()
+            assert go_on.wait(20)
+            return answer
+
+        monkeypatch.setattr(service.verifier, "decide", slowly)
+        headers = {"Authorization": held.basic}
+        first = pool.submit(service.ask, "/v1/auth", headers=headers)
+        assert found.wait(20)
+        cut(administration(tmp_path, service.store), "resume", "a")
+        late = pool.submit(service.ask, "/v1/auth", headers=headers)
+        wait_until_asked(service, 2)
+        go_on.set()
+        assert (first.result()[0], late.result()[0]) == (401, 200)
+
+
+def test_one_agents_hash_keeps_nobody_else_waiting(tmp_path: Path) -> None:
+    """Junk, who is remembered, and a page are answered while every hash is held up (I7)."""
+    with held_up(tmp_path) as (service, latch), ThreadPoolExecutor(1) as pool:
+        a, b = service.held
+        latch.opened.set()
+        assert service.verify(b)[0] == 200
+        latch.opened.clear()
+        waiting = pool.submit(service.ask, "/v1/auth", headers={"Authorization": a.basic})
+        assert latch.arrived.acquire(timeout=20)
+        assert service.verify(b)[0] == 200
+        assert service.verify(b, secret=a.secret.reveal())[0] == 401
+        assert service.ask("/nope")[0] == 404
+        assert not waiting.done()
+        latch.opened.set()
+        assert waiting.result()[0] == 200
+
+
+@pytest.mark.parametrize("login", ["a+b%41", "a%ffb", "100%", "+", "a b"])
+def test_a_login_with_odd_characters_is_right_encoded_and_raw(tmp_path: Path, login: str) -> None:
+    """Clients that forget to encode are answered like those that do, remembered or not."""
+    store = open_store(tmp_path, writer="w")
+    (tmp_path / "revoked.d").mkdir(mode=0o700)
+    hashing = Counted()
+    held = fill(store, ["a"], hashing=hashing)[0]
+
+    def renamed(case: object) -> object:
+        version = replace(case.versions[0], login=login)  # type: ignore[attr-defined]
+        return replace(case, versions=(version,)), [entry()]  # type: ignore[type-var]
+
+    store.amend("cred-a", renamed)  # type: ignore[arg-type]
+    verifier = Verifier.open(
+        f"sqlite:///{tmp_path}/keyturn.db",
+        state_dir=tmp_path,
+        clock=RealClock(),
+        hashing=hashing,
+    )
+    with serve(verifier) as (port, desk, server):
+        service = Served(
+            port=port, verifier=verifier, desk=desk, server=server, store=store, held=[held]
+        )
+        encoded = "".join(f"%{byte:02X}" for byte in login.encode())
+        for shown, expected in ((login, 200), (encoded, 200), (login + "x", 401)):
+            for _ in range(2):
+                headers = {"Authorization": basic(shown, held.secret.reveal())}
+                assert service.ask("/v1/auth", headers=headers)[0] == expected, shown
+    verifier.close()
+    store.close()
+
+
+def test_a_no_leaves_at_the_beat_however_soon_it_was_known(tmp_path: Path) -> None:
+    """No look-up for nobody is answered within the time that another look-up may take."""
+    with served(tmp_path, ["a"]) as service:
+        one = http.client.HTTPConnection("127.0.0.1", service.port, timeout=20)
+        took = []
+        for number in range(30):
+            headers = {"Authorization": f"Bearer {'x' * 30}{number}"}
+            began = time.perf_counter()
+            one.request("GET", "/v1/auth", headers=headers)
+            found = one.getresponse()
+            found.read()
+            took.append(time.perf_counter() - began)
+            assert found.status == 401
+        one.close()
+        assert min(took) >= BEAT
+        assert service.desk._refused == []
+
+
+def test_retired_versions_are_refused_by_their_login_too(tmp_path: Path) -> None:
+    """A version that ended is a no of the same kind, for its agent and for anybody."""
+    with served(tmp_path, ["a"]) as service:
+        held = service.held[0]
+
+        def end(case: object) -> object:
+            ended = replace(
+                case.versions[0],  # type: ignore[attr-defined]
+                state=VersionState.RETIRED,
+                ended_at=RealClock().now(),
+            )
+            return replace(case, versions=(ended,)), [entry()]  # type: ignore[type-var]
+
+        service.store.amend("cred-a", end)  # type: ignore[arg-type]
+        assert service.verify(held)[0] == 401
+        assert service.hashes == []
+
+
+# --- places -----------------------------------------------------------------------------------
+
+
+class Place(HeldConnection):
+    """A connection that is nothing but its time."""
+
+    def __init__(self, registry: Registry, until: float) -> None:
+        self.registry, self.until, self.dropped = registry, until, False
+        registry.add(self)
+
+    def drop(self) -> None:
+        self.dropped = True
+        self.registry.remove(self)
+
+
+def test_where_places_end_who_has_asked_nothing_goes_first() -> None:
+    """Then who rests longest; who waits for an answer stays."""
+    registry = Registry(most=3)
+    busy, resting = Place(registry, float("inf")), Place(registry, 50.0)
+    for one in (busy, resting):
+        registry.useful(one)
+    silent = Place(registry, 10.0)
+    newer = Place(registry, 11.0)
+    assert [silent.dropped, newer.dropped] == [True, False]
+    registry.useful(newer)
+    longest = resting
+    last = Place(registry, 12.0)
+    assert newer.dropped  # its time is over before that of who rests
+    registry.useful(last)
+    last.until = float("inf")
+    Place(registry, 13.0)
+    assert longest.dropped
+    assert not busy.dropped
+    assert not last.dropped
+
+
+def test_where_all_wait_for_answers_the_one_that_comes_goes() -> None:
+    """Nobody who was promised an answer pays for it."""
+    registry = Registry(most=2)
+    owed = [Place(registry, float("inf")) for _ in range(2)]
+    for one in owed:
+        registry.useful(one)
+    late = Place(registry, float("inf"))
+    assert late.dropped
+    assert not any(one.dropped for one in owed)
