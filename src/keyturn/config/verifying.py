@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 from pydantic import BeforeValidator, Field, model_validator
 
 from keyturn.config.listening import Address, ListenSettings, TlsSection, is_loopback
-from keyturn.config.models import CredentialFile, File, Group, Id, VerifierSettings
+from keyturn.config.models import CredentialFile, File, Flag, Group, Id, VerifierSettings
 from keyturn.config.shape import Section
 from keyturn.destinations.base import Form
 
@@ -104,6 +104,12 @@ class VerifierSection(VerifierSettings):
         Form("a mapping of address or socket"),
         Field(description="the service"),
     ] = None
+    embedded: Annotated[
+        Flag,
+        Field(
+            description="on SQLite `keyturn run` starts it as a child; false: you run it yourself"
+        ),
+    ] = True
     metrics: Annotated[
         ListenSettings | None,
         Form("a mapping of address"),

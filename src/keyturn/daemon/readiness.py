@@ -26,6 +26,7 @@ class Reason(StrEnum):
     STUCK = "stuck"
     STORE_DOWN = "store-down"
     QUARANTINED = "quarantined"
+    VERIFIER_DOWN = "verifier-down"
 
 
 TEXTS = {
@@ -35,6 +36,7 @@ TEXTS = {
     Reason.STUCK: "the due-queue was not looked at for two minutes: see its log, then restart it",
     Reason.STORE_DOWN: "the store does not answer; it goes on by itself when it does",
     Reason.QUARANTINED: "the store was restored and waits for a person",
+    Reason.VERIFIER_DOWN: "the verifier beside it does not answer; it is started again: see the log",
 }
 
 

@@ -27,6 +27,7 @@ from keyturn.daemon import anchoring, filewatch, logs, own_checks, rehearsal, re
 from keyturn.daemon.anchoring import AnchorCommands, Anchoring
 from keyturn.daemon.commands import Commands
 from keyturn.daemon.cron import Crontab
+from keyturn.daemon.embedded import Embedded
 from keyturn.daemon.front import Front
 from keyturn.daemon.metrics import Metrics
 from keyturn.daemon.notifying import NotifyCommands, notifier_of, specs_of
@@ -116,6 +117,7 @@ class Service:
         self.front = Front(settings, socket, roles_of(settings), self.readiness, self.metrics)
         self.parts.on_revocation = self.watching.revocation
         self.parts.on_rotation_end = self.watching.rotation_ended
+        self.embedded = Embedded(settings, self.readiness, self.metrics)
         self._anchoring = Anchoring(self.parts, self.metrics, self.watching.incident)
         self._stop = threading.Event()
         self.own_logins = OwnLogins(self.parts, self.metrics, self._stop.is_set)
@@ -145,8 +147,10 @@ class Service:
         """Lead, work until told to stop, park, and leave."""
         try:
             self.front.open()
+            self.embedded.start()
             return self._run(standby=standby)
         finally:
+            self.embedded.close()
             self.front.close()
 
     def _run(self, *, standby: bool) -> int:
@@ -521,6 +525,7 @@ class Service:
                     take_over=take_over,
                 )
                 parts.settings, parts.destinations = settings, fresh
+            self.embedded.apply(settings)
             if self._notifier is not None:
                 self._notifier.apply(specs_of(settings))
         finally:

@@ -19,12 +19,12 @@ from keyturn.config.listening import host_of, port_of
 from keyturn.config.verifying import VerifierListen, VerifierSection
 from keyturn.daemon import logs
 from keyturn.daemon.certificates import Certificates
-from keyturn.daemon.cron import Crontab
 from keyturn.daemon.listener import Listener
 from keyturn.daemon.pages import Pages
 from keyturn.daemon.readiness import Readiness, Reason
 from keyturn.daemon.signals import Signals
 from keyturn.daemon.supervision import Supervisor
+from keyturn.daemon.tied import tie
 from keyturn.daemon.verifier_metrics import VerifierMetrics
 from keyturn.errors import ConfigError, StoreQuarantined, StoreUnavailable
 from keyturn.verifier.decision import Verifier
@@ -40,7 +40,8 @@ _log = structlog.get_logger(__name__)
 
 def run(path: Path) -> int:
     """Serve until TERM. Returns the exit code. Raises ConfigError."""
-    settings = config.load(path, environ=os.environ, cron=Crontab(), now=wiring.SystemClock().now())
+    embedded = tie(os.environ)
+    settings = config.load_verifier(path, environ=os.environ)
     if settings.verifier.listen is None:
         raise ConfigError(
             "verifier.listen is missing: there is nowhere to listen",
@@ -49,7 +50,7 @@ def run(path: Path) -> int:
     logs.configure(level=settings.log.level, form=settings.log.format)
     supervisor = Supervisor.take(os.environ, pid=os.getpid())
     supervisor.starting("opening the store")
-    service = Service(settings, supervisor=supervisor)
+    service = Service(settings, supervisor=supervisor, replaces=embedded)
     # Before anything can start a thread: a signal goes to any thread that lets it.
     signals = Signals(revoke=lambda: None, reload=service.refresh, stop=service.stop)
     signals.start()
@@ -61,9 +62,15 @@ def run(path: Path) -> int:
 
 
 class Service:
-    """One verifier process."""
+    """One verifier process. One that `replaces` takes the socket of another that answers still."""
 
-    def __init__(self, settings: config.Settings, *, supervisor: Supervisor | None = None) -> None:
+    def __init__(
+        self,
+        settings: config.Settings,
+        *,
+        supervisor: Supervisor | None = None,
+        replaces: bool = False,
+    ) -> None:
         self._supervisor = supervisor or Supervisor()
         self._readiness = Readiness()
         self._verifier: Verifier = wiring.open_verifier(settings, serving=True)
@@ -75,7 +82,7 @@ class Service:
         metrics = VerifierMetrics(self._verifier, self._desk, self._readiness)
         self._pages = Pages(self._readiness, metrics)
         self._listener = Listener(section.metrics, self._pages) if section.metrics else None
-        places = places_of(section)
+        places = places_of(section, replace=replaces)
         self.server = Server(
             self._desk, self._callers, places, refresh=self.refresh, serving=self._serving
         )
@@ -142,7 +149,7 @@ def parties(section: VerifierSection) -> list[RelyingParty]:
     ]
 
 
-def places_of(section: VerifierSection) -> list[Place]:
+def places_of(section: VerifierSection, *, replace: bool = False) -> list[Place]:
     """Take the addresses of the file. Raises ConfigError."""
     listen = section.listen or VerifierListen()
     found = []
@@ -150,7 +157,8 @@ def places_of(section: VerifierSection) -> list[Place]:
         taken = listen_tcp(host_of(listen.address), port_of(listen.address))
         found.append(Place(socket=taken, context=_context(section)))
     if listen.socket is not None:
-        found.append(Place(socket=listen_unix(listen.socket, group=_group(listen.group))))
+        one = listen_unix(listen.socket, group=_group(listen.group), replace=replace)
+        found.append(Place(socket=one))
     return found
 
 
