@@ -128,7 +128,7 @@ def nginx(folder: Path, *, verifier: Path) -> Iterator[Gateway]:
     folder.mkdir(exist_ok=True)
     text = SHIPPED.read_text()
     places = {
-        "unix:/run/keyturn/verify.sock": f"unix:{verifier}",
+        "unix:/run/keyturn-verifier/verify.sock": f"unix:{verifier}",
         "127.0.0.1:8080": f"unix:{folder}/app.sock",
         "listen 127.0.0.1:8000": f"listen unix:{folder}/nginx.sock",
     }
