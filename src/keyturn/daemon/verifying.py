@@ -19,6 +19,7 @@ from keyturn.config.listening import host_of, port_of
 from keyturn.config.verifying import VerifierListen, VerifierSection
 from keyturn.daemon import logs
 from keyturn.daemon.certificates import Certificates
+from keyturn.daemon.confinement import confine, program
 from keyturn.daemon.listener import Listener
 from keyturn.daemon.pages import Pages
 from keyturn.daemon.readiness import Readiness, Reason
@@ -27,6 +28,7 @@ from keyturn.daemon.supervision import Supervisor
 from keyturn.daemon.tied import tie
 from keyturn.daemon.verifier_metrics import VerifierMetrics
 from keyturn.errors import ConfigError, StoreQuarantined, StoreUnavailable
+from keyturn.storage.engine import is_sqlite, sqlite_path
 from keyturn.verifier.decision import Verifier
 from keyturn.verifier.http.callers import Caller, Callers, RelyingParty
 from keyturn.verifier.http.desk import Desk
@@ -50,6 +52,7 @@ def run(path: Path) -> int:
     logs.configure(level=settings.log.level, form=settings.log.format)
     supervisor = Supervisor.take(os.environ, pid=os.getpid())
     supervisor.starting("opening the store")
+    _close_files(settings)
     service = Service(settings, supervisor=supervisor, replaces=embedded)
     # Before anything can start a thread: a signal goes to any thread that lets it.
     signals = Signals(revoke=lambda: None, reload=service.refresh, stop=service.stop)
@@ -59,6 +62,33 @@ def run(path: Path) -> int:
     finally:
         signals.close()
     return 0
+
+
+def _close_files(settings: config.Settings) -> None:
+    """On SQLite the uid is the daemon's: leave open to us what we need, and not what it could open."""
+    if not is_sqlite(settings.store.url):
+        return
+    abi = confine(read=[*program(), *folders_of(settings.verifier)], write=writable(settings))
+    if abi:
+        _log.info("verifier.confined", landlock=abi)
+    else:
+        _log.warning("verifier.not-confined", problem="this kernel has no Landlock, or forbids it")
+
+
+def folders_of(section: VerifierSection) -> list[Path]:
+    """Return where its tokens and certificates are: folders, since files are replaced by others."""
+    tls = [one.tls for one in (section.listen, section.metrics) if one and one.tls]
+    files = [file for one in tls for file in (one.certificate, one.key, one.client_ca)]
+    files += [one.token_file for one in section.relying_parties.values()]
+    return [file.parent for file in files if file is not None]
+
+
+def writable(settings: config.Settings) -> list[Path]:
+    """Return where it writes: its socket's folder, and that of SQLite, which mends what was cut off."""
+    listen = settings.verifier.listen
+    socket = [listen.socket.parent] if listen and listen.socket else []
+    database = sqlite_path(settings.store.url).parent
+    return [settings.store.folder, database, Path(os.devnull), *socket]
 
 
 class Service:
