@@ -13,6 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from keyturn import config
 from keyturn.daemon.checks import check
 from support.dockerfile import Box, Stage, needs_mounts, parse
 from support.supervised import Supervised
@@ -20,6 +21,7 @@ from support.supervised import Supervised
 ROOT = Path(__file__).parents[2]
 BUILD, FINAL = parse((ROOT / "Dockerfile").read_text())
 MANIFESTS = sorted((ROOT / "deploy" / "kubernetes").glob("*.yaml"))
+VERIFIER = sorted((ROOT / "deploy" / "kubernetes" / "verifier").glob("*.yaml"))
 SUPPORTED = ["1.29", "1.37"]  # the oldest that people have, and the newest that is known here
 TOOLS = ("pip", "build", "hatchling", "setuptools", "uv")
 
@@ -87,7 +89,7 @@ def test_compose_follows_its_specification() -> None:
 
 
 @pytest.mark.parametrize("version", SUPPORTED)
-@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MANIFESTS + VERIFIER, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_the_manifests_follow_the_schemas_of_kubernetes(path: Path, version: str) -> None:
     """Strictly: a key that Kubernetes would ignore is an error."""
     kubernetes_validate.validate(yaml.safe_load(path.read_text()), version, strict=True)
@@ -114,6 +116,51 @@ def test_everywhere_it_has_the_same_user_and_no_privilege() -> None:
         "readinessProbe": [*program, "--ready"],
         "livenessProbe": program,
     }
+
+
+def test_the_verifier_is_as_closed_and_holds_no_login_of_the_daemon() -> None:
+    """The same rights, probes on its own pages, another uid in Kubernetes, and nothing of OpenBao's."""
+    (found,) = [yaml.safe_load(path.read_text()) for path in VERIFIER if path.stem == "deployment"]
+    pod = found["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    (daemon,) = manifest("Deployment")["spec"]["template"]["spec"]["containers"]
+    assert container["securityContext"] == daemon["securityContext"]
+    assert pod["securityContext"]["runAsUser"] not in (0, 65532)
+    probes = {name: one["httpGet"] for name, one in container.items() if "Probe" in name}
+    assert {name: one["path"] for name, one in probes.items()} == {
+        "startupProbe": "/healthz", "readinessProbe": "/readyz", "livenessProbe": "/healthz",
+    }  # fmt: skip
+    services = compose()["services"]
+    same = (
+        "read_only",
+        "cap_drop",
+        "security_opt",
+        "user",
+        "ulimits",
+        "mem_limit",
+        "memswap_limit",
+    )
+    for key in same:
+        assert services["verifier"][key] == services["keyturn"][key], key
+    assert services["verifier"]["secrets"] == ["db-password"]
+
+
+@pytest.mark.parametrize("whose", ["compose", "kubernetes"])
+def test_the_shipped_configurations_of_the_verifier_are_good(whose: str, tmp_path: Path) -> None:
+    """What compose and the ConfigMap bring is taken, and listens."""
+    text = (ROOT / "deploy" / "compose" / "verifier.yaml").read_text()
+    if whose == "kubernetes":
+        (found,) = [
+            yaml.safe_load(path.read_text()) for path in VERIFIER if path.stem == "configmap"
+        ]
+        text = found["data"]["verifier.yaml"]
+    tmp_path.chmod(0o700)
+    path = tmp_path / "verifier.yaml"
+    path.touch(mode=0o600)
+    path.write_text(text)
+    settings = config.load_verifier(path, environ={})
+    assert settings.verifier.listen is not None
+    assert settings.verifier.listen.address is not None
 
 
 @pytest.mark.parametrize("whose", ["compose", "kubernetes"])

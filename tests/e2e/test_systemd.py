@@ -18,14 +18,25 @@ import yaml
 
 from support import as_unit
 from support.dockerfile import Box, needs_mounts
+from support.http_verifier import basic
 from support.running import QUIET, file_at
 from support.supervised import Supervised
 
 ROOT = Path(__file__).parents[2]
 SYSTEMD = ROOT / "systemd"
 UNIT = SYSTEMD / "keyturn.service"
+VERIFIER = SYSTEMD / "keyturn-verifier.service"
+SQLITE = SYSTEMD / "keyturn-verifier-sqlite.conf"
 EXPOSURE = 15  # tenths; ours is 1.5
-GROUPS = ("keyturn", "keyturn-view", "keyturn-respond", "keyturn-admin", "keyturn-agents")
+SOCKET = "/run/keyturn-verifier/verify.sock"
+GROUPS = (
+    "keyturn",
+    "keyturn-ask",
+    "keyturn-view",
+    "keyturn-respond",
+    "keyturn-admin",
+    "keyturn-agents",
+)
 PYTHON = "/opt/keyturn/bin/python"
 FAMILIES = {"AF_UNIX": 1, "AF_INET": 2, "AF_INET6": 10}
 
@@ -59,19 +70,23 @@ def members(name: str) -> list[str]:
     return [one for line in lines if line and line[0] != "#" for one in members(line)]
 
 
-def test_the_unit_is_as_closed_as_it_can_be() -> None:
-    """The exposure that systemd computes is 1.5 at most, of 10."""
+@pytest.mark.parametrize("parts", [[UNIT], [VERIFIER], [VERIFIER, SQLITE]], ids=["d", "v", "vs"])
+def test_a_unit_is_as_closed_as_it_can_be(parts: list[Path], tmp_path: Path) -> None:
+    """The exposure that systemd computes is 1.5 at most, of 10; a drop-in counts as it does there."""
+    unit = tmp_path / parts[0].name
+    unit.write_text("\n".join(part.read_text() for part in parts))
     command = ["systemd-analyze", "security", "--offline=true", f"--threshold={EXPOSURE}"]
     done = subprocess.run(
-        [*command, "--no-pager", str(UNIT)], capture_output=True, text=True, check=False
+        [*command, "--no-pager", str(unit)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout[-300:]
 
 
-def test_systemd_understands_every_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parts", [[UNIT], [VERIFIER], [VERIFIER, SQLITE]], ids=["d", "v", "vs"])
+def test_systemd_understands_every_line(parts: list[Path], tmp_path: Path) -> None:
     """No key that Debian's systemd ignores, no command that is none of ours."""
-    unit = tmp_path / "keyturn.service"
-    unit.write_text(UNIT.read_text().replace(PYTHON, "/bin/true"))
+    unit = tmp_path / parts[0].name
+    unit.write_text("\n".join(part.read_text() for part in parts).replace(PYTHON, "/bin/true"))
     done = subprocess.run(
         ["systemd-analyze", "verify", "--recursive-errors=no", str(unit)],
         capture_output=True,
@@ -79,8 +94,8 @@ def test_systemd_understands_every_line(tmp_path: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    for key in ("ExecStart", "ExecReload"):
-        assert settings()[key][0].startswith(f"{PYTHON} -I -m keyturn ")
+    assert settings(parts[0])["ExecStart"][0].startswith(f"{PYTHON} -I -m keyturn ")
+    assert settings()["ExecReload"][0].startswith(f"{PYTHON} -I -m keyturn ")
 
 
 class Host:
@@ -118,6 +133,7 @@ class Host:
             "policies": {"default": QUIET},
             "admin": {"groups": {one: f"keyturn-{one}" for one in ("view", "respond", "admin")}},
             "agents": {"bot": {"destinations": [{"to": "files", "path": "team/bot"}]}},
+            "verifier": {"listen": {"socket": SOCKET, "group": "keyturn-ask"}},
         }
         (self.box.upper / "etc/keyturn/keyturn.yaml").write_text(yaml.safe_dump(content))
 
@@ -128,11 +144,12 @@ class Host:
         become = {
             "uid": self.user,
             "gid": self.group["keyturn"],
-            "groups": [self.group["keyturn-view"], self.group["keyturn-agents"]],
+            "groups": [self.group[f"keyturn-{name}"] for name in ("view", "agents", "ask")],
             "calls": calls(unit["SystemCallFilter"]),
             "families": [FAMILIES[name] for name in families],
         }
-        writable = ["/var/lib/keyturn", "/run/keyturn", unit["ReadWritePaths"][0].lstrip("-")]
+        writable = ["/var/lib/keyturn", "/run/keyturn"]
+        writable += [path.lstrip("-") for path in unit["ReadWritePaths"]]
         mounts = [f"mount --bind $R{path} $R{path}" for path in writable]
         mounts += [
             "umount -R $R/proc",
@@ -148,6 +165,26 @@ class Host:
             pid, [*shlex.split(words)], user, *(self.group[name] for name in groups)
         )
         return done.returncode, done.stdout + done.stderr
+
+    def ask_as(self, pid: int, user: str, *groups: str) -> str:
+        """Show the verifier what the agent reads, as somebody of these groups; returns the status."""
+        held = json.loads((self.box.upper / "srv/keyturn-agents/team/bot.json").read_text())
+        head = f"GET /v1/auth HTTP/1.1\r\nAuthorization: {basic(held['id'], held['secret'])}\r\n"
+        code = (
+            "import socket, sys\n"
+            "one = socket.socket(socket.AF_UNIX)\n"
+            "try:\n"
+            f"    one.connect({SOCKET!r})\n"
+            "except OSError as error:\n"
+            "    sys.exit(print(type(error).__name__))\n"
+            "one.sendall(sys.stdin.buffer.read())\n"
+            "print(one.recv(99).split()[1].decode())\n"
+        )
+        done = self.box.inside(
+            pid, [PYTHON, "-I", "-c", code], user, *(self.group[name] for name in groups),
+            stdin=f"{head}Host: v\r\nConnection: close\r\n\r\n",
+        )  # fmt: skip
+        return done.stdout.strip()
 
 
 @pytest.fixture
@@ -185,8 +222,17 @@ def test_the_daemon_lives_in_its_unit_and_everybody_gets_what_is_theirs(host: Ho
         assert done[0] == 0, done
         assert host.asks(pid, settings()["ExecReload"][0], own)[0] == 0
 
-        # who may type what
         view, respond, admin = "keyturn-view", "keyturn-respond", "keyturn-admin"
+
+        # the verifier beside it: for its group, and a process as closed as the daemon
+        gateway = ("70003:70003", "keyturn-ask")
+        _wait_for(
+            lambda: host.ask_as(pid, *gateway) == "200",
+            shown=lambda: host.ask_as(pid, *gateway) + (host.box.folder / "log").read_text(),
+        )
+        assert host.ask_as(pid, alice, view, respond, admin, "keyturn-agents") == "PermissionError"
+
+        # who may type what
         for groups, wanted in [
             ((), {"status bot": 77}),
             ((respond, admin), {"status bot": 77}),  # the door belongs to view

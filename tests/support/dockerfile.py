@@ -150,13 +150,15 @@ class Box:
         (site / "lent.pth").write_text("".join(f"{path}\n" for path in lent))
         self.run(["chmod", "a+x", *(str(one) for path in lent for one in path.parents)])
 
-    def inside(self, pid: int, command: Sequence[str], user: str, *groups: int) -> Done:
+    def inside(
+        self, pid: int, command: Sequence[str], user: str, *groups: int, stdin: str | None = None
+    ) -> Done:
         """Run a command beside a process that runs inside, as another user."""
         enter = ["nsenter", f"--target={pid}", "--mount", "--root", "--wd=/"]
         environ = {**os.environ, **self.environ}
         return subprocess.run(
             [*enter, *becoming(user, *groups), *command],
-            env=environ, capture_output=True, text=True, check=False, timeout=60,
+            env=environ, input=stdin, capture_output=True, text=True, check=False, timeout=60,
         )  # fmt: skip
 
     def build(self, stage: Stage, *, context: Path, others: Mapping[str, Box]) -> None:

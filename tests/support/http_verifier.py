@@ -22,7 +22,7 @@ from keyturn.verifier.gate import Gate
 from keyturn.verifier.hashing import CHEAP_FOR_TESTS, Cost, Hashing, tag
 from keyturn.verifier.http.callers import Callers, RelyingParty
 from keyturn.verifier.http.desk import Desk, Page
-from keyturn.verifier.http.server import Place, Server, listen_tcp
+from keyturn.verifier.http.server import Place, Server, listen_tcp, listen_unix
 from support.cutter import open_store
 from support.stores import RealClock, add, entry, version
 
@@ -132,11 +132,13 @@ def serve(
     verifier: Verifier,
     *,
     parties: Sequence[RelyingParty] = (),
+    path: Path | None = None,
     pages: Page = lambda _path: None,
     **more: Any,
 ) -> Iterator[Any]:
-    """Serve a verifier on loopback until the block ends; gives (port, desk, server)."""
-    callers, place = Callers(parties), Place(socket=listen_tcp("127.0.0.1", 0))
+    """Serve a verifier on loopback, or at a path, until the block ends; gives (port, desk, server)."""
+    callers = Callers(parties)
+    place = Place(socket=listen_unix(path) if path else listen_tcp("127.0.0.1", 0))
     desk = Desk(verifier, callers, threads=2, pages=pages)
     ready = threading.Event()
     server = Server(desk, callers, [place], serving=ready.set, **more)

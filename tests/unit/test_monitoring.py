@@ -234,7 +234,8 @@ def test_the_board_can_be_read() -> None:
 
 def test_every_metric_is_on_the_board_or_left_out_on_purpose() -> None:
     """What is measured is shown; a new metric wants a panel, or a word here."""
-    left_out = {"ready"}  # `not_ready` says it with the reason
+    # `not_ready` says it with the reason; a verifier's ends are in the log, and it pages when down
+    left_out = {"ready", "embedded_verifier_ends_total"}
     text = " ".join(EXPRESSIONS)
     families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in KNOWN}
     missing = {

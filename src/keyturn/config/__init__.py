@@ -40,6 +40,7 @@ __all__ = [
     "load",
     "load_all",
     "load_store",
+    "load_verifier",
     "refuse",
     "store_alone",
 ]
@@ -107,6 +108,19 @@ def load_store(path: Path, *, environ: Mapping[str, str]) -> Settings:
     loading = Loading(path, cron=None, now=None, adapter=_registered)
     settings = loading.run(environ)
     refuse([problem for problem in loading.problems if problem.key.startswith("store")])
+    return settings
+
+
+def load_verifier(path: Path, *, environ: Mapping[str, str]) -> Settings:
+    """Return settings of which only store, log and verifier can be relied on; no adapter is loaded.
+
+    A wrong line about agents must not keep a verifier from its start, and it need not know where
+    secrets go. Raises ConfigError.
+    """
+    sections = ("version", "store", "log", "verifier")
+    loading = Loading(path, cron=None, now=None, adapter=_registered, only=sections)
+    settings = loading.run(environ)
+    refuse(loading.problems)
     return settings
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,9 +60,11 @@ class Loading:
         now: datetime | None,
         adapter: Callable[[str], Adapter],
         in_checkout: bool = False,
+        only: Collection[str] = (),
     ) -> None:
         self._path, self._cron, self._now, self._adapter = path, cron, now, adapter
         self._in_checkout = in_checkout
+        self._only = frozenset(only)
         self.problems: list[Problem] = []
         self._notes: list[str] = []
         self._include: Include | None = None
@@ -74,6 +76,8 @@ class Loading:
         empty = Document(path=self._path)
         self._main = main = empty if without_file else self._read(self._path)
         refuse(self.problems if not main.data else [])
+        for key in main.data.keys() - self._only if self._only else ():
+            del main.data[key]
         self._overlay(environ)
         sections = ("agents", *MAIN_ONLY)
         scalars = {key: value for key, value in main.data.items() if key not in sections}
@@ -82,6 +86,13 @@ class Loading:
         store = self._section(StoreSettings, "store")
         verifier = self._section(VerifierSection, "verifier")
         leased = "verifier" in main.data and not store.url.startswith("sqlite:")
+        if verifier.listen and verifier.embedded and leased and not self._only:
+            at, text = (
+                ("verifier", "embedded"),
+                "expected false on PostgreSQL: the verifier has a uid",
+            )
+            text += " of its own there; run `keyturn verifier` as a unit of its own"
+            self.problems.append(main.problem(at, text, "embedded"))
         lease = verifier.lease if leased else timedelta(0)
         connections = self._connections()
         policies, places = self._policies(lease)

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 from pydantic import BeforeValidator, Field, model_validator
 
 from keyturn.config.listening import Address, ListenSettings, TlsSection, is_loopback
-from keyturn.config.models import CredentialFile, Duration, File, Group, Id, Scheme
+from keyturn.config.models import CredentialFile, Duration, File, Flag, Group, Id, Scheme
 from keyturn.config.shape import Section
 from keyturn.core.lease import LONGEST, OFTENEST, SHORTEST
 from keyturn.credential_file import CREDENTIAL_FORM, credential_path
@@ -149,6 +149,12 @@ class VerifierSection(Section):
         Form("a mapping of address or socket"),
         Field(description="the service"),
     ] = None
+    embedded: Annotated[
+        Flag,
+        Field(
+            description="on SQLite `keyturn run` starts it as a child; false: you run it yourself"
+        ),
+    ] = True
     metrics: Annotated[
         ListenSettings | None,
         Form("a mapping of address"),

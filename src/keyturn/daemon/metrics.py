@@ -161,6 +161,9 @@ class Metrics:
     def _process(self) -> None:
         self._gauge("build_info", "Version of this build", "version").labels(__version__).set(1)
         self.store_up = self._measured("store_up", "1 if the store answers")
+        self.embedded_verifier_ends = self._counter(
+            "embedded_verifier_ends", "Ends of the embedded verifier that nobody asked for"
+        )
         self.store_ballast = self._measured(
             "store_ballast_bytes", "What is kept for a revoke on a full disk; 1 MiB when whole"
         )

@@ -27,6 +27,7 @@ class Reason(StrEnum):
     STORE_DOWN = "store-down"
     QUARANTINED = "quarantined"
     KEY_MISSING = "key-missing"
+    VERIFIER_DOWN = "verifier-down"
 
 
 TEXTS = {
@@ -37,6 +38,7 @@ TEXTS = {
     Reason.STORE_DOWN: "the store does not answer; it goes on by itself when it does",
     Reason.QUARANTINED: "the store was restored and waits for a person",
     Reason.KEY_MISSING: "accepted versions need a key that is not there",
+    Reason.VERIFIER_DOWN: "the verifier beside it does not answer; it is started again: see the log",
 }
 
 

@@ -35,6 +35,7 @@ from keyturn.daemon import (
 from keyturn.daemon.anchoring import AnchorCommands, Anchoring
 from keyturn.daemon.commands import Commands
 from keyturn.daemon.cron import Crontab
+from keyturn.daemon.embedded import Embedded
 from keyturn.daemon.front import Front
 from keyturn.daemon.keys import LOOK as LOOK_AT_KEYS
 from keyturn.daemon.keys import Keys
@@ -132,6 +133,7 @@ class Service:
         self.parts.on_rotation_end = self.watching.rotation_ended
         self._usage = UsageWatch(self.parts, self.metrics)
         self._keys = Keys(lambda: self.parts, self.readiness)
+        self.embedded = Embedded(settings, self.readiness, self.metrics)
         self._anchoring = Anchoring(self.parts, self.metrics, self.watching.incident)
         self._stop = threading.Event()
         self.own_logins = OwnLogins(self.parts, self.metrics, self._stop.is_set)
@@ -161,8 +163,10 @@ class Service:
         """Lead, work until told to stop, park, and leave."""
         try:
             self.front.open()
+            self.embedded.start()
             return self._run(standby=standby)
         finally:
+            self.embedded.close()
             self.front.close()
 
     def _run(self, *, standby: bool) -> int:
@@ -544,6 +548,7 @@ class Service:
                     take_over=take_over,
                 )
                 parts.ring, parts.settings, parts.destinations = ring, settings, fresh
+            self.embedded.apply(settings)
             if self._notifier is not None:
                 self._notifier.apply(specs_of(settings))
         finally:

@@ -21,14 +21,16 @@ from keyturn.config.listening import host_of, port_of
 from keyturn.config.verifying import VerifierListen, VerifierSection
 from keyturn.daemon import logs
 from keyturn.daemon.certificates import Certificates
-from keyturn.daemon.cron import Crontab
+from keyturn.daemon.confinement import confine, program
 from keyturn.daemon.listener import Listener
 from keyturn.daemon.pages import Pages
 from keyturn.daemon.readiness import Readiness, Reason
 from keyturn.daemon.signals import WAITED_FOR, Signals
 from keyturn.daemon.supervision import Supervisor
+from keyturn.daemon.tied import tie
 from keyturn.daemon.verifier_metrics import VerifierMetrics
 from keyturn.errors import ConfigError, StoreQuarantined, StoreUnavailable
+from keyturn.storage.engine import is_sqlite, sqlite_path
 from keyturn.verifier.decision import Verifier
 from keyturn.verifier.hashing import share_memory
 from keyturn.verifier.http.callers import Caller, Callers, RelyingParty
@@ -44,8 +46,9 @@ _log = structlog.get_logger(__name__)
 
 def run(path: Path) -> int:
     """Serve until TERM. Returns the exit code. Raises ConfigError."""
+    embedded = tie(os.environ)
     share_memory()
-    settings = config.load(path, environ=os.environ, cron=Crontab(), now=wiring.SystemClock().now())
+    settings = config.load_verifier(path, environ=os.environ)
     if settings.verifier.listen is None:
         raise ConfigError(
             "verifier.listen is missing: there is nowhere to listen",
@@ -54,9 +57,10 @@ def run(path: Path) -> int:
     logs.configure(level=settings.log.level, form=settings.log.format)
     supervisor = Supervisor.take(os.environ, pid=os.getpid())
     supervisor.starting("opening the store")
+    _close_files(settings)
     # Before anything can start a thread: a signal goes to any thread that lets it.
     signal.pthread_sigmask(signal.SIG_BLOCK, WAITED_FOR)
-    service = Service(settings, supervisor=supervisor)
+    service = Service(settings, supervisor=supervisor, replaces=embedded)
     signals = Signals(revoke=lambda: None, reload=service.reload, stop=service.stop)
     signals.start()
     try:
@@ -66,10 +70,44 @@ def run(path: Path) -> int:
     return 0
 
 
-class Service:
-    """One verifier process."""
+def _close_files(settings: config.Settings) -> None:
+    """On SQLite the uid is the daemon's: leave open to us what we need, and not what it could open."""
+    if not is_sqlite(settings.store.url):
+        return
+    abi = confine(read=[*program(), *folders_of(settings.verifier)], write=writable(settings))
+    if abi:
+        _log.info("verifier.confined", landlock=abi)
+    else:
+        _log.warning("verifier.not-confined", problem="this kernel has no Landlock, or forbids it")
 
-    def __init__(self, settings: config.Settings, *, supervisor: Supervisor | None = None) -> None:
+
+def folders_of(section: VerifierSection) -> list[Path]:
+    """Return where its tokens, keys and certificates are: folders, since files are replaced by others."""
+    tls = [one.tls for one in (section.listen, section.metrics) if one and one.tls]
+    files = [file for one in tls for file in (one.certificate, one.key, one.client_ca)]
+    files += [one.token_file for one in section.relying_parties.values()]
+    files += [one.file for one in section.keys.values()]
+    return [file.parent for file in files if file is not None]
+
+
+def writable(settings: config.Settings) -> list[Path]:
+    """Return where it writes: its socket's folder, and that of SQLite, which mends what was cut off."""
+    listen = settings.verifier.listen
+    socket = [listen.socket.parent] if listen and listen.socket else []
+    database = sqlite_path(settings.store.url).parent
+    return [settings.store.folder, database, Path(os.devnull), *socket]
+
+
+class Service:
+    """One verifier process. One that `replaces` takes the socket of another that answers still."""
+
+    def __init__(
+        self,
+        settings: config.Settings,
+        *,
+        supervisor: Supervisor | None = None,
+        replaces: bool = False,
+    ) -> None:
         self._settings = settings
         self._supervisor = supervisor or Supervisor()
         self._readiness = Readiness()
@@ -87,7 +125,7 @@ class Service:
         metrics = VerifierMetrics(self._verifier, self._desk, self._readiness)
         self._pages = Pages(self._readiness, metrics)
         self._listener = Listener(section.metrics, self._pages) if section.metrics else None
-        places = places_of(section)
+        places = places_of(section, replace=replaces)
         self.server = Server(
             self._desk, self._callers, places, refresh=self.refresh, serving=self._serving
         )
@@ -178,7 +216,7 @@ def parties(section: VerifierSection) -> list[RelyingParty]:
     ]
 
 
-def places_of(section: VerifierSection) -> list[Place]:
+def places_of(section: VerifierSection, *, replace: bool = False) -> list[Place]:
     """Take the addresses of the file. Raises ConfigError."""
     listen = section.listen or VerifierListen()
     found = []
@@ -186,7 +224,8 @@ def places_of(section: VerifierSection) -> list[Place]:
         taken = listen_tcp(host_of(listen.address), port_of(listen.address))
         found.append(Place(socket=taken, context=_context(section)))
     if listen.socket is not None:
-        found.append(Place(socket=listen_unix(listen.socket, group=_group(listen.group))))
+        one = listen_unix(listen.socket, group=_group(listen.group), replace=replace)
+        found.append(Place(socket=one))
     return found
 
 

@@ -69,21 +69,26 @@ def listen_tcp(host: str, port: int) -> socket.socket:
     return found
 
 
-def listen_unix(path: Path, *, group: int = -1) -> socket.socket:
+def listen_unix(path: Path, *, group: int = -1, replace: bool = False) -> socket.socket:
     """Make a socket that its group may use, in the place of one that nobody serves any more.
 
-    Raises ConfigError.
+    With `replace` one that is served may be ours from before: it keeps its connections, and new ones
+    come here. Raises ConfigError.
     """
     found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    made = path.with_name(f".v{os.getpid()}")  # shorter than most names: paths of sockets are short
     try:
-        _remove_unserved(path)
+        _make_room(path, replace=replace)
+        made.unlink(missing_ok=True)
         before = os.umask(0o177)  # nobody may connect before it has its group
         try:
-            found.bind(os.fspath(path))
+            found.bind(os.fspath(made))
         finally:
             os.umask(before)
-        os.chown(path, -1, group)
-        path.chmod(0o660)
+        os.chown(made, -1, group)
+        made.chmod(0o660)
+        found.listen(_BACKLOG)  # nobody who comes by the path must be turned away
+        made.replace(path)
     except OSError as error:
         found.close()
         raise ConfigError(
@@ -93,17 +98,19 @@ def listen_unix(path: Path, *, group: int = -1) -> socket.socket:
     return found
 
 
-def _remove_unserved(path: Path) -> None:
+def _make_room(path: Path, *, replace: bool) -> None:
+    """Raise FileExistsError where the path is no socket, or one that another process serves."""
     with suppress(FileNotFoundError):
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise FileExistsError(17, "not a socket")
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:
-                probe.connect(os.fspath(path))
-            except ConnectionRefusedError:
-                path.unlink()
-                return
-        raise FileExistsError(17, "served")
+        if replace:
+            return
+        with (
+            suppress(ConnectionRefusedError),
+            socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe,
+        ):
+            probe.connect(os.fspath(path))
+            raise FileExistsError(17, "served")
 
 
 class Server:
