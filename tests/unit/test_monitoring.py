@@ -6,8 +6,10 @@ import json
 import re
 import shlex
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,8 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from keyturn.cli.main import app
 from keyturn.daemon.metrics import Metrics
 from keyturn.daemon.readiness import Readiness, Reason
+from keyturn.daemon.verifier_metrics import VerifierMetrics
+from keyturn.verifier.http.measures import Measures
 
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "monitoring"
@@ -37,6 +41,18 @@ EXPRESSIONS = [target["expr"] for panel in PANELS for target in panel["targets"]
 OF_THE_SCRAPE = {"job", "instance", "le", "alertname", "alertstate"}
 
 
+def of_a_verifier() -> dict[str, set[str]]:
+    """Return the same of a verifier's process."""
+    verifier: Any = SimpleNamespace(counts=Counter(), waiting=0, staleness=lambda: 0.0)
+    desk: Any = SimpleNamespace(measures=Measures())
+    metrics = VerifierMetrics(verifier, desk, Readiness())
+    return {
+        sample.name: set(sample.labels) - {"le"}
+        for family in metrics.collect()
+        for sample in family.samples
+    }
+
+
 def known() -> dict[str, set[str]]:
     """Return the labels of every sample that a scrape can have, by its name."""
     metrics = Metrics()
@@ -51,7 +67,7 @@ def known() -> dict[str, set[str]]:
         one._name + ending: set(one._labelnames)
         for one in metrics.registry._collector_to_names
         for ending in endings[one._type]
-    }
+    } | of_a_verifier()
 
 
 KNOWN = known()
