@@ -17,12 +17,15 @@ from typing import Any
 from keyturn.core.model import VersionState
 from keyturn.core.secret import Secret, mint
 from keyturn.storage.store import Store
+from keyturn.verifier import keyed
 from keyturn.verifier.decision import Verifier
 from keyturn.verifier.gate import Gate
-from keyturn.verifier.hashing import CHEAP_FOR_TESTS, Cost, Hashing, tag
+from keyturn.verifier.hashing import CHEAP_FOR_TESTS, SCHEME, Cost, Hashing, tag
 from keyturn.verifier.http.callers import Callers, RelyingParty
 from keyturn.verifier.http.desk import Desk, Page
 from keyturn.verifier.http.server import Place, Server, listen_tcp, listen_unix
+from keyturn.verifier.keyring import KeyRing
+from keyturn.verifier.schemes import Schemes
 from support.cutter import open_store
 from support.stores import RealClock, add, entry, version
 
@@ -47,12 +50,25 @@ def basic(login: str, secret: str) -> str:
     return "Basic " + base64.b64encode(f"{login}:{secret}".encode()).decode()
 
 
-def fill(store: Store, names: Sequence[str], *, hashing: Hashing, seed: int = 1) -> list[Held]:
-    """Give each of these agents a current version."""
+def fill(
+    store: Store,
+    names: Sequence[str],
+    *,
+    hashing: Hashing,
+    seed: int = 1,
+    ring: KeyRing | None = None,
+) -> list[Held]:
+    """Give each of these agents a current version, by the key ring's current key if there is one."""
     draw, held = random.Random(seed).randbytes, []
     minted = [mint(random_bytes=draw) for _ in names]
+    schemes = Schemes(hashing=hashing, ring=lambda: ring or KeyRing())
+    scheme = SCHEME if ring is None else keyed.SCHEME
+
+    def digest_of(name: str, of: tuple[str, Secret]) -> str:
+        return schemes.digest(scheme, of[1], credential_uid=f"cred-{name}", version_id=of[0])
+
     with ThreadPoolExecutor(2) as pool:  # hashes take cores, not the interpreter
-        digests = list(pool.map(hashing.digest, [secret for _, secret in minted]))
+        digests = list(pool.map(digest_of, names, minted))
     for name, (version_id, secret), digest in zip(names, minted, digests, strict=True):
         add(store, name)
         first = version(
@@ -60,6 +76,7 @@ def fill(store: Store, names: Sequence[str], *, hashing: Hashing, seed: int = 1)
             login=name,
             id=version_id,
             state=VersionState.CURRENT,
+            scheme=scheme,
             digest=digest,
             tag=tag(version_id, secret),
         )
@@ -160,15 +177,20 @@ def served(
     *,
     hashing: Hashing | None = None,
     parties: Sequence[RelyingParty] = (),
+    ring: KeyRing | None = None,
     **more: Any,
 ) -> Iterator[Served]:
     """Serve a new store with these agents."""
     hashing = hashing or Counted()
     store = open_store(folder, writer="w")
     (folder / "revoked.d").mkdir(mode=0o700, exist_ok=True)
-    held = fill(store, names, hashing=Hashing(cost=hashing.cost))
+    held = fill(store, names, hashing=Hashing(cost=hashing.cost), ring=ring)
     verifier = Verifier.open(
-        f"sqlite:///{folder}/keyturn.db", state_dir=folder, clock=RealClock(), hashing=hashing
+        f"sqlite:///{folder}/keyturn.db",
+        state_dir=folder,
+        clock=RealClock(),
+        hashing=hashing,
+        ring=ring,
     )
     try:
         with serve(verifier, parties=parties, **more) as (port, desk, server):
