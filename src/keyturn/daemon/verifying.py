@@ -80,7 +80,9 @@ def folders_of(section: VerifierSection) -> list[Path]:
     tls = [one.tls for one in (section.listen, section.metrics) if one and one.tls]
     files = [file for one in tls for file in (one.certificate, one.key, one.client_ca)]
     files += [one.token_file for one in section.relying_parties.values()]
-    return [file.parent for file in files if file is not None]
+    found = [file for file in files if file is not None]
+    # Links lead to another folder: certbot's do.
+    return [one.parent for file in found for one in (file, file.resolve())]
 
 
 def writable(settings: config.Settings) -> list[Path]:
