@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from keyturn.config.verifying import VerifierSection
+from keyturn.daemon.verifying import folders_of
+
 CODE = """
 import json, os, signal, sys, threading
 from pathlib import Path
@@ -63,3 +66,20 @@ def test_what_was_not_named_is_closed(tmp_path: Path) -> None:
         "make elsewhere": closed,
         "signal": "PermissionError" if abi >= 6 else "done",
     }
+
+
+def test_the_folders_of_links_are_open_too(tmp_path: Path) -> None:
+    """A certificate that is a link into another folder can be read again when it is renewed."""
+    for name in ("live", "archive"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "archive" / "key1.pem").touch()
+    (tmp_path / "live" / "key.pem").symlink_to("../archive/key1.pem")
+    key = str(tmp_path / "live" / "key.pem")
+    section = VerifierSection.model_validate(
+        {
+            "listen": {"address": "127.0.0.1:8700", "tls": {"certificate": key, "key": key}},
+            "relying_parties": {"x": {"token_file": str(tmp_path / "tokens" / "x")}},
+        }
+    )
+    found = set(folders_of(section))
+    assert found == {tmp_path / name for name in ("live", "archive", "tokens")}

@@ -87,7 +87,9 @@ def folders_of(section: VerifierSection) -> list[Path]:
     files = [file for one in tls for file in (one.certificate, one.key, one.client_ca)]
     files += [one.token_file for one in section.relying_parties.values()]
     files += [one.file for one in section.keys.values()]
-    return [file.parent for file in files if file is not None]
+    found = [file for file in files if file is not None]
+    # Links lead to another folder: certbot's do.
+    return [one.parent for file in found for one in (file, file.resolve())]
 
 
 def writable(settings: config.Settings) -> list[Path]:
