@@ -163,13 +163,11 @@ def test_cve_2023_3462_no_refusal_differs_from_another(
     assert service.hashes == []
     middle = statistics.median(took["unknown"])
     for name, values in took.items():
-        share = statistics.median(values) / middle - 1
-        print(f"{name}: median {share:+.1%}, AUC {auc(took['unknown'], values):.3f}")
-    for name, values in took.items():
         if len(values) < samples:
-            continue
-        told = auc(took["unknown"], values)
-        assert abs(statistics.median(values) / middle - 1) <= apart, f"{name}, seed {SEED}"
+            continue  # its bytes were looked at, and no more
+        share, told = statistics.median(values) / middle - 1, auc(took["unknown"], values)
+        print(f"{name}: median {share:+.1%}, AUC {told:.3f}")
+        assert abs(share) <= apart, f"{name}, seed {SEED}"
         assert 1 - most <= told <= most, f"{name}, seed {SEED}"
 
 
