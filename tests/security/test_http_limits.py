@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from keyturn.verifier.http.connection import BODY_LIMIT, HEAD_LIMIT, HEADERS, Registry
+from keyturn.verifier.http.connection import AHEAD, BODY_LIMIT, HEAD_LIMIT, HEADERS, Registry
 from support.http_verifier import Served, served
 from support.raw_client import connect, exchange, statuses, wait_until_closed
 
@@ -290,7 +290,14 @@ def test_a_greedy_pipeline_that_is_not_read_ends(tmp_path: Path) -> None:
             one = stack.enter_context(connect(service.port))
             one.setblocking(False)
             one.send(ask)
-        wait_for(lambda: len(registry) == 0)
+        depths = [0]
+
+        def ended() -> bool:
+            depths.extend(len(here._queue) for here in list(registry._all))  # type: ignore[attr-defined]
+            return len(registry) == 0
+
+        wait_for(ended)
+        assert max(depths) <= AHEAD + 1
 
 
 def test_more_connections_than_places_take_them_from_who_asks_nothing(tmp_path: Path) -> None:
