@@ -6,6 +6,7 @@ handshakes); uvicorn and granian keep silent, half-headed and half-bodied connec
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import resource
 import socket
@@ -20,7 +21,15 @@ from typing import Any
 
 import pytest
 
-from keyturn.verifier.http.connection import BODY_LIMIT, HEAD_LIMIT, HEADERS, Registry
+from keyturn.verifier.http.callers import Callers
+from keyturn.verifier.http.connection import (
+    AHEAD,
+    BODY_LIMIT,
+    HEAD_LIMIT,
+    HEADERS,
+    Connection,
+    Registry,
+)
 from support.http_verifier import Served, served
 from support.raw_client import connect, exchange, statuses, wait_until_closed
 
@@ -291,6 +300,37 @@ def test_a_greedy_pipeline_that_is_not_read_ends(tmp_path: Path) -> None:
             one.setblocking(False)
             one.send(ask)
         wait_for(lambda: len(registry) == 0)
+
+
+class Deaf:
+    """A transport that takes everything, and a desk that answers nothing."""
+
+    def __init__(self) -> None:
+        self.paused = 0
+
+    def get_extra_info(self, _name: str) -> None:
+        return None
+
+    def pause_reading(self) -> None:
+        self.paused += 1
+
+    def take(self, _asker: object, _request: object) -> None:
+        pass
+
+
+def test_a_pipeline_waits_no_deeper_than_it_may() -> None:
+    """However many requests come in one read, so many are kept, and the last of them ends it."""
+
+    async def read() -> None:
+        deaf: Any = Deaf()
+        here = Connection(deaf, Registry(most=9), Callers([]))
+        here.connection_made(deaf)
+        here.data_received(b"GET /nope HTTP/1.1\r\nHost: x\r\n\r\n" * 5000)
+        assert len(here._queue) == AHEAD + 1
+        assert [one.keep_alive for one in here._queue] == [True] * AHEAD + [False]
+        assert deaf.paused == 1
+
+    asyncio.run(read())
 
 
 def test_more_connections_than_places_take_them_from_who_asks_nothing(tmp_path: Path) -> None:
