@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from keyturn.daemon.verifying import Service
 from keyturn.errors import KeyMissing, VerificationFailed
 from keyturn.storage.freshness import Epoch, SharedFile
 from keyturn.verifier.decision import Verifier
@@ -99,3 +100,20 @@ def test_a_lock_on_the_store_makes_no_doubt_of_a_revocation(tmp_path: Path) -> N
             with pytest.raises(VerificationFailed):
                 verifier.verify("a", held.secret)
             other.execute("ROLLBACK")
+
+
+def test_a_reload_with_the_same_keys_has_nobody_hashed_again(tmp_path: Path) -> None:
+    """`keyturn reload` reaches every verifier: a fleet must not queue up for hashes at each one."""
+    with opened(tmp_path, RING) as (verifier, held, _):
+        verifier.verify("a", held.secret)
+        key = verifier.key(b"a", held.secret.reveal().encode())
+        verifier.use(KeyRing(keys={"k1": Key(bytes(range(32)))}, current="k1"))
+        assert verifier.recall(key, verifier.look()) is not None
+        verifier.use(KeyRing(keys={"k1": Key(bytes(range(1, 33)))}, current="k1"))
+        assert verifier.recall(key, verifier.look()) is None
+
+
+def test_the_description_of_the_service_is_made_once() -> None:
+    """Anybody may ask for it, and nobody who waits for an answer shall wait for that."""
+    pages = [Service._page(object.__new__(Service), b"/openapi.json") for _ in range(2)]
+    assert pages[0] is pages[1]

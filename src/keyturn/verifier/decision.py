@@ -245,7 +245,9 @@ class Verifier:
     # --- keys -------------------------------------------------------------------------------
 
     def use(self, ring: KeyRing) -> None:
-        """Go by these keys and schemes from now on; what the old ones have proven is forgotten."""
+        """Go by these keys and schemes from now on; what other ones have proven is forgotten."""
+        if ring == self._ring:
+            return  # a reload is no reason to have a whole fleet hashed again
         with self._guard:
             self._ring = ring
             # Whoever decides by the old ring just now remembers nothing: `_remember` looks at the key.
