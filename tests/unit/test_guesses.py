@@ -15,6 +15,8 @@ from keyturn.testing.fakes import FakeClock
 from keyturn.verifier.decision import Verifier
 from keyturn.verifier.guesses import AT_ONCE, BURST, EVERY, Guesses
 from keyturn.verifier.hashing import CHEAP_FOR_TESTS, Hashing
+from keyturn.verifier.keyring import KeyRing
+from keyturn.verifier.schemes import Schemes
 from keyturn.verifier.spool import Spool
 
 
@@ -125,7 +127,8 @@ def test_a_guesser_spends_the_budget_of_one_agent_and_no_thread_of_anybody(tmp_p
             hashes.append(digest)
             return matches(self, digest, secret)
 
-    verifier._imported = Counting(gate=verifier._imported.gate)
+    gate = verifier._imported.hashing.gate
+    verifier._imported = Schemes(hashing=Counting(gate=gate), ring=KeyRing)
     over = threading.Event()
 
     def flood(start: int) -> int:

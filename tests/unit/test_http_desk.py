@@ -257,3 +257,20 @@ def test_where_all_wait_for_answers_the_one_that_comes_goes() -> None:
     late = Place(registry, float("inf"))
     assert late.dropped
     assert not any(one.dropped for one in owed)
+
+
+def test_a_thread_that_cannot_be_had_costs_one_answer_and_not_all_later_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a limit of tasks a first use is told 503, and the next one of the same secret is answered."""
+    with served(tmp_path, ["a"]) as service:
+        headers = {"Authorization": service.held[0].basic}
+
+        def refuse(*_: object) -> None:
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as full:
+            full.setattr(service.desk._pool, "submit", refuse)
+            assert service.ask("/v1/auth", headers=headers)[0] == 503
+        assert service.ask("/v1/auth", headers=headers)[0] == 200
+        assert service.desk.busy == 0

@@ -14,6 +14,7 @@ from keyturn.storage.decisions import Decision
 from keyturn.storage.hashes import in_use
 from keyturn.verifier.gate import Gate
 from keyturn.verifier.keyed import Key
+from keyturn.verifier.keyring import KeyRing
 from support.bench import Bench, Crash
 
 HMAC, ARGON2 = "hmac-sha256", "argon2id"
@@ -209,7 +210,8 @@ def test_a_keyed_check_passes_no_gate_and_looks_once(
     """Where argon2id is turned away at a full gate, a keyed hash is judged by one look at the store."""
     bench = make("vault", scheme=scheme)
     (text,) = bench.texts.values()
-    bench.verifier.use(bench.ring)  # nothing is remembered
+    bench.verifier.use(KeyRing())  # nothing is remembered
+    bench.verifier.use(bench.ring)
     looked: list[str] = []
     lookup = bench.verifier._reader.lookup
 

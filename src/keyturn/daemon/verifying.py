@@ -41,6 +41,7 @@ from keyturn.verifier.http.server import Place, Server, listen_tcp, listen_unix
 
 KEYS_EVERY = 10.0  # seconds
 _PAGES = ("/healthz", "/readyz")
+_OPENAPI = json_answer(200, DOCUMENT)  # once: it takes the loop as long as ten answers
 _log = structlog.get_logger(__name__)
 
 
@@ -198,7 +199,7 @@ class Service:
 
     def _page(self, path: bytes) -> Answer | None:
         if path == b"/openapi.json":
-            return json_answer(200, DOCUMENT)
+            return _OPENAPI
         text = path.decode("ascii", "replace")
         if text not in _PAGES:
             return None

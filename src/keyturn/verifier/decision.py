@@ -25,7 +25,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from keyturn.core.secret import MAX_SECRET_BYTES, Secret, parse
 from keyturn.errors import StoreUnavailable, VerificationFailed, VerifierBusy
@@ -39,7 +39,7 @@ from keyturn.storage.postgresql import Password, no_password
 from keyturn.verifier import keyed
 from keyturn.verifier.gate import Gate
 from keyturn.verifier.guesses import Guesses
-from keyturn.verifier.hashing import Hashing, fingerprint, same_tag
+from keyturn.verifier.hashing import Hashing, fingerprint, same_tag, text_of
 from keyturn.verifier.keyring import KeyRing
 from keyturn.verifier.schemes import Schemes, Stored
 from keyturn.verifier.spool import Spool
@@ -52,6 +52,7 @@ _ANSWERED_STATES = frozenset({"enabled"})
 _ACCEPTED_STATES = frozenset({"pending", "current", "previous", "kept"})
 _DUMMY_ID = "0" * 14
 _DUMMY_TAG = bytes(8)
+T = TypeVar("T")
 _CANDIDATE = re.compile(r"[0-9A-Za-z]{1,16}_[0-9A-Za-z]{14}_[0-9A-Za-z]{49}")
 
 
@@ -149,6 +150,9 @@ class Verifier:
         self._guesses = Guesses()
         self._key = random_bytes(32)
         self._proofs: OrderedDict[bytes, Proof] = OrderedDict()
+        self._right: OrderedDict[bytes, None] = (
+            OrderedDict()
+        )  # hashes that were checked, by `_mark`
         self._flights: dict[bytes, Future[bool]] = {}
         self._guard = threading.Lock()
         self.counts: Counter[str] = Counter()
@@ -241,12 +245,15 @@ class Verifier:
     # --- keys -------------------------------------------------------------------------------
 
     def use(self, ring: KeyRing) -> None:
-        """Go by these keys and schemes from now on; what the old ones have proven is forgotten."""
+        """Go by these keys and schemes from now on; what other ones have proven is forgotten."""
+        if ring == self._ring:
+            return  # a reload is no reason to have a whole fleet hashed again
         with self._guard:
             self._ring = ring
-            # Whoever decides by the old ring just now remembers that where nobody looks any more.
+            # Whoever decides by the old ring just now remembers nothing: `_remember` looks at the key.
             self._key = self._random_bytes(32)
             self._proofs.clear()
+            self._right.clear()
 
     def lacking(self) -> list[str]:
         """Say which keys of accepted versions are missing here; any makes a verifier not ready.
@@ -277,12 +284,13 @@ class Verifier:
         proof = self._proofs.get(key)
         return proof if proof is not None and proof.stands(look) else None
 
-    def _remember(self, key: bytes, proof: Proof) -> None:
+    def _remember(self, key: bytes, proof: Proof, text: bytes, ours: bytes) -> None:
+        mark = fingerprint(ours, proof.digest.encode(), text)
         with self._guard:
-            self._proofs[key] = proof
-            self._proofs.move_to_end(key)
-            while len(self._proofs) > REMEMBERED:
-                self._proofs.popitem(last=False)
+            # SECURITY: callers keep keys, and would find under one what the ring before has proven.
+            if self._key is ours:
+                _keep(self._proofs, key, proof)
+                _keep(self._right, mark, None)
 
     # --- what is decided --------------------------------------------------------------------
 
@@ -301,8 +309,9 @@ class Verifier:
         `agents` are the only ones that whoever asks may hear of: a secret of another one is not even
         hashed, or the time would tell what the answer does not. Raises StoreUnavailable.
         """
-        before = self._known_epoch()
-        row = self._decide(key, login.decode("ascii"), text, agents)
+        ours = self._key
+        before = self._known_epoch(text)
+        row = self._decide(login.decode("ascii"), text, agents)
         if self._freshness is not None:
             self._freshness.epoch()  # a lease may have run out meanwhile
         if row is None:
@@ -310,22 +319,27 @@ class Verifier:
         if row.epoch[:2] < before[:2]:  # some other server than the one that the epoch is from
             raise StoreUnavailable("the store answered with what it said before")
         proof = _proof(row, before if before.same_store(row.epoch) else NO_EPOCH)
-        self._remember(key, proof)
+        self._remember(key, proof, text, ours)
         return proof
 
-    def _known_epoch(self) -> Epoch:
+    def _known_epoch(self, text: bytes) -> Epoch:
         """Return what the next look will say unless something happens; asks the store if need be."""
         if self._freshness is None:
             return NO_EPOCH
-        return self._freshness.epoch() or self._freshness.learn()
+        if (known := self._freshness.epoch()) is not None:
+            return known
+        # SECURITY: as in `_decide`: whom the spool refuses is refused also while the store is locked.
+        return NO_EPOCH if self._is_refused_here(text) else self._freshness.learn()
 
-    def _decide(
-        self, key: bytes, login: str, text: bytes, agents: Container[str] | None
-    ) -> Decision | None:
+    def _is_refused_here(self, text: bytes) -> bool:
+        parsed = parse(text)
+        return parsed is not None and self._spool.holds(parsed.version_id)
+
+    def _decide(self, login: str, text: bytes, agents: Container[str] | None) -> Decision | None:
         parsed = parse(text)
         secret = Secret(text.decode())
         if parsed is None:
-            return self._decide_imported(key, login, secret, agents)
+            return self._decide_imported(login, secret, agents)
         # SECURITY: before the store is touched: whoever can lock it must not turn this no into
         # "cannot tell", which some callers let through, nor make it wait for the lock.
         revoked = self._spool.holds(parsed.version_id)
@@ -339,11 +353,11 @@ class Verifier:
             self._watch(shown, secret)
         if row is None or not good or not tagged:
             return None
-        if self._was_proven(key, row):
+        if self._was_proven(row, secret):
             return row
         if row.scheme == keyed.SCHEME:
             return row if self._schemes.matches(_stored(row), secret) else None
-        return self._once_more(login, row) if self._hashed(key, row, secret) else None
+        return self._once_more(login, row) if self._hashed(row, secret) else None
 
     def _tombstone(self, version_id: str, secret: Secret) -> Decision | None:
         return None if self._usage is None else self._usage.tombstone(version_id, secret)
@@ -353,11 +367,11 @@ class Verifier:
             self._usage.presented(shown, secret)
 
     def _decide_imported(
-        self, key: bytes, login: str, secret: Secret, agents: Container[str] | None
+        self, login: str, secret: Secret, agents: Container[str] | None
     ) -> Decision | None:
         for row in self._reader.imported(login) if login else ():
             if self._stands(login, row) and _among(agents, row):
-                if self._was_proven(key, row):
+                if self._was_proven(row, secret):
                     return row
                 with self._guesses.one(row.credential_uid) as guess:
                     guess.right = self._imported.matches(_stored(row), secret)
@@ -388,13 +402,21 @@ class Verifier:
         """
         return row.now or self._clock.now()
 
-    def _was_proven(self, key: bytes, row: Decision) -> bool:
-        """Whether this text had this very hash before: that does not change."""
-        known = self._proofs.get(key)
-        return known is not None and known.digest == row.digest
+    def _mark(self, row: Decision, secret: Secret) -> bytes:
+        """Return what a check of this hash is known by.
 
-    def _hashed(self, key: bytes, row: Decision, secret: Secret) -> bool:
+        SECURITY: not by how the secret was shown. One can be written in more ways than anybody counts
+        (each character percent-encoded or not), and each would cost a hash.
+        """
+        return fingerprint(self._key, row.digest.encode(), text_of(secret))
+
+    def _was_proven(self, row: Decision, secret: Secret) -> bool:
+        """Whether this text had this very hash before: that does not change."""
+        return self._mark(row, secret) in self._right
+
+    def _hashed(self, row: Decision, secret: Secret) -> bool:
         """Check the hash; one flight for many callers."""
+        key = self._mark(row, secret)
         with self._guard:
             flight = self._flights.get(key)
             mine = flight is None
@@ -415,6 +437,13 @@ class Verifier:
         with self._guard:
             del self._flights[key]
         flight.set_result(right)
+
+
+def _keep(kept: OrderedDict[bytes, T], key: bytes, value: T) -> None:
+    kept[key] = value
+    kept.move_to_end(key)
+    while len(kept) > REMEMBERED:
+        kept.popitem(last=False)
 
 
 def _stored(row: Decision) -> Stored:

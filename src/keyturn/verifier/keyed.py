@@ -73,6 +73,12 @@ class Key:
         parts = b"v1", credential_uid.encode(), version_id.encode(), secret.reveal().encode()
         return _text(hmac.digest(self._value, message(*parts), sha256))
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Key) and hmac.compare_digest(self._value, other._value)
+
+    def __hash__(self) -> int:
+        return hash(self.check)
+
     def __repr__(self) -> str:
         return f"Key(***, check={self.check})"
 

@@ -64,7 +64,13 @@ class Callers:
         self.open = not parties
         self._key = os.urandom(32)
         self._seen: tuple[object, ...] = self._look()
-        self._by_token = self._read()
+        self._refused: list[str] = []
+        self._tokens = {one: self._read(one) for one in self._files}
+        self._by_token = self._joined()
+
+    @property
+    def _files(self) -> list[Path]:
+        return [one.token_file for one in self._parties if one.token_file is not None]
 
     def by_token(self, token: bytes) -> Caller | None:
         """Return whose token this is. Looked up by a keyed digest, so its time tells nothing."""
@@ -78,29 +84,46 @@ class Callers:
         return None
 
     def refresh(self) -> None:
-        """Read the token files again if one was changed."""
+        """Read the token files again if one was changed, and again until all of them can be used."""
         seen = self._look()
         if seen == self._seen:
             return
-        self._seen = seen
+        # SECURITY: each by itself: a token that was taken out of one file must not be good for as long
+        # as another file is wrong. And until it is: a chmod that mends it changes no size and no time.
+        refused = [error for error in map(self._take, self._files) if error is not None]
         try:
-            self._by_token = self._read()
+            self._by_token = self._joined()
         except ConfigError as error:
-            _log.error("verifier.tokens-refused", problem=str(error), hint=error.hint)
+            refused.append(error)
+        for one in refused:
+            if str(one) not in self._refused:
+                _log.error("verifier.tokens-refused", problem=str(one), hint=one.hint)
+        self._refused = [str(one) for one in refused]
+        if not refused:
+            self._seen = seen
 
-    def _read(self) -> dict[bytes, Caller]:
+    def _take(self, file: Path) -> ConfigError | None:
+        """Read a file; its last good tokens stand where that cannot be done."""
+        try:
+            self._tokens[file] = self._read(file)
+        except ConfigError as error:
+            return error
+        return None
+
+    def _read(self, file: Path) -> list[bytes]:
+        # A line each: the new one and the old one, while both are in use.
+        tokens = read_credential(file).split()
+        if any(len(token) < SHORTEST_TOKEN for token in tokens):
+            raise ConfigError(
+                f"{file} has a token below {SHORTEST_TOKEN} characters",
+                hint="make one with: openssl rand -hex 32",
+            )
+        return [self._digest(token.encode()) for token in tokens]
+
+    def _joined(self) -> dict[bytes, Caller]:
         found: dict[bytes, Caller] = {}
         for party in self._parties:
-            if party.token_file is None:
-                continue
-            # A line each: the new one and the old one, while both are in use.
-            for token in read_credential(party.token_file).split():
-                if len(token) < SHORTEST_TOKEN:
-                    raise ConfigError(
-                        f"{party.token_file} has a token below {SHORTEST_TOKEN} characters",
-                        hint="make one with: openssl rand -hex 32",
-                    )
-                digest = self._digest(token.encode())
+            for digest in self._tokens[party.token_file] if party.token_file else ():
                 if found.setdefault(digest, party.caller) is not party.caller:
                     raise ConfigError(
                         f"{party.token_file} has a token that another relying party has too",

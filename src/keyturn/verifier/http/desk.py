@@ -89,6 +89,7 @@ class Desk:
         self._pool = ThreadPoolExecutor(QUEUE + threads + IMPORTED_QUEUE + 1 + READERS, "verifier")
         self._landed: deque[tuple[bytes, Proof | StoreUnavailable | None]] = deque()
         self._woken = False
+        self._grounded = False
         self.measures = Measures()
 
     @property
@@ -226,7 +227,23 @@ class Desk:
                 self._woken = True
                 self._wake(self._collect)
 
-        self._pool.submit(self._decide, key, shown, caller).add_done_callback(land)
+        try:
+            flying = self._pool.submit(self._decide, key, shown, caller)
+        except (
+            RuntimeError
+        ):  # a limit of threads, as of a service's tasks: who asks later may find one
+            self._ground(key)
+        else:
+            self._grounded = False
+            flying.add_done_callback(land)
+
+    def _ground(self, key: bytes) -> None:
+        """Tell that nobody can tell: a flight that stood there unflown would keep all others waiting."""
+        if not self._grounded:
+            self._grounded = True
+            _log.error("verifier.no-thread", hint="raise TasksMax= of the unit, or `ulimit -u`")
+        for who in self._flights.pop(key).aboard:
+            self._tell(who, StoreUnavailable("no thread can be had"))
 
     def _decide(self, key: bytes, shown: Presented, caller: Caller) -> Proof | None:
         for login, text in shown.ways():
@@ -249,7 +266,11 @@ class Desk:
 
     def _land(self, waiting: list[_Waiting], outcome: Proof | StoreUnavailable | None) -> None:
         for who in waiting:
-            self._tell(who, outcome)
+            try:
+                self._tell(who, outcome)
+            except Exception:  # noqa: BLE001  # as in `_serve`: the others are answered
+                _log.error("verifier.failed", exc_info=True)
+                who.asker.reply(who.request, problem(500, "server_error"))
             self.measures.one(time.perf_counter() - who.began)
 
     def _refuse(self, waiting: list[_Waiting]) -> None:
