@@ -60,7 +60,7 @@ def run(path: Path) -> int:
     _close_files(settings)
     # Before anything can start a thread: a signal goes to any thread that lets it.
     signal.pthread_sigmask(signal.SIG_BLOCK, WAITED_FOR)
-    service = Service(settings, supervisor=supervisor, replaces=embedded)
+    service = VerifierService(settings, supervisor=supervisor, replaces=embedded)
     signals = Signals(revoke=lambda: None, reload=service.reload, stop=service.stop)
     signals.start()
     try:
@@ -100,7 +100,7 @@ def writable(settings: config.Settings) -> list[Path]:
     return [settings.store.folder, database, Path(os.devnull), *socket]
 
 
-class Service:
+class VerifierService:
     """One verifier process. One that `replaces` takes the socket of another that answers still."""
 
     def __init__(
