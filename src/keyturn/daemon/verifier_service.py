@@ -206,6 +206,22 @@ class VerifierService:
         return Answer(found.status, found.body, kind=found.kind.encode())
 
 
+def look_at(section: VerifierSection) -> str:
+    """Say whether this host has what the service needs; takes no address. Raises ConfigError."""
+    listen = section.listen or VerifierListen()
+    Callers(parties(section))
+    _context(section)
+    if listen.socket is not None:
+        _group(listen.group)
+        folder = listen.socket.parent
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"verifier.listen: {folder} is not there, or not ours to write",
+                hint="make the socket's folder, for the daemon's user; systemd/tmpfiles.conf has one",
+            )
+    return f"{listen.address or listen.socket}: what it needs of this host is there"
+
+
 def parties(section: VerifierSection) -> list[RelyingParty]:
     """Return the relying parties of the file."""
     return [
