@@ -30,7 +30,7 @@ from keyturn.verifier.http.callers import ANYBODY, Caller, Callers
 from keyturn.verifier.http.measures import Measures
 from keyturn.verifier.http.messages import Answer, Request
 from keyturn.verifier.http.presented import NOBODYS, Presented
-from keyturn.verifier.http.routes import Route, problem, route_of, unavailable
+from keyturn.verifier.http.routes import NOWHERE, Route, problem, route_of, unavailable
 
 READERS = 16  # threads beside those that wait for a hash: junk and cold checks go on
 BEAT = 0.005  # seconds; far more than a look-up takes
@@ -171,9 +171,9 @@ class Desk:
     def _page(self, request: Request) -> Answer:
         found = self._pages(request.path)
         if found is None:
-            return problem(404, "not_found", "there are /v1/verify, /v1/auth and /v1/introspect")
+            return NOWHERE
         if request.method not in (b"GET", b"HEAD"):
-            return problem(405, "invalid_request", "only GET", Allow="GET, HEAD")
+            return problem(405, "invalid_request", "only GET, HEAD", Allow="GET, HEAD")
         return found
 
     def _ask(

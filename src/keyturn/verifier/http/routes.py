@@ -192,3 +192,4 @@ INTROSPECT = Route(
     introspects=True,
 )
 _ROUTES = {b"/v1/verify": VERIFY, b"/v1/auth": AUTH, b"/v1/introspect": INTROSPECT}
+NOWHERE = problem(404, "not_found", f"there are {', '.join(map(bytes.decode, _ROUTES))}")
