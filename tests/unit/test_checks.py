@@ -338,3 +338,21 @@ def test_a_probe_looks_at_the_listeners_certificate(tmp_path: Path) -> None:
     assert row() == [(True, "0.0.0.0:9464: certificate and key can be used")]
     key.chmod(0o644)
     assert row()[0][0] is False
+
+
+def test_a_probe_looks_at_what_the_embedded_verifier_needs(tmp_path: Path) -> None:
+    """Its tokens, its group and its socket's folder: after a reload the log alone would tell."""
+    token = tmp_path / "token"
+
+    def probed(**listen: str) -> list[tuple[bool, str]]:
+        section = {"listen": listen, "relying_parties": {"a": {"token_file": str(token)}}}
+        rows = check(written(tmp_path, {"version": 1, "verifier": section}), probe=True)["checks"]
+        return [(one["ok"], one["detail"]) for one in rows if one["name"] == "verifier"]
+
+    assert probed(address="127.0.0.1:8700") == [(False, f"{token} cannot be read (errno 2)")]
+    token.write_text("0" * 64)
+    token.chmod(0o600)
+    assert probed(address="127.0.0.1:8700")[0][0]
+    assert probed(socket=f"{tmp_path}/verify.sock")[0][0]
+    assert "no group is called" in probed(socket=f"{tmp_path}/verify.sock", group="nobodys")[0][1]
+    assert "is not there" in probed(socket=f"{tmp_path}/none/verify.sock")[0][1]

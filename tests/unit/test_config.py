@@ -480,6 +480,24 @@ def test_a_listener_is_closed_or_on_this_host(write: Write, lines: str) -> None:
 @pytest.mark.parametrize(
     ("lines", "expected"),
     [
+        ('listen: {address: "0.0.0.0:8700"}', "listen: expected an address or a socket, and `tls`"),
+        ('metrics: {address: "0.0.0.0:9465"}', "metrics: expected an address with `tls`"),
+        ("listen: [1]", "listen: expected a mapping of address or socket"),
+        ("relying_parties: {a: {agents: [b]}}", "a: expected a token_file, a certificate, or both"),
+    ],
+)
+def test_a_section_within_a_section_says_what_fits_together(
+    write: Write, lines: str, expected: str
+) -> None:
+    """It is there, and a mapping: the error says which rule of it was broken."""
+    with pytest.raises(ConfigError) as found:
+        read(write(GOOD.replace("verifier: {", f"verifier: {{{lines}, ")))
+    assert expected in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
         ('{address: "0.0.0.0:9464"}', "an address with `tls`, or one of loopback"),
         ('{address: "[::]:9464"}', "an address with `tls`, or one of loopback"),
         ('{address: "10.0.0.1:9464"}', "an address with `tls`, or one of loopback"),

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from keyturn.config.verifying import VerifierSection
-from keyturn.daemon.verifying import folders_of
+from keyturn.daemon.verifier_service import folders_of
 
 CODE = """
 import json, os, signal, sys, threading

@@ -176,6 +176,22 @@ def test_a_login_with_odd_characters_is_right_encoded_and_raw(tmp_path: Path, lo
     store.close()
 
 
+def test_each_answer_is_measured_once(tmp_path: Path) -> None:
+    """Whoever waits for a thread is counted when it is answered, not when its turn ends as well."""
+    with held_up(tmp_path) as (service, latch), ThreadPoolExecutor(3) as pool:
+        good = {"Authorization": service.held[0].basic}
+        first = pool.submit(service.ask, "/v1/auth", headers=good)
+        wait_until_asked(service, 1)
+        late = pool.submit(service.ask, "/v1/auth", headers=good)
+        wait_until_asked(service, 2)
+        assert sum(service.desk.measures.counts) == 0
+        latch.opened.set()
+        assert first.result()[0] == late.result()[0] == 200
+        assert service.ask("/v1/auth", headers=good)[0] == 200  # on the loop
+        assert service.ask("/v1/auth", headers={"Authorization": "Bearer kt_no"})[0] == 401
+    assert sum(service.desk.measures.counts) == 4
+
+
 def test_a_no_leaves_at_the_beat_however_soon_it_was_known(tmp_path: Path) -> None:
     """No look-up for nobody is answered within the time that another look-up may take."""
     with served(tmp_path, ["a"]) as service:

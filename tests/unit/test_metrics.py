@@ -22,7 +22,7 @@ NAMES = [
     "revocations_file_problems", "laggards", "longest_overdue_seconds", "ready", "leads", "not_ready",
     "revocations_file_problems", "webhooks_total", "webhooks_backlog",
     "webhooks_oldest_age_seconds", "audit_verified", "audit_anchor_timestamp_seconds",
-    "verifiers_live", "verifier_staleness_seconds",
+    "verifiers_live",
 ]  # fmt: skip
 
 
@@ -30,7 +30,6 @@ def followed() -> Metrics:
     """Return all that a daemon shows."""
     metrics = Metrics()
     metrics.follow(Readiness())
-    metrics.follow_lease(lambda: 0.0)
     return metrics
 
 

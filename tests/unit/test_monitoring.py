@@ -57,7 +57,6 @@ def known() -> dict[str, set[str]]:
     """Return the labels of every sample that a scrape can have, by its name."""
     metrics = Metrics()
     metrics.follow(Readiness())
-    metrics.follow_lease(lambda: 0.0)
     endings = {
         "counter": ["_total"],
         "gauge": [""],

@@ -140,7 +140,7 @@ def verifier(config: options.Config = options.CONFIG) -> None:
     It needs `store` and `verifier` of the configuration, and no login to any destination. SIGTERM
     ends it; certificates and tokens are read again when they change.
     """
-    output.end_with(late("keyturn.daemon.verifying", "run")(config))
+    output.end_with(late("keyturn.daemon.verifier_service", "run")(config))
 
 
 @app.command()

@@ -7,7 +7,8 @@ stand in the error, where pydantic would print the input, and in the configurati
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, TypeVar, get_args
+from types import UnionType
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
@@ -54,7 +55,7 @@ def _render(
             text, code = f"unknown key: {did_you_mean(loc[-1], known)}", "unknown-key"
         elif error["type"] == "missing":
             text, code = f"required: expected {form_of(field)}", "required"
-        elif error["type"] == "value_error" and (rule := _rule(model if not loc else field)):
+        elif error["type"] == "value_error" and (rule := _rule(model, owner, field, loc)):
             text, code = f"expected {rule}", "together"
         else:
             text, code = f"expected {form_of(field)}", "value"
@@ -86,9 +87,17 @@ def _resolve(
     return tuple(kept), field, owner
 
 
-def _rule(place: type[BaseModel] | FieldInfo | None) -> str | None:
+def _rule(
+    model: type[BaseModel], owner: type[BaseModel] | None, field: FieldInfo | None, loc: Loc
+) -> str | None:
     """Return what the check of a whole section expects, if the place is one section."""
-    annotation = place.annotation if isinstance(place, FieldInfo) else place
+    if not loc:
+        return getattr(model, "rule", None)
+    if field is None:  # a section under a name that people chose, or such a name
+        return None if loc[-1] == "[key]" else getattr(owner, "rule", None)
+    annotation = field.annotation
+    if get_origin(annotation) is UnionType:  # a section that may be left out
+        annotation = next(_models(annotation), None)
     return getattr(annotation, "rule", None)
 
 

@@ -57,9 +57,9 @@ class Certificates:
                 context.load_verify_locations(tls.client_ca)
                 context.verify_mode = self._clients
         except OSError as error:  # SSLError is one
-            what = error.reason if isinstance(error, ssl.SSLError) else f"errno {error.errno}"
+            what = error.reason if isinstance(error, ssl.SSLError) else error.strerror
             raise ConfigError(
-                f"listen.tls: certificate, key and client_ca cannot be used together ({what})",
+                f"{tls.certificate}, its key and client_ca cannot be used together ({what})",
                 hint="PEM files, a key without a passphrase, and of this certificate",
             ) from None
         return context

@@ -24,8 +24,10 @@ from keyturn.core.revocations import parse_revocations
 from keyturn.daemon import keys, own_checks
 from keyturn.daemon.certificates import Certificates
 from keyturn.daemon.checking import become_daemon, settings_of
+from keyturn.daemon.embedded import Wanted
 from keyturn.daemon.notifying import spec_of
 from keyturn.daemon.service import load, missing_groups, roles_of
+from keyturn.daemon.verifier_service import look_at
 from keyturn.destinations import registry
 from keyturn.destinations.base import DestinationBase
 from keyturn.errors import (
@@ -98,7 +100,7 @@ def check(path: Path, *, probe: bool = False, in_checkout: bool = False) -> dict
         row, known = _looked_at_store(settings)
         rows.append(row)
         rows += keys.checked(settings, known.used if known else None)
-        rows += _listener(settings)
+        rows += _listener(settings) + _verifier(settings)
         destinations = wiring.connect(settings, store_id="", clock=wiring.SystemClock())
         for name, destination in destinations.items():
             rows += _probed(name, destination, _wanted(settings, name), known)
@@ -164,6 +166,12 @@ def _listener(settings: Settings) -> list[Check]:
         return f"{address}: certificate and key can be used"
 
     return [_tried("listen", attempt)]
+
+
+def _verifier(settings: Settings) -> list[Check]:
+    """See whether the verifier that we start can: a reload that it cannot follow is only in the log."""
+    wanted = Wanted.of(settings)
+    return [_tried("verifier", lambda: look_at(wanted.section))] if wanted.here else []
 
 
 def _summary(settings: Settings) -> str:

@@ -7,7 +7,7 @@ What is not known yet has no sample: a standby's zero would look like an answer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
@@ -195,12 +195,6 @@ class Metrics:
             held.labels(str(reason)).set_function(
                 lambda one=reason: float(one in readiness.reasons)  # type: ignore[misc]
             )
-
-    def follow_lease(self, staleness: Callable[[], float]) -> None:
-        """Show at each scrape of a verifier how old what it goes by is (`Leased.staleness`)."""
-        self._gauge(
-            "verifier_staleness_seconds", "Since when this verifier has not heard from the store"
-        ).set_function(staleness)
 
     def forget(self, connection: str) -> None:
         """Drop what is known of a connection that the settings no longer name."""

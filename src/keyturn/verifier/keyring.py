@@ -159,7 +159,10 @@ def make_key(path: Path, value: bytes) -> Key:
             f"{path} is there already", hint="a key is never overwritten: name another file"
         ) from None
     except OSError as error:
-        raise ConfigError(f"{path} cannot be made (errno {error.errno})") from None
+        raise ConfigError(
+            f"{path} cannot be made ({os.strerror(error.errno or 0)})",
+            hint=f"its folder must be there, and writable: mkdir -m 0755 {path.parent}",
+        ) from None
     try:
         with os.fdopen(number, "wb") as file:
             os.fchmod(number, 0o600)

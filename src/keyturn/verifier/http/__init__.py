@@ -6,6 +6,9 @@
     routes       a request to a question, a decision to bytes   WHAT is asked and said
     presented    Basic, Bearer, form, JSON                      HOW a secret is shown
     callers      relying parties and what they may ask about    WHO asks
+    messages     a request as it was read, an answer as it goes out
+    measures     how long answers took
+    openapi      the routes, for machines
 
 A decision itself is made in `verifier.decision`, and nowhere else.
 """

@@ -19,7 +19,7 @@ import httptools
 from keyturn.verifier.http.callers import Caller, Callers
 from keyturn.verifier.http.desk import Desk
 from keyturn.verifier.http.messages import Answer, Request, date_line
-from keyturn.verifier.http.routes import problem
+from keyturn.verifier.http.routes import problem, route_of
 
 REQUEST_DEADLINE = 10.0  # seconds for all of a request, from the connection's or its first byte on
 IDLE = 75.0  # seconds between two requests; nginx keeps its upstreams for 60
@@ -34,7 +34,10 @@ _ROOM = 64  # of so many connections one goes, where all places are taken and an
 _LOOKED_AT = frozenset({b"host", b"expect", b"transfer-encoding"})
 _NEVER = float("inf")
 _EXPECT = b"HTTP/1.1 100 Continue\r\n\r\n"
-_TOO_LARGE = problem(413, "invalid_request", f"a body above {BODY_LIMIT} bytes")
+_TOO_LARGE = {
+    limit: problem(413, "invalid_request", f"a body above {limit} bytes")
+    for limit in (BODY_LIMIT, IGNORED_LIMIT)
+}
 _TOO_MANY = problem(431, "invalid_request", "too many headers, or too long ones")
 _BROKEN = problem(400, "invalid_request", "no HTTP/1.1 request")
 
@@ -279,9 +282,9 @@ class Connection(asyncio.Protocol, Held):
             self._let_come(request)
 
     def _let_come(self, request: Request) -> None:
-        length = b"".join(request.header(b"content-length"))
-        if len(length) > 9 or int(length or b"0") > _limit(request):
-            self._refuse(_TOO_LARGE)
+        length, limit = b"".join(request.header(b"content-length")), _limit(request)
+        if len(length) > 9 or int(length or b"0") > limit:
+            self._refuse(_TOO_LARGE[limit])
         elif self._transport is not None and not (self._ending or self._busy):
             # With an answer still owed this would pass for a part of that one.
             self._transport.write(_EXPECT)
@@ -293,7 +296,7 @@ class Connection(asyncio.Protocol, Held):
         limit = _limit(self._request)
         if self._size > limit:
             self._body.clear()
-            self._refuse(_TOO_LARGE)
+            self._refuse(_TOO_LARGE[limit])
         elif limit == BODY_LIMIT:
             self._body += body
 
@@ -381,7 +384,8 @@ class Connection(asyncio.Protocol, Held):
 
 
 def _limit(request: Request) -> int:
-    return IGNORED_LIMIT if request.path.startswith(b"/v1/auth") else BODY_LIMIT
+    route = route_of(request.path)
+    return IGNORED_LIMIT if route is not None and route.header_only else BODY_LIMIT
 
 
 def _origin_form(target: bytes) -> bytes:

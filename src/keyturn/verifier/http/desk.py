@@ -30,7 +30,7 @@ from keyturn.verifier.http.callers import ANYBODY, Caller, Callers
 from keyturn.verifier.http.measures import Measures
 from keyturn.verifier.http.messages import Answer, Request
 from keyturn.verifier.http.presented import NOBODYS, Presented
-from keyturn.verifier.http.routes import Route, problem, route_of, unavailable
+from keyturn.verifier.http.routes import NOWHERE, Route, problem, route_of, unavailable
 
 READERS = 16  # threads beside those that wait for a hash: junk and cold checks go on
 BEAT = 0.005  # seconds; far more than a look-up takes
@@ -85,6 +85,7 @@ class Desk:
         self._keys: dict[bytes, bytes] = {}  # of headers that came before, by their digest
         self._batch: list[tuple[Asker, Request]] = []
         self._began = 0.0
+        self._boarded = 0  # in this turn: counted when they are answered
         self._flights: dict[bytes, _Flight] = {}
         self._pool = ThreadPoolExecutor(QUEUE + threads + IMPORTED_QUEUE + 1 + READERS, "verifier")
         self._landed: deque[tuple[bytes, Proof | StoreUnavailable | None]] = deque()
@@ -122,13 +123,14 @@ class Desk:
             look = self._verifier.look()
         except StoreUnavailable as error:
             look = error
+        self._boarded = 0
         for asker, request in batch:
             try:
                 self._one(asker, request, look, began)
             except Exception:  # noqa: BLE001  # loop top: the others of the batch are answered
                 _log.error("verifier.failed", exc_info=True)
                 asker.reply(request, problem(500, "server_error"))
-        self.measures.turn(len(batch), time.perf_counter() - began)
+        self.measures.turn(len(batch) - self._boarded, time.perf_counter() - began)
 
     def _one(
         self, asker: Asker, request: Request, look: Look | StoreUnavailable, began: float
@@ -156,7 +158,8 @@ class Desk:
             if who.caller.agents is not None:
                 mark += who.caller.name.encode()
             key = self._keys.get(mark)
-            if key is not None and isinstance(look, Look) and not (request.query and route.methods):
+            usual = route.header_only or not request.query
+            if key is not None and isinstance(look, Look) and usual:
                 found = self._recall(key, look)
                 if found is not None:
                     return self._tell(who, found)
@@ -169,9 +172,9 @@ class Desk:
     def _page(self, request: Request) -> Answer:
         found = self._pages(request.path)
         if found is None:
-            return problem(404, "not_found", "there are /v1/verify, /v1/auth and /v1/introspect")
+            return NOWHERE
         if request.method not in (b"GET", b"HEAD"):
-            return problem(405, "invalid_request", "only GET", Allow="GET, HEAD")
+            return problem(405, "invalid_request", "only GET, HEAD", Allow="GET, HEAD")
         return found
 
     def _ask(
@@ -212,13 +215,15 @@ class Desk:
 
     def _board(self, key: bytes, shown: Presented, who: _Waiting) -> None:
         flight = self._flights.get(key)
+        if flight is None and len(self._flights) >= MOST_FLIGHTS:
+            return self._tell(who, VerifierBusy())
+        self._boarded += 1
         if flight is not None:
             flight.late.append(who)
-        elif len(self._flights) >= MOST_FLIGHTS:
-            self._tell(who, VerifierBusy())
         else:
             self._flights[key] = _Flight(shown, who)
             self._start(key, shown, who.caller)
+        return None
 
     def _start(self, key: bytes, shown: Presented, caller: Caller) -> None:
         def land(done: Future[Proof | None]) -> None:
@@ -296,8 +301,11 @@ class Desk:
             ahead = self._flights.get(key)
             if ahead is not None:
                 ahead.aboard.append(who)  # it began just now, for all of them
-            else:
-                self._ask(who, flight.shown, look)
+                continue
+            self._boarded = 0
+            self._ask(who, flight.shown, look)
+            if not self._boarded:
+                self.measures.one(time.perf_counter() - who.began)
 
 
 def _not_open(_call: Callable[[], None]) -> None:

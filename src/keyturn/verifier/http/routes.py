@@ -49,6 +49,7 @@ class Route:
     no: Answer
     stranger: Answer  # to whoever is no relying party
     introspects: bool = False
+    header_only: bool = False  # body and parameters are the agent's, meant for the application
 
     def accepted(self, proof: Proof) -> Answer:
         """Return the yes, made once for each proof."""
@@ -175,6 +176,7 @@ VERIFY = Route(
 AUTH = Route(
     name="auth",
     methods=None,
+    header_only=True,
     read=_read_auth,
     yes=lambda found: Answer(200, headers=_headers(found)),
     no=Answer(401, headers=_CHALLENGE),
@@ -190,3 +192,4 @@ INTROSPECT = Route(
     introspects=True,
 )
 _ROUTES = {b"/v1/verify": VERIFY, b"/v1/auth": AUTH, b"/v1/introspect": INTROSPECT}
+NOWHERE = problem(404, "not_found", f"there are {', '.join(map(bytes.decode, _ROUTES))}")

@@ -7,6 +7,7 @@ that was renewed is shown to the next connection, and no connection is dropped f
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import resource
 import socket
@@ -33,6 +34,10 @@ MOST = 8192  # connections at once, where the process may open that many files
 TURN = 0.0005  # seconds that a thread may keep the interpreter while others wait
 SPARE = 128  # descriptors for everything else
 _BACKLOG = 1024
+_HINTS = {
+    errno.EADDRNOTAVAIL: "this host does not have that address: ip address",
+    errno.EACCES: "take a port above 1023, or put a gateway before it",
+}
 _log = structlog.get_logger(__name__)
 
 
@@ -65,8 +70,8 @@ def listen_tcp(host: str, port: int) -> socket.socket:
     except OSError as error:
         found.close()
         raise ConfigError(
-            f"verifier.listen: {host}:{port} cannot be used ({os.strerror(error.errno or 0)})",
-            hint="see who listens there: ss -ltnp",
+            f"verifier.listen: {host}:{port} cannot be used ({error.strerror or error})",
+            hint=_HINTS.get(error.errno or 0, "see who listens there: ss -ltnp"),
         ) from None
     return found
 
@@ -94,7 +99,7 @@ def listen_unix(path: Path, *, group: int = -1, replace: bool = False) -> socket
     except OSError as error:
         found.close()
         raise ConfigError(
-            f"verifier.listen: {path} cannot be used ({os.strerror(error.errno or 0)})",
+            f"verifier.listen: {path} cannot be used ({error.strerror or error})",
             hint="its folder must be there and writable, and no other process may serve it",
         ) from None
     return found
@@ -104,7 +109,7 @@ def _make_room(path: Path, *, replace: bool) -> None:
     """Raise FileExistsError where the path is no socket, or one that another process serves."""
     with suppress(FileNotFoundError):
         if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise FileExistsError(17, "not a socket")
+            raise FileExistsError(errno.EEXIST, "it is there, and no socket")
         if replace:
             return
         with (
@@ -112,7 +117,7 @@ def _make_room(path: Path, *, replace: bool) -> None:
             socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe,
         ):
             probe.connect(os.fspath(path))
-            raise FileExistsError(17, "served")
+            raise FileExistsError(errno.EEXIST, "another process serves it")
 
 
 class Server:

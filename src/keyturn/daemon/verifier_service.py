@@ -61,7 +61,7 @@ def run(path: Path) -> int:
     _close_files(settings)
     # Before anything can start a thread: a signal goes to any thread that lets it.
     signal.pthread_sigmask(signal.SIG_BLOCK, WAITED_FOR)
-    service = Service(settings, supervisor=supervisor, replaces=embedded)
+    service = VerifierService(settings, supervisor=supervisor, replaces=embedded)
     signals = Signals(revoke=lambda: None, reload=service.reload, stop=service.stop)
     signals.start()
     try:
@@ -101,7 +101,7 @@ def writable(settings: config.Settings) -> list[Path]:
     return [settings.store.folder, database, Path(os.devnull), *socket]
 
 
-class Service:
+class VerifierService:
     """One verifier process. One that `replaces` takes the socket of another that answers still."""
 
     def __init__(
@@ -205,6 +205,22 @@ class Service:
             return None
         found = self._pages("GET", text, "")
         return Answer(found.status, found.body, kind=found.kind.encode())
+
+
+def look_at(section: VerifierSection) -> str:
+    """Say whether this host has what the service needs; takes no address. Raises ConfigError."""
+    listen = section.listen or VerifierListen()
+    Callers(parties(section))
+    _context(section)
+    if listen.socket is not None:
+        _group(listen.group)
+        folder = listen.socket.parent
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"verifier.listen: {folder} is not there, or not ours to write",
+                hint="make the socket's folder, for the daemon's user; systemd/tmpfiles.conf has one",
+            )
+    return f"{listen.address or listen.socket}: what it needs of this host is there"
 
 
 def parties(section: VerifierSection) -> list[RelyingParty]:
