@@ -9,8 +9,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-
 from keyturn.daemon.verifying import Service
+
 from keyturn.errors import KeyMissing, VerificationFailed
 from keyturn.storage.freshness import Epoch, SharedFile
 from keyturn.verifier.decision import Verifier

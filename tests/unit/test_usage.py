@@ -22,6 +22,7 @@ from keyturn.testing.fakes import FakeClock, seeded
 from keyturn.verifier import usage as counting
 from keyturn.verifier.decision import Verified, Verifier
 from keyturn.verifier.hashing import CHEAP_FOR_TESTS, Hashing, tag
+from keyturn.verifier.schemes import Schemes
 from keyturn.verifier.spool import Spool
 from keyturn.verifier.tombstones import Tombstones
 from keyturn.verifier.usage import Usage
@@ -412,7 +413,7 @@ def test_the_queue_is_short_and_what_it_drops_is_counted(tmp_path: Path) -> None
 
     desk = Desk(tmp_path)
     slow = Slow()
-    desk.tombstones._hashing = slow
+    desk.tombstones._schemes = Schemes(hashing=slow)
     every = [desk.add(seed, VersionState.RETIRED) for seed in range(60)]
     desk.refuses(every[0][1])
     assert entered.wait(20)

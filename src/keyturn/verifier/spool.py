@@ -128,19 +128,21 @@ class Spool:
         age = time.clock_gettime_ns(_COARSE) - found.st_ctime_ns
         if not age > _SETTLED_NS:
             return _Asked(self)
-        listed = frozenset(self.ids())
+        listed = frozenset(self._names())  # whoever answers waits: neither sorted nor looked at
         self._listed = seen, listed
         return listed
 
     def ids(self) -> list[str]:
         """Return the version of every tombstone, in order. Raises StoreUnavailable."""
+        return sorted(name for name in self._names() if is_version_id(name))
+
+    def _names(self) -> list[str]:
         try:
-            names = os.listdir(self._path)  # noqa: PTH208 - thousands, every two seconds
+            return os.listdir(self._path)  # noqa: PTH208 - thousands, every two seconds
         except FileNotFoundError:
             return []
         except OSError as error:
             raise StoreUnavailable(f"the spool cannot be read (errno {error.errno})") from error
-        return sorted(name for name in names if is_version_id(name))
 
     def notes(self, version_id: str) -> list[dict[str, Any]]:
         """Return the notes of a tombstone, oldest first; one that was made by hand has none.

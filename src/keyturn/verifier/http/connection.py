@@ -150,6 +150,8 @@ class Connection(asyncio.Protocol, Held):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin."""
+        if self._ending:
+            return  # it hung up at the end of its handshake, and holds nothing
         self._transport = cast("asyncio.Transport", transport)
         self.until = self._loop.time() + self._registry.deadline
         self.certified = self._callers.by_certificate(transport.get_extra_info("peercert"))
