@@ -9,7 +9,6 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from keyturn.daemon.verifying import Service
 
 from keyturn.errors import KeyMissing, VerificationFailed
 from keyturn.storage.freshness import Epoch, SharedFile
@@ -115,5 +114,7 @@ def test_a_reload_with_the_same_keys_has_nobody_hashed_again(tmp_path: Path) -> 
 
 def test_the_description_of_the_service_is_made_once() -> None:
     """Anybody may ask for it, and nobody who waits for an answer shall wait for that."""
-    pages = [Service._page(object.__new__(Service), b"/openapi.json") for _ in range(2)]
+    pages = [
+        VerifierService._page(object.__new__(VerifierService), b"/openapi.json") for _ in range(2)
+    ]
     assert pages[0] is pages[1]
