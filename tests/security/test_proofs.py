@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from keyturn.daemon.verifier_service import VerifierService
 from keyturn.errors import KeyMissing, VerificationFailed
 from keyturn.storage.freshness import Epoch, SharedFile
 from keyturn.verifier.decision import Verifier
