@@ -19,6 +19,7 @@ HANDED_OVER = "credential:"
 CREDENTIALS = "/run/credentials/keyturn.service"
 CREDENTIAL_FORM = "an absolute path, or credential:NAME for what systemd hands over"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}", re.ASCII)
+Mark = tuple[int, int, int]  # inode, size, instant of the last change
 
 OPEN_TO_OTHERS = 0o037  # a group may read: that is how systemd and Kubernetes hand credentials over
 READ_BY_OTHERS = 0o004
@@ -74,6 +75,15 @@ def read_credential(path: Path, *, anybody_may_read: bool = False) -> str:
     if not text.strip():
         raise ConfigError(f"{path} is empty", hint="put the credential into it")
     return text
+
+
+def mark(path: Path) -> Mark | None:
+    """Return what changes when a file is replaced or written to; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @contextlib.contextmanager

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import ssl
-from pathlib import Path
 
 import structlog
 
 from keyturn.config.listening import TlsSection
-from keyturn.credential_file import read_credential
+from keyturn.credential_file import Mark, mark, read_credential
 from keyturn.errors import ConfigError
 
 _log = structlog.get_logger(__name__)
 
-_Seen = tuple[tuple[int, int, int] | None, ...]
+_Seen = tuple[Mark | None, ...]
 
 
 class Certificates:
@@ -43,7 +42,7 @@ class Certificates:
 
     def _look(self) -> _Seen:
         tls = self._settings
-        return tuple(_mark(path) for path in (tls.certificate, tls.key, tls.client_ca) if path)
+        return tuple(mark(path) for path in (tls.certificate, tls.key, tls.client_ca) if path)
 
     def _load(self) -> ssl.SSLContext:
         tls = self._settings
@@ -63,11 +62,3 @@ class Certificates:
                 hint="PEM files, a key without a passphrase, and of this certificate",
             ) from None
         return context
-
-
-def _mark(path: Path) -> tuple[int, int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns

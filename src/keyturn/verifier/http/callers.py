@@ -16,7 +16,7 @@ from typing import Any
 
 import structlog
 
-from keyturn.credential_file import read_credential
+from keyturn.credential_file import Mark, mark, read_credential
 from keyturn.errors import ConfigError
 
 SHORTEST_TOKEN = 32  # characters
@@ -63,7 +63,7 @@ class Callers:
         self._by_name = {one.certificate: one.caller for one in parties if one.certificate}
         self.open = not parties
         self._key = os.urandom(32)
-        self._seen: tuple[object, ...] = self._look()
+        self._seen: tuple[Mark | None, ...] = self._look()
         self._refused: list[str] = []
         self._tokens = {one: self._read(one) for one in self._files}
         self._by_token = self._joined()
@@ -134,13 +134,5 @@ class Callers:
     def _digest(self, token: bytes) -> bytes:
         return hashlib.blake2b(token, key=self._key, digest_size=32).digest()
 
-    def _look(self) -> tuple[object, ...]:
-        return tuple(_mark(one.token_file) for one in self._parties if one.token_file)
-
-
-def _mark(path: Path) -> tuple[int, int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    def _look(self) -> tuple[Mark | None, ...]:
+        return tuple(map(mark, self._files))
