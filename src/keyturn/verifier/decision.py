@@ -25,9 +25,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
-from keyturn.core.secret import MAX_SECRET_BYTES, Secret, parse
+from keyturn.core.secret import MAX_SECRET_BYTES, ParsedSecret, Secret, parse
 from keyturn.errors import StoreUnavailable, VerificationFailed, VerifierBusy
 from keyturn.ports import Clock
 from keyturn.storage.decisions import Decision, DecisionReader
@@ -41,6 +41,7 @@ from keyturn.verifier.gate import Gate
 from keyturn.verifier.guesses import Guesses
 from keyturn.verifier.hashing import Hashing, fingerprint, same_tag, text_of
 from keyturn.verifier.keyring import KeyRing
+from keyturn.verifier.recent import keep
 from keyturn.verifier.schemes import Schemes, Stored
 from keyturn.verifier.spool import Spool
 from keyturn.verifier.tombstones import ENDED
@@ -52,7 +53,6 @@ _ANSWERED_STATES = frozenset({"enabled"})
 _ACCEPTED_STATES = frozenset({"pending", "current", "previous", "kept"})
 _DUMMY_ID = "0" * 14
 _DUMMY_TAG = bytes(8)
-T = TypeVar("T")
 _CANDIDATE = re.compile(r"[0-9A-Za-z]{1,16}_[0-9A-Za-z]{14}_[0-9A-Za-z]{49}")
 
 
@@ -289,8 +289,8 @@ class Verifier:
         with self._guard:
             # SECURITY: callers keep keys, and would find under one what the ring before has proven.
             if self._key is ours:
-                _keep(self._proofs, key, proof)
-                _keep(self._right, mark, None)
+                keep(self._proofs, key, proof, most=REMEMBERED)
+                keep(self._right, mark, None, most=REMEMBERED)
 
     # --- what is decided --------------------------------------------------------------------
 
@@ -310,8 +310,13 @@ class Verifier:
         hashed, or the time would tell what the answer does not. Raises StoreUnavailable.
         """
         ours = self._key
-        before = self._known_epoch(text)
-        row = self._decide(login.decode("ascii"), text, agents)
+        parsed, secret = parse(text), Secret(text.decode())
+        before = self._known_epoch(parsed)
+        row = (
+            self._decide_imported(login.decode("ascii"), secret, agents)
+            if parsed is None
+            else self._decide(login.decode("ascii"), parsed.version_id, secret, agents)
+        )
         if self._freshness is not None:
             self._freshness.epoch()  # a lease may have run out meanwhile
         if row is None:
@@ -322,33 +327,28 @@ class Verifier:
         self._remember(key, proof, text, ours)
         return proof
 
-    def _known_epoch(self, text: bytes) -> Epoch:
+    def _known_epoch(self, parsed: ParsedSecret | None) -> Epoch:
         """Return what the next look will say unless something happens; asks the store if need be."""
         if self._freshness is None:
             return NO_EPOCH
         if (known := self._freshness.epoch()) is not None:
             return known
         # SECURITY: as in `_decide`: whom the spool refuses is refused also while the store is locked.
-        return NO_EPOCH if self._is_refused_here(text) else self._freshness.learn()
+        refused = parsed is not None and self._spool.holds(parsed.version_id)
+        return NO_EPOCH if refused else self._freshness.learn()
 
-    def _is_refused_here(self, text: bytes) -> bool:
-        parsed = parse(text)
-        return parsed is not None and self._spool.holds(parsed.version_id)
-
-    def _decide(self, login: str, text: bytes, agents: Container[str] | None) -> Decision | None:
-        parsed = parse(text)
-        secret = Secret(text.decode())
-        if parsed is None:
-            return self._decide_imported(login, secret, agents)
+    def _decide(
+        self, login: str, version_id: str, secret: Secret, agents: Container[str] | None
+    ) -> Decision | None:
         # SECURITY: before the store is touched: whoever can lock it must not turn this no into
         # "cannot tell", which some callers let through, nor make it wait for the lock.
-        revoked = self._spool.holds(parsed.version_id)
-        row = None if revoked else self._reader.lookup(parsed.version_id, login)
+        revoked = self._spool.holds(version_id)
+        row = None if revoked else self._reader.lookup(version_id, login)
         good = row is not None and self._stands(login, row) and _among(agents, row)
-        shown = self._tombstone(parsed.version_id, secret) if revoked else row
+        shown = self._tombstone(version_id, secret) if revoked else row
         # SECURITY: unknown, revoked and wrong all end at a compare of one tag.
         expected = shown.tag if shown is not None and shown.tag else _DUMMY_TAG
-        tagged = same_tag(expected, parsed.version_id if shown else _DUMMY_ID, secret)
+        tagged = same_tag(expected, version_id if shown else _DUMMY_ID, secret)
         if shown is not None and tagged:
             self._watch(shown, secret)
         if row is None or not good or not tagged:
@@ -356,7 +356,7 @@ class Verifier:
         if self._was_proven(row, secret):
             return row
         if row.scheme == keyed.SCHEME:
-            return row if self._schemes.matches(_stored(row), secret) else None
+            return row if self._schemes.matches(Stored.of(row), secret) else None
         return self._once_more(login, row) if self._hashed(row, secret) else None
 
     def _tombstone(self, version_id: str, secret: Secret) -> Decision | None:
@@ -374,7 +374,7 @@ class Verifier:
                 if self._was_proven(row, secret):
                     return row
                 with self._guesses.one(row.credential_uid) as guess:
-                    guess.right = self._imported.matches(_stored(row), secret)
+                    guess.right = self._imported.matches(Stored.of(row), secret)
                 if guess.right:
                     return self._once_more(login, row)
         return None
@@ -423,7 +423,7 @@ class Verifier:
             if flight is None:
                 flight = self._flights[key] = Future()
         if mine:
-            self._fly(key, flight, _stored(row), secret)
+            self._fly(key, flight, Stored.of(row), secret)
         return flight.result()
 
     def _fly(self, key: bytes, flight: Future[bool], stored: Stored, secret: Secret) -> None:
@@ -437,22 +437,6 @@ class Verifier:
         with self._guard:
             del self._flights[key]
         flight.set_result(right)
-
-
-def _keep(kept: OrderedDict[bytes, T], key: bytes, value: T) -> None:
-    kept[key] = value
-    kept.move_to_end(key)
-    while len(kept) > REMEMBERED:
-        kept.popitem(last=False)
-
-
-def _stored(row: Decision) -> Stored:
-    return Stored(
-        scheme=row.scheme,
-        digest=row.digest,
-        credential_uid=row.credential_uid,
-        version_id=row.version_id,
-    )
 
 
 def _among(agents: Container[str] | None, row: Decision) -> bool:

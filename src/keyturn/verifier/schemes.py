@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from keyturn.core.secret import Secret
 from keyturn.errors import KeyMissing
+from keyturn.storage.decisions import Decision
 from keyturn.verifier import hashing, keyed
 from keyturn.verifier.hashing import Hashing
 from keyturn.verifier.keyring import KeyRing
@@ -25,6 +26,16 @@ class Stored:
     digest: str
     credential_uid: str
     version_id: str
+
+    @classmethod
+    def of(cls, row: Decision) -> Stored:
+        """Return what a look-up has found."""
+        return cls(
+            scheme=row.scheme,
+            digest=row.digest,
+            credential_uid=row.credential_uid,
+            version_id=row.version_id,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

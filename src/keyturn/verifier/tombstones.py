@@ -15,15 +15,15 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from keyturn.core.model import VersionState
 from keyturn.core.secret import Secret
-from keyturn.errors import StorageError
 from keyturn.storage.decisions import Decision
 from keyturn.verifier.gate import Gate
 from keyturn.verifier.hashing import Hashing, same_tag
 from keyturn.verifier.keyring import KeyRing
+from keyturn.verifier.recent import keep
 from keyturn.verifier.schemes import Schemes, Stored
 
 QUEUE = 32
@@ -31,7 +31,6 @@ KEPT = 4096  # versions of which row and minute are kept
 SHARE = 0.1  # of a core, at most
 ENDED = frozenset({VersionState.RETIRED, VersionState.REVOKED})
 
-T = TypeVar("T")
 Lookup = Callable[[str], Decision | None]
 
 
@@ -122,8 +121,6 @@ class Tombstones:
             began = self._timer()
             try:
                 self._look(shown)
-            except StorageError:
-                self.dropped += 1
             except Exception:  # noqa: BLE001  # loop top: the next one is looked at all the same
                 self.dropped += 1
             self._queue.task_done()
@@ -138,26 +135,13 @@ class Tombstones:
             return
         if not same_tag(row.tag, row.version_id, shown.secret):
             return
-        _keep(self._minutes, row.version_id, minute)
-        stored = Stored(
-            scheme=row.scheme,
-            digest=row.digest,
-            credential_uid=row.credential_uid,
-            version_id=row.version_id,
-        )
-        if self._schemes.matches(stored, shown.secret):
+        keep(self._minutes, row.version_id, minute, most=KEPT)
+        if self._schemes.matches(Stored.of(row), shown.secret):
             self.found(row.version_id, str(row.state))
 
     def _learn(self, version_id: str) -> Decision | None:
         known = self._rows.get(version_id)
         if known is None and (known := self.lookup(version_id)) is not None:
             known = replace(known, state=VersionState.REVOKED)  # whatever the store knows yet
-            _keep(self._rows, version_id, known)
+            keep(self._rows, version_id, known, most=KEPT)
         return known
-
-
-def _keep(kept: OrderedDict[str, T], key: str, value: T) -> None:
-    kept[key] = value
-    kept.move_to_end(key)
-    while len(kept) > KEPT:
-        kept.popitem(last=False)
