@@ -118,11 +118,7 @@ class Desk:
 
     def _serve(self) -> None:
         batch, self._batch, began = self._batch, [], self._began
-        look: Look | StoreUnavailable
-        try:
-            look = self._verifier.look()
-        except StoreUnavailable as error:
-            look = error
+        look = self._look()
         self._boarded = 0
         for asker, request in batch:
             try:
@@ -131,6 +127,12 @@ class Desk:
                 _log.error("verifier.failed", exc_info=True)
                 asker.reply(request, problem(500, "server_error"))
         self.measures.turn(len(batch) - self._boarded, time.perf_counter() - began)
+
+    def _look(self) -> Look | StoreUnavailable:
+        try:
+            return self._verifier.look()
+        except StoreUnavailable as error:
+            return error
 
     def _one(
         self, asker: Asker, request: Request, look: Look | StoreUnavailable, began: float
@@ -292,11 +294,7 @@ class Desk:
 
     def _again(self, key: bytes, flight: _Flight) -> None:
         """Answer those who came while it flew, as if they came now."""
-        look: Look | StoreUnavailable
-        try:
-            look = self._verifier.look()
-        except StoreUnavailable as error:
-            look = error
+        look = self._look()
         for who in flight.late:
             ahead = self._flights.get(key)
             if ahead is not None:

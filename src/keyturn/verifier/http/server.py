@@ -162,7 +162,7 @@ class Server:
     async def _run(self) -> None:
         self._loop, self._ended = asyncio.get_running_loop(), asyncio.Event()
         self._desk.open(self._loop)
-        self.registry.sweep(self._loop.time())
+        self.registry.sweep(self._loop.time())  # until then nobody who rests has a time
         servers = [await self._serve(self._loop, place) for place in self._places]
         tasks = [self._loop.create_task(one()) for one in (self._sweep, self._keep_fresh)]
         self._serving()
@@ -194,8 +194,8 @@ class Server:
     async def _sweep(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            self.registry.sweep(loop.time())  # at once: until then nobody who rests has a time
             await asyncio.sleep(SWEEP)
+            self.registry.sweep(loop.time())
 
     async def _keep_fresh(self) -> None:
         # Not by the sweeper: a store that hangs must not keep deadlines from being kept.
