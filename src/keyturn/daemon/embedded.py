@@ -192,7 +192,7 @@ class Embedded:
         self._leaving: list[Child] = []
         self._due, self._wait = 0.0, BACK_OFF
         self._closing = False
-        self._hearing: Ear | None = None
+        self._ear: Ear  # made by `start`: a daemon that never starts has nothing to close
         self._thread = threading.Thread(target=self._run, name="embedded-verifier", daemon=True)
         self._show()
 
@@ -202,34 +202,30 @@ class Embedded:
         current = self._current
         return current.process.pid if current is not None and current.ready else None
 
-    @property
-    def _ear(self) -> Ear:
-        """Made where it is first wanted: a daemon that never starts has nothing to close."""
-        if self._hearing is None:
-            self._hearing = Ear()
-        return self._hearing
-
     def start(self) -> None:
         """Begin; returns at once."""
-        self._ear.wake()
+        self._ear = Ear()
         self._thread.start()
 
     def apply(self, settings: Settings) -> None:
         """Take over what was read anew: another child, or HUP for the one that there is."""
         self._wanted = Wanted.of(settings)
         self._asked = True
-        if self._hearing is not None:
-            self._hearing.wake()
+        if self._is_started:
+            self._ear.wake()
 
     def close(self) -> None:
         """End the child and wait for that."""
         self._closing = True
-        if self._hearing is None:
+        if not self._is_started:
             return
-        self._hearing.wake()
-        if self._thread.is_alive():
-            self._thread.join()
-        self._hearing.close()
+        self._ear.wake()
+        self._thread.join()
+        self._ear.close()
+
+    @property
+    def _is_started(self) -> bool:
+        return self._thread.ident is not None
 
     # --- the thread -------------------------------------------------------------------------
 
