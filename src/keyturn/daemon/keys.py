@@ -28,13 +28,32 @@ LOOK = 30.0  # seconds between two looks: what is needed changes by a reload, a 
 _log = structlog.get_logger(__name__)
 
 
+class Missing:
+    """Holds readiness back while a key is missing, and says so once for each."""
+
+    def __init__(self, readiness: Readiness, *, reload: str) -> None:
+        """`reload` is what a person does for this process after the key is back."""
+        self._readiness = readiness
+        self._hint = f"put it back, then {reload}"
+        self._told: list[str] = []
+
+    def show(self, lacking: list[str]) -> None:
+        """Take what is missing now; nothing is well."""
+        if lacking:
+            self._readiness.hold(Reason.KEY_MISSING, "; ".join(lacking))
+        else:
+            self._readiness.release(Reason.KEY_MISSING)
+        for one in set(lacking) - set(self._told):
+            _log.error("keys.missing", problem=one, hint=self._hint)
+        self._told = lacking
+
+
 class Keys:
-    """Holds readiness back while a key is missing."""
+    """The key ring of the daemon, as its settings and its store want it."""
 
     def __init__(self, parts: Callable[[], Parts], readiness: Readiness) -> None:
         self._parts = parts
-        self._readiness = readiness
-        self._told: list[str] = []
+        self._missing = Missing(readiness, reload="`keyturn reload`")
 
     def read(self, settings: Settings) -> KeyRing:
         """Return the ring of settings that are to come.
@@ -64,13 +83,7 @@ class Keys:
             lacking = list(self._parts().ring.lacking(in_use(self._parts().store.database)))
         except StoreUnavailable:
             return  # the tick says so
-        if lacking:
-            self._readiness.hold(Reason.KEY_MISSING, "; ".join(lacking))
-        else:
-            self._readiness.release(Reason.KEY_MISSING)
-        for one in set(lacking) - set(self._told):
-            _log.error("keys.missing", problem=one, hint="put it back, then `keyturn reload`")
-        self._told = lacking
+        self._missing.show(lacking)
 
 
 # --- commands ---------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from keyturn.config.verifying import VerifierListen, VerifierSection
 from keyturn.daemon import logs
 from keyturn.daemon.certificates import Certificates
 from keyturn.daemon.confinement import confine, program
+from keyturn.daemon.keys import Missing
 from keyturn.daemon.listener import Listener
 from keyturn.daemon.pages import Pages
 from keyturn.daemon.readiness import Readiness, Reason
@@ -114,7 +115,7 @@ class VerifierService:
         self._settings = settings
         self._supervisor = supervisor or Supervisor()
         self._readiness = Readiness()
-        self._lacking: list[str] = []
+        self._missing = Missing(self._readiness, reload="send it HUP")
         self._keys_again = 0.0
         self._usage = verifying.open_usage(settings)
         self._verifier: Verifier = verifying.open_verifier(
@@ -182,14 +183,7 @@ class VerifierService:
         if now < self._keys_again:
             return
         self._keys_again = now + KEYS_EVERY
-        lacking = self._verifier.lacking()
-        if lacking != self._lacking and lacking:
-            _log.error("keys.missing", keys=lacking)
-        self._lacking = lacking
-        if lacking:
-            self._readiness.hold(Reason.KEY_MISSING, "; ".join(lacking))
-        else:
-            self._readiness.release(Reason.KEY_MISSING)
+        self._missing.show(self._verifier.lacking())
 
     def _serving(self) -> None:
         self.refresh()
