@@ -15,19 +15,12 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from keyturn import __version__
+from keyturn.daemon.metrics import VERIFICATIONS
 from keyturn.daemon.readiness import Readiness
 from keyturn.verifier.decision import Verifier
 from keyturn.verifier.http.desk import Desk
 
-RESULTS = (
-    "accepted",
-    "accepted_previous",
-    "refused",
-    "limited",
-    "unavailable",
-    "malformed",
-    "stranger",
-)
+RESULTS = (*VERIFICATIONS, "malformed", "stranger")
 
 
 class VerifierMetrics(Collector):

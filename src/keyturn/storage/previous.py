@@ -17,7 +17,6 @@ class Previous:
     """A version in its grace; `replaced_at` is when the next one was promoted."""
 
     version_id: str
-    agent: str
     policy: str
     replaced_at: datetime
     deadline: datetime | None
@@ -33,7 +32,7 @@ def previous(connection: Connection) -> list[Previous]:
         .label("replaced_at")
     )
     query = (
-        sa.select(versions.c.id, agents.c.name, agents.c.policy, versions.c.deadline, replaced)
+        sa.select(versions.c.id, agents.c.policy, versions.c.deadline, replaced)
         .join_from(versions, credentials, versions.c.credential_uid == credentials.c.uid)
         .join(agents, credentials.c.agent_uid == agents.c.uid)
         .where(versions.c.state == VersionState.PREVIOUS, agents.c.state == AgentState.ENABLED)
@@ -41,7 +40,6 @@ def previous(connection: Connection) -> list[Previous]:
     return [
         Previous(
             version_id=row.id,
-            agent=row.name,
             policy=row.policy,
             replaced_at=row.replaced_at,
             deadline=row.deadline,
