@@ -19,7 +19,7 @@ from keyturn.core.secret import Secret, mint
 from keyturn.storage.store import Store
 from keyturn.verifier import keyed
 from keyturn.verifier.decision import Verifier
-from keyturn.verifier.gate import Gate
+from keyturn.verifier.gate import Gate, Ticket
 from keyturn.verifier.hashing import CHEAP_FOR_TESTS, SCHEME, Cost, Hashing, tag
 from keyturn.verifier.http.callers import Callers, RelyingParty
 from keyturn.verifier.http.desk import Desk, Page
@@ -138,10 +138,10 @@ class Counted(Hashing):
         """Call this before each check."""
         object.__setattr__(self, "before", before)
 
-    def matches(self, digest: str, secret: Secret) -> bool:
+    def matches(self, digest: str, secret: Secret, ticket: Ticket | None = None) -> bool:
         self.checked.append(digest)
         self.before()
-        return super().matches(digest, secret)
+        return super().matches(digest, secret, ticket)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from keyturn.errors import VerificationFailed, VerifierBusy
 from keyturn.storage.decisions import Decision
 from keyturn.testing.fakes import FakeClock
 from keyturn.verifier.decision import Verifier
+from keyturn.verifier.gate import Ticket
 from keyturn.verifier.guesses import AT_ONCE, BURST, EVERY, Guesses
 from keyturn.verifier.hashing import CHEAP_FOR_TESTS, Hashing
 from keyturn.verifier.keyring import KeyRing
@@ -123,9 +124,9 @@ def test_a_guesser_spends_the_budget_of_one_agent_and_no_thread_of_anybody(tmp_p
     assert says(verifier, "agent0", right) is True
 
     class Counting(Hashing):
-        def matches(self, digest: str, secret: Secret) -> bool:
+        def matches(self, digest: str, secret: Secret, ticket: Ticket | None = None) -> bool:
             hashes.append(digest)
-            return matches(self, digest, secret)
+            return matches(self, digest, secret, ticket)
 
     gate = verifier._imported.hashing.gate
     verifier._imported = Schemes(hashing=Counting(gate=gate), ring=KeyRing)

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import http.client
+import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from keyturn.core.model import VersionState
+from keyturn.core.secret import mint
+from keyturn.errors import KeyturnError
 from keyturn.verifier.decision import Verifier
 from keyturn.verifier.http.connection import Held as HeldConnection
 from keyturn.verifier.http.connection import Registry
 from keyturn.verifier.http.desk import BEAT
+from keyturn.verifier.http.workers import READERS, Workers
 from support.cutter import administration, cut, open_store
 from support.http_verifier import Counted, Served, basic, fill, serve, served
 from support.stores import RealClock, entry
@@ -106,17 +111,17 @@ def test_who_joins_a_flight_is_not_refused_by_what_it_found_before(
 ) -> None:
     """A no on its way is no no for who asks after the version was accepted."""
     with served(tmp_path, ["a"]) as service, ThreadPoolExecutor(2) as pool:
-        held, decide = service.held[0], service.verifier.decide
+        held, begin = service.held[0], service.verifier.begin
         cut(administration(tmp_path, service.store), "suspend", "a")
         found, go_on = threading.Event(), threading.Event()
 
         def slowly(*args: object, **more: object) -> object:
-            answer = decide(*args, **more)  # type: ignore[arg-type]
+            answer = begin(*args, **more)  # type: ignore[arg-type]
             found.set()
             assert go_on.wait(20)
             return answer
 
-        monkeypatch.setattr(service.verifier, "decide", slowly)
+        monkeypatch.setattr(service.verifier, "begin", slowly)
         headers = {"Authorization": held.basic}
         first = pool.submit(service.ask, "/v1/auth", headers=headers)
         assert found.wait(20)
@@ -275,18 +280,81 @@ def test_where_all_wait_for_answers_the_one_that_comes_goes() -> None:
     assert not any(one.dropped for one in owed)
 
 
-def test_a_thread_that_cannot_be_had_costs_one_answer_and_not_all_later_ones(
+def test_what_the_spool_refuses_waits_for_no_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At a limit of tasks a first use is told 503, and the next one of the same secret is answered."""
-    with served(tmp_path, ["a"]) as service:
-        headers = {"Authorization": service.held[0].basic}
+    """However many look-ups hang in a locked store, a revoked secret is a no at once."""
+    with served(tmp_path, ["a", "b"]) as service, ThreadPoolExecutor(READERS * 3) as pool:
+        held, unlocked = service.held[0], threading.Event()
+        cut(administration(tmp_path, service.store), "revoke", held.version_id)
+        lookup = service.verifier._reader.lookup
 
-        def refuse(*_: object) -> None:
+        def hang(version_id: str, login: str = "") -> object:
+            assert unlocked.wait(20)
+            return lookup(version_id, login)
+
+        monkeypatch.setattr(service.verifier._reader, "lookup", hang)
+        others = [mint(random_bytes=random.Random(99 + n).randbytes)[1] for n in range(READERS * 3)]
+        hanging = [pool.submit(service.verify, held, secret=one.reveal()) for one in others]
+        wait_until_asked(service, len(hanging))
+        assert service.verify(held)[0] == 401
+        assert not any(one.done() for one in hanging)
+        unlocked.set()
+        assert {one.result()[0] for one in hanging} == {401}
+
+
+def test_threads_that_cannot_be_had_show_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a limit of tasks the service says so before its first answer, and leaves no thread behind."""
+    before, start, left = threading.active_count(), threading.Thread.start, [12]
+
+    def start_some(thread: threading.Thread) -> None:
+        left[0] -= 1
+        if left[0] < 0:
             raise RuntimeError("can't start new thread")
+        start(thread)
 
-        with monkeypatch.context() as full:
-            full.setattr(service.desk._pool, "submit", refuse)
-            assert service.ask("/v1/auth", headers=headers)[0] == 503
-        assert service.ask("/v1/auth", headers=headers)[0] == 200
-        assert service.desk.busy == 0
+    workers = Workers(cast("Verifier", None), hashing=2, done=lambda _key, _outcome: None)
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", start_some)
+        with pytest.raises(KeyturnError, match="threads") as caught:
+            workers.start()
+    assert "TasksMax" in (caught.value.hint or "")
+    workers.close()
+    assert threading.active_count() == before
+
+
+def test_the_beat_is_set_by_the_asking_and_not_by_the_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loop's alarm is exact to a millisecond: one set by a finding would tell when that was."""
+    with served(tmp_path, ["a"]) as service, ThreadPoolExecutor(1) as pool:
+        desk, begin, later = service.desk, service.verifier.begin, service.desk._later
+        events, go_on = list[str](), threading.Event()
+
+        def slowly(*args: object, **more: object) -> object:
+            assert go_on.wait(20)
+            events.append("found")
+            return begin(*args, **more)  # type: ignore[arg-type]
+
+        def alarm(delay: float, call: Callable[[], None]) -> object:
+            events.append("alarm" if call == desk._beat else "other")
+            return later(delay, call)
+
+        monkeypatch.setattr(service.verifier, "begin", slowly)
+        monkeypatch.setattr(desk, "_later", alarm)
+        asked = pool.submit(
+            service.ask, "/v1/auth", headers={"Authorization": "Bearer " + "x" * 30}
+        )
+        time.sleep(BEAT * 5)
+        alarms = events.count("alarm")
+        go_on.set()
+        assert asked.result()[0] == 401
+        assert alarms >= 3  # it went on by itself, whatever is found
+        assert events.index("found") >= alarms
+        assert events.count("alarm") - alarms <= 3
+        time.sleep(BEAT * 3)
+        ended = len(events)
+        time.sleep(BEAT * 3)
+        assert len(events) == ended  # and ends where nobody waits

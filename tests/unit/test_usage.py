@@ -21,6 +21,7 @@ from keyturn.storage.usage import Tally
 from keyturn.testing.fakes import FakeClock, seeded
 from keyturn.verifier import usage as counting
 from keyturn.verifier.decision import Verified, Verifier
+from keyturn.verifier.gate import Ticket
 from keyturn.verifier.hashing import CHEAP_FOR_TESTS, Hashing, tag
 from keyturn.verifier.schemes import Schemes
 from keyturn.verifier.spool import Spool
@@ -250,9 +251,9 @@ class Counted(Hashing):
         super().__init__(cost=CHEAP_FOR_TESTS)
         object.__setattr__(self, "checks", [])
 
-    def matches(self, digest: str, secret: Secret) -> bool:
+    def matches(self, digest: str, secret: Secret, ticket: Ticket | None = None) -> bool:
         self.checks.append(digest)  # type: ignore[attr-defined]
-        return super().matches(digest, secret)
+        return super().matches(digest, secret, ticket)
 
 
 class Desk(Bench):
@@ -406,10 +407,10 @@ def test_the_queue_is_short_and_what_it_drops_is_counted(tmp_path: Path) -> None
     class Slow(Counted):
         """Hashing that takes as long as the test wants."""
 
-        def matches(self, digest: str, secret: Secret) -> bool:
+        def matches(self, digest: str, secret: Secret, ticket: Ticket | None = None) -> bool:
             entered.set()
             let_go.wait(20)
-            return super().matches(digest, secret)
+            return super().matches(digest, secret, ticket)
 
     desk = Desk(tmp_path)
     slow = Slow()

@@ -25,7 +25,7 @@ from keyturn.storage.hashes import InUse
 from keyturn.testing.fakes import FakeClock, seeded
 from keyturn.verifier.authority import BuiltinAuthority
 from keyturn.verifier.decision import Verifier, identify
-from keyturn.verifier.gate import Gate
+from keyturn.verifier.gate import Gate, Ticket
 from keyturn.verifier.hashing import CHEAP_FOR_TESTS, Hashing, tag
 from keyturn.verifier.spool import Spool
 
@@ -69,9 +69,9 @@ class Counted(Hashing):
         object.__setattr__(self, "checks", [])
         object.__setattr__(self, "during", lambda: None)
 
-    def matches(self, digest: str, secret: Secret) -> bool:
+    def matches(self, digest: str, secret: Secret, ticket: Ticket | None = None) -> bool:
         self.checks.append(digest)  # type: ignore[attr-defined]
-        right = super().matches(digest, secret)
+        right = super().matches(digest, secret, ticket)
         self.during()  # type: ignore[attr-defined]
         return right
 

@@ -37,7 +37,7 @@ from keyturn.storage.hashes import InUse
 from keyturn.storage.leases import Leased, Leasing
 from keyturn.storage.postgresql import Password, no_password
 from keyturn.verifier import keyed
-from keyturn.verifier.gate import Gate
+from keyturn.verifier.gate import Gate, Ticket
 from keyturn.verifier.guesses import Guesses
 from keyturn.verifier.hashing import Hashing, fingerprint, same_tag, text_of
 from keyturn.verifier.keyring import KeyRing
@@ -113,6 +113,27 @@ class Proof:
             and (self.ends is None or look.now() < self.ends)
             and self.verified.version_id not in look.revoked
         )
+
+
+# What is left to do where only a hash can tell, with a place in its queue.
+_Left = Callable[[Ticket | None], "Decision | None"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Unproven:
+    """A secret of which only a hash can tell. `prove` is the rest of the decision."""
+
+    imported: bool  # it has no tag, and waits in a queue of its own
+    left: Callable[[Ticket | None], Proof | None]
+    ticket: Ticket | None = None
+
+    def prove(self) -> Proof | None:
+        """Wait for a permit and hash; None is a no. To be called once. Raises StoreUnavailable."""
+        try:
+            return self.left(self.ticket)
+        finally:
+            if self.ticket is not None:
+                self.ticket.give_back()
 
 
 class Verifier:
@@ -272,6 +293,14 @@ class Verifier:
         epoch = self._freshness.epoch() if self._freshness is not None else None
         return Look(epoch, self._spool.glance(), self._clock.now)
 
+    def is_tombstoned(self, text: bytes, look: Look) -> bool:
+        """Whether the spool refuses this secret, so that `begin` will not ask the store."""
+        parsed = parse(text)
+        try:
+            return parsed is not None and parsed.version_id in look.revoked
+        except StoreUnavailable:
+            return False
+
     def key(self, *shown: bytes) -> bytes:
         """Return under what an answer is remembered: login, b"" for whoever has it, secret, and more."""
         return fingerprint(self._key, *shown)
@@ -309,23 +338,48 @@ class Verifier:
         `agents` are the only ones that whoever asks may hear of: a secret of another one is not even
         hashed, or the time would tell what the answer does not. Raises StoreUnavailable.
         """
+        found = self._begin(key, login, text, agents)
+        return found.prove() if isinstance(found, Unproven) else found
+
+    def begin(
+        self, key: bytes, login: bytes, text: bytes, *, agents: Container[str] | None = None
+    ) -> Proof | Unproven | None:
+        """Decide as far as that goes without a hash; a place in the queue for it is taken then.
+
+        Raises StoreUnavailable, VerifierBusy where that queue is full.
+        """
+        found = self._begin(key, login, text, agents)
+        if isinstance(found, Unproven) and not found.imported:
+            found.ticket = self._schemes.hashing.gate.queue_up()
+        return found
+
+    def _begin(
+        self, key: bytes, login: bytes, text: bytes, agents: Container[str] | None
+    ) -> Proof | Unproven | None:
         ours = self._key
         parsed, secret = parse(text), Secret(text.decode())
         before = self._known_epoch(parsed)
-        row = (
+        found = (
             self._decide_imported(login.decode("ascii"), secret, agents)
             if parsed is None
             else self._decide(login.decode("ascii"), parsed.version_id, secret, agents)
         )
-        if self._freshness is not None:
-            self._freshness.epoch()  # a lease may have run out meanwhile
-        if row is None:
-            return None
-        if row.epoch[:2] < before[:2]:  # some other server than the one that the epoch is from
-            raise StoreUnavailable("the store answered with what it said before")
-        proof = _proof(row, before if before.same_store(row.epoch) else NO_EPOCH)
-        self._remember(key, proof, text, ours)
-        return proof
+
+        def end(row: Decision | None) -> Proof | None:
+            if self._freshness is not None:
+                self._freshness.epoch()  # a lease may have run out meanwhile
+            if row is None:
+                return None
+            if row.epoch[:2] < before[:2]:  # some other server than the one that the epoch is from
+                raise StoreUnavailable("the store answered with what it said before")
+            proof = _proof(row, before if before.same_store(row.epoch) else NO_EPOCH)
+            self._remember(key, proof, text, ours)
+            return proof
+
+        if found is None or isinstance(found, Decision):
+            return end(found)
+        left = found
+        return Unproven(imported=parsed is None, left=lambda ticket: end(left(ticket)))
 
     def _known_epoch(self, parsed: ParsedSecret | None) -> Epoch:
         """Return what the next look will say unless something happens; asks the store if need be."""
@@ -339,7 +393,7 @@ class Verifier:
 
     def _decide(
         self, login: str, version_id: str, secret: Secret, agents: Container[str] | None
-    ) -> Decision | None:
+    ) -> Decision | _Left | None:
         # SECURITY: before the store is touched: whoever can lock it must not turn this no into
         # "cannot tell", which some callers let through, nor make it wait for the lock.
         revoked = self._spool.holds(version_id)
@@ -357,7 +411,14 @@ class Verifier:
             return row
         if row.scheme == keyed.SCHEME:
             return row if self._schemes.matches(Stored.of(row), secret) else None
-        return self._once_more(login, row) if self._hashed(row, secret) else None
+        proven = row
+
+        def left(ticket: Ticket | None) -> Decision | None:
+            # Another one, who wrote the same secret in another way, may have been first.
+            right = self._was_proven(proven, secret) or self._hashed(proven, secret, ticket)
+            return self._once_more(login, proven) if right else None
+
+        return left
 
     def _tombstone(self, version_id: str, secret: Secret) -> Decision | None:
         return None if self._usage is None else self._usage.tombstone(version_id, secret)
@@ -368,16 +429,25 @@ class Verifier:
 
     def _decide_imported(
         self, login: str, secret: Secret, agents: Container[str] | None
-    ) -> Decision | None:
-        for row in self._reader.imported(login) if login else ():
-            if self._stands(login, row) and _among(agents, row):
-                if self._was_proven(row, secret):
-                    return row
+    ) -> Decision | _Left | None:
+        rows = [
+            row
+            for row in (self._reader.imported(login) if login else ())
+            if self._stands(login, row) and _among(agents, row)
+        ]
+        for row in rows:
+            if self._was_proven(row, secret):
+                return row
+
+        def left(_ticket: Ticket | None) -> Decision | None:
+            for row in rows:
                 with self._guesses.one(row.credential_uid) as guess:
                     guess.right = self._imported.matches(Stored.of(row), secret)
                 if guess.right:
                     return self._once_more(login, row)
-        return None
+            return None
+
+        return left if rows else None
 
     def _once_more(self, login: str, row: Decision) -> Decision | None:
         again = self._reader.lookup(row.version_id, login)
@@ -414,7 +484,7 @@ class Verifier:
         """Whether this text had this very hash before: that does not change."""
         return self._mark(row, secret) in self._right
 
-    def _hashed(self, row: Decision, secret: Secret) -> bool:
+    def _hashed(self, row: Decision, secret: Secret, ticket: Ticket | None) -> bool:
         """Check the hash; one flight for many callers."""
         key = self._mark(row, secret)
         with self._guard:
@@ -423,12 +493,12 @@ class Verifier:
             if flight is None:
                 flight = self._flights[key] = Future()
         if mine:
-            self._fly(key, flight, Stored.of(row), secret)
+            self._fly(key, flight, lambda: self._schemes.matches(Stored.of(row), secret, ticket))
         return flight.result()
 
-    def _fly(self, key: bytes, flight: Future[bool], stored: Stored, secret: Secret) -> None:
+    def _fly(self, key: bytes, flight: Future[bool], check: Callable[[], bool]) -> None:
         try:
-            right = self._schemes.matches(stored, secret)
+            right = check()
         except BaseException as error:
             with self._guard:
                 del self._flights[key]

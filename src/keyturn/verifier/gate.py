@@ -3,12 +3,16 @@
 SECURITY: a permit belongs to the thread that works, never to a request: a client that hangs up cannot
 leave more hashes running than there are permits. Whoever finds the queue full is told when to come
 back, and nobody else is told the same moment: so a crowd that honours it comes back in a line.
+
+Permits go round in the order of arrival, each to one thread that is woken for it: were all woken, they
+would take the interpreter from each other as often as there are of them.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,6 +22,25 @@ from keyturn.errors import VerifierBusy
 QUEUE = 64
 _FIRST_GUESS = 0.03  # seconds; argon2id at the OWASP minimum on one core
 _WEIGHT = 0.1  # of the newest duration in the mean
+# Of the time that a hash takes, as the distance in the line of those who come back: a permit that
+# waits for somebody is lost, and who comes too early costs a thousandth of a hash.
+_DISTANCE = 0.75
+
+
+class Ticket:
+    """A place in a gate's queue, until there is a permit for it or it is given back."""
+
+    __slots__ = ("_gate", "turn", "waits")
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self.waits = True
+        self.turn = threading.Lock()  # opened by whoever gives it its permit
+        self.turn.acquire()
+
+    def give_back(self) -> None:
+        """Leave the queue, unless the permit has come."""
+        self._gate.let_go(self)
 
 
 class Gate:
@@ -36,38 +59,74 @@ class Gate:
         self._budget = memory_kib
         self._queue = queue
         self._clock = clock
-        self._turn = threading.Condition()
+        self._guard = threading.Lock()
+        self._line: deque[tuple[int, Ticket]] = deque()  # who waits by now, and for how much
         self._running = 0
         self._used = 0
         self._mean = _FIRST_GUESS
         self._next = 0.0  # when the next one that is turned away may come back
         self.waiting = 0
 
+    def queue_up(self) -> Ticket:
+        """Take a place in the queue. Raises VerifierBusy, with the time to come back, if it is full."""
+        with self._guard:
+            if self._queue is not None and self.waiting >= self._queue:
+                raise VerifierBusy(retry_after=self._come_back())
+            self.waiting += 1
+            return Ticket(self)
+
+    def let_go(self, ticket: Ticket) -> None:
+        """Take a place back, unless it was used."""
+        with self._guard:
+            self._no_longer_waits(ticket)
+
     @contextmanager
-    def passing(self, memory_kib: int = 0) -> Iterator[None]:
-        """Hold a permit for work of this size.
+    def passing(self, memory_kib: int = 0, ticket: Ticket | None = None) -> Iterator[None]:
+        """Hold a permit for work of this size; `ticket` is one that was taken before.
 
         Raises VerifierBusy, with the time to come back, where too many wait.
         """
-        with self._turn:
-            if self._queue is not None and self.waiting >= self._queue:
-                raise VerifierBusy(retry_after=self._place())
-            self.waiting += 1
-            try:
-                self._turn.wait_for(lambda: self._has_room(memory_kib))
-            finally:
-                self.waiting -= 1
-            self._running += 1
-            self._used += memory_kib
+        self._wait(memory_kib, ticket or self.queue_up())
         began = self._clock()
         try:
             yield
         finally:
-            with self._turn:
-                self._running -= 1
-                self._used -= memory_kib
+            with self._guard:
                 self._mean += _WEIGHT * (self._clock() - began - self._mean)
-                self._turn.notify_all()
+                self._release(memory_kib)
+
+    def _wait(self, memory_kib: int, ticket: Ticket) -> None:
+        mine = (memory_kib, ticket)
+        with self._guard:
+            self._line.append(mine)
+            self._admit()
+        try:
+            ticket.turn.acquire()
+        except BaseException:  # such as a KeyboardInterrupt
+            with self._guard:
+                if mine in self._line:
+                    self._line.remove(mine)
+                    self._no_longer_waits(ticket)
+                else:
+                    self._release(memory_kib)
+            raise
+
+    def _release(self, memory_kib: int) -> None:
+        self._running -= 1
+        self._used -= memory_kib
+        self._admit()
+
+    def _admit(self) -> None:
+        while self._line and self._has_room(self._line[0][0]):
+            memory_kib, ticket = self._line.popleft()
+            self._no_longer_waits(ticket)
+            self._running += 1
+            self._used += memory_kib
+            ticket.turn.release()
+
+    def _no_longer_waits(self, ticket: Ticket) -> None:
+        self.waiting -= ticket.waits
+        ticket.waits = False
 
     def _has_room(self, memory_kib: int) -> bool:
         if self._running >= self._permits:
@@ -75,8 +134,8 @@ class Gate:
         # Whatever asks for more than all of it goes alone.
         return not self._running or self._budget is None or self._used + memory_kib <= self._budget
 
-    def _place(self) -> timedelta:
+    def _come_back(self) -> timedelta:
         """Give the next place in the line of those who come back later."""
         now, each = self._clock(), self._mean / self._permits
-        self._next = max(self._next, now + self.waiting * each) + each
+        self._next = max(self._next, now + self.waiting * each) + each * _DISTANCE
         return timedelta(seconds=self._next - now)

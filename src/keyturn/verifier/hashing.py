@@ -20,7 +20,7 @@ from argon2.low_level import Type
 
 from keyturn.core.secret import Secret
 from keyturn.errors import StoreUnavailable
-from keyturn.verifier.gate import Gate
+from keyturn.verifier.gate import Gate, Ticket
 
 SCHEME = "argon2id"
 TAG_LABEL = b"keyturn-tag-v1"
@@ -72,16 +72,16 @@ class Hashing:
             except (HashingError, MemoryError):
                 raise StoreUnavailable(_NO_MEMORY) from None
 
-    def matches(self, digest: str, secret: Secret) -> bool:
+    def matches(self, digest: str, secret: Secret, ticket: Ticket | None = None) -> bool:
         """Tell whether the secret has this hash. One that asks for too much never matches.
 
-        Raises StoreUnavailable where nobody can tell: argon2 did not get its memory; VerifierBusy where
-        too many wait.
+        `ticket` is a place in the gate's queue. Raises StoreUnavailable where nobody can tell: argon2
+        did not get its memory; VerifierBusy where too many wait.
         """
         asked = _asked(digest)
         if asked is None:
             return False
-        with self.gate.passing(asked.memory_cost):
+        with self.gate.passing(asked.memory_cost, ticket):
             try:
                 return PasswordHasher().verify(digest, secret.reveal())
             except (VerifyMismatchError, InvalidHashError):

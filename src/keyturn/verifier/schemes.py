@@ -14,6 +14,7 @@ from keyturn.core.secret import Secret
 from keyturn.errors import KeyMissing
 from keyturn.storage.decisions import Decision
 from keyturn.verifier import hashing, keyed
+from keyturn.verifier.gate import Ticket
 from keyturn.verifier.hashing import Hashing
 from keyturn.verifier.keyring import KeyRing
 
@@ -56,17 +57,17 @@ class Schemes:
             )
         return self.hashing.digest(secret)
 
-    def matches(self, stored: Stored, secret: Secret) -> bool:
+    def matches(self, stored: Stored, secret: Secret, ticket: Ticket | None = None) -> bool:
         """Tell whether the secret has this hash; one of another form than its scheme's never matches.
 
-        Raises StoreUnavailable, KeyMissing, VerifierBusy where nobody can tell.
+        `ticket` is a place in the queue for a hash. Raises StoreUnavailable, KeyMissing, VerifierBusy where nobody can tell.
         """
         ring = self.ring()
         if stored.scheme not in (hashing.SCHEME, keyed.SCHEME):
             return False
         ring.refuse_scheme(stored.scheme)
         if stored.scheme == hashing.SCHEME:
-            return self.hashing.matches(stored.digest, secret)
+            return self.hashing.matches(stored.digest, secret, ticket)
         named = keyed.read(stored.digest)
         if named is None:
             raise KeyMissing("a hash is of a form that this release does not know")

@@ -2,12 +2,13 @@
 
 What is remembered is answered on the loop, in microseconds; a batch of requests shares one look at
 epoch and spool, taken after the last of them was read: so each look is younger than what it answers.
-Whatever has to ask the store or to hash goes to a thread, one flight for all who present the same. Who
-joins a flight on its way is not answered by it but by a look after it, or by the next one: a yes may
-have been revoked, and a no accepted, since it began (I3, I1).
+Whatever has to ask the store goes to a thread, and on to another one where only a hash can tell; one
+flight for all who present the same. Who joins a flight on its way is not answered by it but by a look
+after it, or by the next one: a yes may have been revoked, and a no accepted, since it began (I3, I1).
 
 SECURITY: to find nothing takes the store less time than to find a wrong secret, and a tombstone takes
-none of its time. So a no of a look-up leaves at a beat, of all at once, that no look-up has a part in.
+none of its time. So a no of a look-up leaves at a beat, of all at once, that no look-up has a part in:
+it goes on from when they were asked for, whenever they are found.
 """
 
 from __future__ import annotations
@@ -17,22 +18,20 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from hashlib import blake2b
 from typing import NamedTuple, Protocol
 
 import structlog
 
-from keyturn.errors import KeyturnError, StoreUnavailable, VerifierBusy
-from keyturn.verifier.decision import IMPORTED_QUEUE, REMEMBERED, Look, Proof, Verifier
-from keyturn.verifier.gate import QUEUE
+from keyturn.errors import StoreUnavailable, VerifierBusy
+from keyturn.verifier.decision import REMEMBERED, Look, Proof, Verifier
 from keyturn.verifier.http.callers import ANYBODY, Caller, Callers
 from keyturn.verifier.http.measures import Measures
 from keyturn.verifier.http.messages import Answer, Request
 from keyturn.verifier.http.presented import NOBODYS, Presented
 from keyturn.verifier.http.routes import NOWHERE, Route, problem, route_of, unavailable
+from keyturn.verifier.http.workers import Outcome, Workers
 
-READERS = 16  # threads beside those that wait for a hash: junk and cold checks go on
 BEAT = 0.005  # seconds; far more than a look-up takes
 MOST_FLIGHTS = 2048  # texts that are decided at once; beyond it nobody can tell
 _log = structlog.get_logger(__name__)
@@ -72,7 +71,7 @@ class Desk:
     """Answers requests on one event loop, which alone calls it."""
 
     def __init__(self, verifier: Verifier, callers: Callers, *, threads: int, pages: Page) -> None:
-        """`threads` that may hash at once; there are more, for what does not hash."""
+        """`threads` that may hash at once; there are others for what does not hash."""
         self._verifier = verifier
         self._callers = callers
         self._pages = pages
@@ -87,10 +86,10 @@ class Desk:
         self._began = 0.0
         self._boarded = 0  # in this turn: counted when they are answered
         self._flights: dict[bytes, _Flight] = {}
-        self._pool = ThreadPoolExecutor(QUEUE + threads + IMPORTED_QUEUE + 1 + READERS, "verifier")
-        self._landed: deque[tuple[bytes, Proof | StoreUnavailable | None]] = deque()
+        self._workers = Workers(verifier, hashing=threads, done=self._land_soon)
+        self._landed: deque[tuple[bytes, Outcome]] = deque()
         self._woken = False
-        self._grounded = False
+        self._beating = False
         self.measures = Measures()
 
     @property
@@ -99,13 +98,14 @@ class Desk:
         return len(self._flights)
 
     def open(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Begin to answer on this loop."""
+        """Begin to answer on this loop. Raises KeyturnError where its threads cannot be had."""
+        self._workers.start()
         self._soon, self._wake = loop.call_soon, loop.call_soon_threadsafe
         self._later = loop.call_later
 
     def close(self) -> None:
         """Wait for what is being decided."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._workers.close()
 
     def take(self, asker: Asker, request: Request) -> None:
         """Answer this request soon, together with what is read until then."""
@@ -190,20 +190,20 @@ class Desk:
         key = self._verifier.key(*parts, *who.caller.scope)
         found = self._recall(key, look)
         if found is None:
-            return self._board(key, shown, who)
+            return self._board(key, shown, who, look)
         if mark and isinstance(found, Proof):
             if len(self._keys) >= REMEMBERED:
                 self._keys.clear()
             self._keys[mark] = key
         return self._tell(who, found)
 
-    def _recall(self, key: bytes, look: Look) -> Proof | StoreUnavailable | None:
+    def _recall(self, key: bytes, look: Look) -> Outcome:
         try:
             return self._verifier.recall(key, look)
         except StoreUnavailable as error:
             return error
 
-    def _tell(self, who: _Waiting, found: Proof | StoreUnavailable | None) -> None:
+    def _tell(self, who: _Waiting, found: Outcome) -> None:
         if isinstance(found, Proof):
             if who.caller.may_hear_of(found.verified.agent):
                 self._verifier.count(found)
@@ -215,7 +215,7 @@ class Desk:
 
     # --- by threads -------------------------------------------------------------------------
 
-    def _board(self, key: bytes, shown: Presented, who: _Waiting) -> None:
+    def _board(self, key: bytes, shown: Presented, who: _Waiting, look: Look) -> None:
         flight = self._flights.get(key)
         if flight is None and len(self._flights) >= MOST_FLIGHTS:
             return self._tell(who, VerifierBusy())
@@ -224,40 +224,18 @@ class Desk:
             flight.late.append(who)
         else:
             self._flights[key] = _Flight(shown, who)
-            self._start(key, shown, who.caller)
+            self._keep_beat()
+            ways = shown.ways()
+            refused = all(self._verifier.is_tombstoned(text, look) for _, text in ways)
+            self._workers.decide(key, iter(ways), who.caller, by_spool=refused)
         return None
 
-    def _start(self, key: bytes, shown: Presented, caller: Caller) -> None:
-        def land(done: Future[Proof | None]) -> None:
-            self._landed.append((key, _outcome(done)))
-            if not self._woken:
-                self._woken = True
-                self._wake(self._collect)
-
-        try:
-            flying = self._pool.submit(self._decide, key, shown, caller)
-        except (
-            RuntimeError
-        ):  # a limit of threads, as of a service's tasks: who asks later may find one
-            self._ground(key)
-        else:
-            self._grounded = False
-            flying.add_done_callback(land)
-
-    def _ground(self, key: bytes) -> None:
-        """Tell that nobody can tell: a flight that stood there unflown would keep all others waiting."""
-        if not self._grounded:
-            self._grounded = True
-            _log.error("verifier.no-thread", hint="raise TasksMax= of the unit, or `ulimit -u`")
-        for who in self._flights.pop(key).aboard:
-            self._tell(who, StoreUnavailable("no thread can be had"))
-
-    def _decide(self, key: bytes, shown: Presented, caller: Caller) -> Proof | None:
-        for login, text in shown.ways():
-            found = self._verifier.decide(key, login, text, agents=caller.agents)
-            if found is not None:
-                return found
-        return None
+    def _land_soon(self, key: bytes, outcome: Outcome) -> None:
+        """Take what a thread has found."""
+        self._landed.append((key, outcome))
+        if not self._woken:
+            self._woken = True
+            self._wake(self._collect)
 
     def _collect(self) -> None:
         self._woken = False  # before the first look: what lands from here on wakes us again
@@ -265,13 +243,13 @@ class Desk:
             key, outcome = self._landed.popleft()
             flight = self._flights.pop(key)
             if outcome is None:
-                self._refuse(flight.aboard)
+                self._refused += flight.aboard
             else:
                 self._land(flight.aboard, outcome)
             if flight.late:
                 self._again(key, flight)
 
-    def _land(self, waiting: list[_Waiting], outcome: Proof | StoreUnavailable | None) -> None:
+    def _land(self, waiting: list[_Waiting], outcome: Outcome) -> None:
         for who in waiting:
             try:
                 self._tell(who, outcome)
@@ -280,17 +258,21 @@ class Desk:
                 who.asker.reply(who.request, problem(500, "server_error"))
             self.measures.one(time.perf_counter() - who.began)
 
-    def _refuse(self, waiting: list[_Waiting]) -> None:
-        if not self._refused:
+    def _keep_beat(self) -> None:
+        # SECURITY: from the asking on, not from the finding: a loop counts in whole milliseconds, and
+        # an alarm set when a look-up ends would tell by them when it ended.
+        if not self._beating:
+            self._beating = True
             self._later(BEAT - time.monotonic() % BEAT, self._beat)
-        self._refused += waiting
 
     def _beat(self) -> None:
         due = time.perf_counter() - BEAT
         waiting, self._refused = self._refused, []
-        if late := [who for who in waiting if who.began > due]:
-            self._refuse(late)
+        self._refused = [who for who in waiting if who.began > due]
         self._land([who for who in waiting if who.began <= due], None)
+        self._beating = False
+        if self._refused or self._flights:
+            self._keep_beat()
 
     def _again(self, key: bytes, flight: _Flight) -> None:
         """Answer those who came while it flew, as if they came now."""
@@ -308,15 +290,3 @@ class Desk:
 
 def _not_open(_call: Callable[[], None]) -> None:
     raise RuntimeError("no loop yet")
-
-
-def _outcome(done: Future[Proof | None]) -> Proof | StoreUnavailable | None:
-    try:
-        return done.result()
-    except StoreUnavailable as error:
-        return error
-    except KeyturnError as error:
-        _log.error("verifier.failed", problem=str(error), hint=error.hint)
-    except BaseException:  # noqa: BLE001  # whatever it was: nobody can tell, and that is no refusal
-        _log.error("verifier.failed", exc_info=True)
-    return StoreUnavailable("the decision failed")

@@ -1,0 +1,114 @@
+"""The threads that decide what the loop cannot tell at once: few ask the store, as few hash.
+
+Who waits for a hash waits in a queue and not in a thread: a hundred threads that want the interpreter
+keep it from each other, and from the loop (a page took 200 ms where it takes 20). All threads are there
+before the first answer, so that a limit of tasks shows at the start and not in the middle of a herd.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import structlog
+
+from keyturn.errors import KeyturnError, StoreUnavailable
+from keyturn.verifier.decision import IMPORTED_QUEUE, Proof, Unproven, Verifier
+from keyturn.verifier.http.callers import Caller
+
+READERS = 4  # that ask the store: a look-up may wait for a server, or for a lock
+_REFUSERS = 2  # that ask the spool alone
+_SPARE = 2  # beside those that hash: one of them has the next secret in its hand
+_BY_STORE, _BY_SPOOL, _BY_HASH, _IMPORTED = range(4)  # in the order in which they hand on
+_log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+Outcome = Proof | StoreUnavailable | None
+Ways = Iterator[tuple[bytes, bytes]]  # logins and secrets that may have been meant
+
+
+class Workers:
+    """Threads for one desk."""
+
+    def __init__(
+        self, verifier: Verifier, *, hashing: int, done: Callable[[bytes, Outcome], None]
+    ) -> None:
+        """`hashing` at once; `done` is called with a key and its outcome, by any of the threads."""
+        self._verifier = verifier
+        self._done = done
+        self._sizes = (READERS, _REFUSERS, hashing + _SPARE, IMPORTED_QUEUE + 1 + _SPARE)
+        self._pools: tuple[ThreadPoolExecutor, ...] = ()
+
+    def start(self) -> None:
+        """Start them all. Raises KeyturnError where there may not be so many."""
+        self._pools = tuple(ThreadPoolExecutor(size, "verifier") for size in self._sizes)
+        for pool, size in zip(self._pools, self._sizes, strict=True):
+            _fill(pool, size)
+
+    def decide(self, key: bytes, ways: Ways, caller: Caller, *, by_spool: bool) -> None:
+        """Decide, and call `done`. `by_spool` says that the spool refuses it.
+
+        SECURITY: what is revoked here waits in no line for a store that is locked.
+        """
+        pool = self._pools[_BY_SPOOL if by_spool else _BY_STORE]
+        pool.submit(self._look_up, key, ways, caller)
+
+    def close(self) -> None:
+        """Wait for what is being decided."""
+        for pool in self._pools:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _look_up(self, key: bytes, ways: Ways, caller: Caller) -> None:
+        def look_up() -> Proof | Unproven | None:
+            for login, text in ways:
+                found = self._verifier.begin(key, login, text, agents=caller.agents)
+                if found is not None:
+                    return found
+            return None
+
+        found = _outcome(look_up)
+        if isinstance(found, Unproven):
+            pool = self._pools[_IMPORTED if found.imported else _BY_HASH]
+            pool.submit(self._prove, key, found, ways, caller)
+        else:
+            self._done(key, found)
+
+    def _prove(self, key: bytes, unproven: Unproven, ways: Ways, caller: Caller) -> None:
+        def prove() -> Proof | None:
+            found = unproven.prove()
+            for login, text in () if found else ways:
+                found = self._verifier.decide(key, login, text, agents=caller.agents)
+                if found is not None:
+                    break
+            return found
+
+        self._done(key, _outcome(prove))
+
+
+def _fill(pool: ThreadPoolExecutor, size: int) -> None:
+    """Start each thread now: a pool starts one where none is free."""
+    ready = threading.Barrier(size + 1)
+    try:
+        for _ in range(size):
+            pool.submit(ready.wait)
+    except RuntimeError:
+        ready.abort()
+        raise KeyturnError(
+            "not all threads of the verifier can be had",
+            hint="raise TasksMax= of its unit, or `ulimit -u`",
+        ) from None
+    ready.wait()
+
+
+def _outcome(call: Callable[[], T]) -> T | StoreUnavailable:
+    try:
+        return call()
+    except StoreUnavailable as error:
+        return error
+    except KeyturnError as error:
+        _log.error("verifier.failed", problem=str(error), hint=error.hint)
+    except BaseException:  # noqa: BLE001  # whatever it was: nobody can tell, and that is no refusal
+        _log.error("verifier.failed", exc_info=True)
+    return StoreUnavailable("the decision failed")
