@@ -39,7 +39,7 @@ from keyturn.storage.postgresql import Password, no_password
 from keyturn.verifier import keyed
 from keyturn.verifier.gate import Gate, Ticket
 from keyturn.verifier.guesses import Guesses
-from keyturn.verifier.hashing import Hashing, fingerprint, same_tag, text_of
+from keyturn.verifier.hashing import Fingerprint, Hashing, same_tag, text_of
 from keyturn.verifier.keyring import KeyRing
 from keyturn.verifier.recent import keep
 from keyturn.verifier.schemes import Schemes, Stored
@@ -169,7 +169,7 @@ class Verifier:
         )
         self._random_bytes = random_bytes
         self._guesses = Guesses()
-        self._key = random_bytes(32)
+        self._fingerprint = Fingerprint(random_bytes(32))
         self._proofs: OrderedDict[bytes, Proof] = OrderedDict()
         self._right: OrderedDict[bytes, None] = (
             OrderedDict()
@@ -272,7 +272,7 @@ class Verifier:
         with self._guard:
             self._ring = ring
             # Whoever decides by the old ring just now remembers nothing: `_remember` looks at the key.
-            self._key = self._random_bytes(32)
+            self._fingerprint = Fingerprint(self._random_bytes(32))
             self._proofs.clear()
             self._right.clear()
 
@@ -303,7 +303,7 @@ class Verifier:
 
     def key(self, *shown: bytes) -> bytes:
         """Return under what an answer is remembered: login, b"" for whoever has it, secret, and more."""
-        return fingerprint(self._key, *shown)
+        return self._fingerprint.of(*shown)
 
     def recall(self, key: bytes, look: Look) -> Proof | None:
         """Return the yes that is remembered, None where it must be decided. Waits for nothing.
@@ -313,11 +313,11 @@ class Verifier:
         proof = self._proofs.get(key)
         return proof if proof is not None and proof.stands(look) else None
 
-    def _remember(self, key: bytes, proof: Proof, text: bytes, ours: bytes) -> None:
-        mark = fingerprint(ours, proof.digest.encode(), text)
+    def _remember(self, key: bytes, proof: Proof, text: bytes, ours: Fingerprint) -> None:
+        mark = ours.of(proof.digest.encode(), text)
         with self._guard:
             # SECURITY: callers keep keys, and would find under one what the ring before has proven.
-            if self._key is ours:
+            if self._fingerprint is ours:
                 keep(self._proofs, key, proof, most=REMEMBERED)
                 keep(self._right, mark, None, most=REMEMBERED)
 
@@ -356,7 +356,7 @@ class Verifier:
     def _begin(
         self, key: bytes, login: bytes, text: bytes, agents: Container[str] | None
     ) -> Proof | Unproven | None:
-        ours = self._key
+        ours = self._fingerprint
         parsed, secret = parse(text), Secret(text.decode())
         before = self._known_epoch(parsed)
         found = (
@@ -478,7 +478,7 @@ class Verifier:
         SECURITY: not by how the secret was shown. One can be written in more ways than anybody counts
         (each character percent-encoded or not), and each would cost a hash.
         """
-        return fingerprint(self._key, row.digest.encode(), text_of(secret))
+        return self._fingerprint.of(row.digest.encode(), text_of(secret))
 
     def _was_proven(self, row: Decision, secret: Secret) -> bool:
         """Whether this text had this very hash before: that does not change."""
@@ -544,8 +544,10 @@ def _bytes_of(value: Secret | str | bytes) -> bytes | None:
     if isinstance(value, Secret):
         value = value.reveal()
     try:
-        text = value.encode() if isinstance(value, str) else value
-        text.decode()
+        if isinstance(value, str):
+            value = value.encode()
+        else:
+            value.decode()
     except UnicodeError:  # no text, or a lone surrogate
         return None
-    return text if 0 < len(text) <= MAX_SECRET_BYTES else None
+    return value if 0 < len(value) <= MAX_SECRET_BYTES else None

@@ -112,10 +112,20 @@ def same_tag(expected: bytes, version_id: str, secret: Secret) -> bool:
     return hmac.compare_digest(expected, tag(version_id, secret))
 
 
-def fingerprint(key: bytes, *parts: bytes) -> bytes:
-    """Return a keyed, length-prefixed digest of the parts: a key for memory only (RFC 7693, 2.9)."""
-    text = b"".join([len(part).to_bytes(4, "big") + part for part in parts])
-    return hashlib.blake2b(text, key=key, digest_size=32).digest()
+class Fingerprint:
+    """Keyed digests of byte strings: keys for memory only, of no use with another key (RFC 7693, 2.9)."""
+
+    __slots__ = ("_keyed",)
+
+    def __init__(self, key: bytes) -> None:
+        self._keyed = hashlib.blake2b(key=key, digest_size=32)
+
+    def of(self, *parts: bytes) -> bytes:
+        """Return the 32 bytes that stand for these parts, in this order and divided like this."""
+        digest = self._keyed.copy()  # half the price of a new one
+        for part in parts:
+            digest.update(b"%d:%b" % (len(part), part))
+        return digest.digest()
 
 
 def text_of(secret: Secret) -> bytes:
