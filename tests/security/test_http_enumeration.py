@@ -150,25 +150,41 @@ def test_cve_2023_3462_no_refusal_differs_from_another(
     """Unknown, wrong, revoked, retired, expired, suspended, another's: the same bytes and times."""
     draw = random.Random(SEED)
     kinds = kinds_of(service, draw)
+    for _ in range(2):
+        took = timed(service, kinds, draw, samples)
+        middle, told = statistics.median(took["unknown"]), []
+        for name, values in took.items():
+            if len(values) < samples:
+                continue  # its bytes were looked at, and no more
+            share, known = statistics.median(values) / middle - 1, auc(took["unknown"], values)
+            print(f"{name}: median {share:+.1%}, AUC {known:.3f}")
+            if abs(share) > apart or not 1 - most <= known <= most:
+                told.append(f"{name}: median {share:+.1%}, AUC {known:.3f}")
+        if not told:
+            break  # what a busy machine tells once, a leak tells each time
+    assert not told, f"seed {SEED}"
+
+
+def timed(
+    service: Served, kinds: dict[str, Kind], draw: random.Random, samples: int
+) -> dict[str, list[float]]:
+    """Ask each kind so often, in turns, and return how long each answer took; all say the same."""
     took: dict[str, list[float]] = {name: [] for name in kinds}
     said: dict[str, set[str]] = {name: set() for name in kinds}
     with Client(service.port) as one:
         for number in range(samples):
-            for name in draw.sample(list(kinds), len(kinds)):
-                if number < 5 or samples >= 10_000 or name in MOST_APART:
-                    one.ask(*kinds[name]())
-                    took[name].append(one.answer())
-                    said[name].add(one.said)
+            asked = [
+                (name, kinds[name]())  # made before: what a kind takes to make is no part of it
+                for name in draw.sample(list(kinds), len(kinds))
+                if number < 5 or samples >= 10_000 or name in MOST_APART
+            ]
+            for name, shown in asked:
+                one.ask(*shown)
+                took[name].append(one.answer())
+                said[name].add(one.said)
     assert len(set.union(*said.values())) == 1, said
     assert service.hashes == []
-    middle = statistics.median(took["unknown"])
-    for name, values in took.items():
-        if len(values) < samples:
-            continue  # its bytes were looked at, and no more
-        share, told = statistics.median(values) / middle - 1, auc(took["unknown"], values)
-        print(f"{name}: median {share:+.1%}, AUC {told:.3f}")
-        assert abs(share) <= apart, f"{name}, seed {SEED}"
-        assert 1 - most <= told <= most, f"{name}, seed {SEED}"
+    return took
 
 
 def test_cve_2025_6004_no_spelling_of_a_login_is_another_way_in(service: Served) -> None:
