@@ -12,41 +12,70 @@ import sys
 import time
 from collections import Counter
 from itertools import count
+from typing import cast
+
+import uvloop
+
+
+class One(asyncio.Protocol):
+    """A connection that sends the next one when it was answered and it is time."""
+
+    def __init__(self, flood: Flood) -> None:
+        self.flood = flood
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin."""
+        self.transport = cast("asyncio.Transport", transport)
+        self.next()
+
+    def next(self) -> None:
+        """Send the next one when it is due."""
+        n = next(self.flood.number)
+        delay = self.flood.began + n / self.flood.rate - time.monotonic()
+        request = self.flood.requests[n % len(self.flood.requests)]
+        if delay > 0.001:
+            self.flood.loop.call_later(delay, self.transport.write, request)
+        else:
+            self.transport.write(request)
+
+    def data_received(self, data: bytes) -> None:
+        """Count an answer; each comes as one piece."""
+        self.flood.seen[data[9:12].decode()] += 1
+        if self.flood.over:
+            self.transport.close()
+        else:
+            self.next()
+
+
+class Flood:
+    """All that its connections share."""
+
+    def __init__(self, rate: float, headers: list[str]) -> None:
+        self.loop, self.rate, self.over = asyncio.get_running_loop(), rate, False
+        self.requests = [
+            f"POST /v1/verify HTTP/1.1\r\nHost: x\r\nAuthorization: {one}\r\n\r\n".encode()
+            for one in headers
+        ]
+        self.seen, self.began, self.number = Counter[str](), time.monotonic(), count()
 
 
 async def flood(port: int, rate: float, connections: int, headers: list[str]) -> Counter[str]:
     """Send until the input ends."""
-    seen: Counter[str] = Counter()
-    began, number, over = time.monotonic(), count(), asyncio.Event()
-
-    async def one() -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        while not over.is_set():
-            n = next(number)
-            await asyncio.sleep(max(0.0, began + n / rate - time.monotonic()))
-            header = headers[n % len(headers)]
-            writer.write(
-                f"POST /v1/verify HTTP/1.1\r\nHost: x\r\nAuthorization: {header}\r\n\r\n".encode()
-            )
-            head = await reader.readuntil(b"\r\n\r\n")
-            length = int(head.split(b"Content-Length: ")[1].split(b"\r\n")[0])
-            await reader.readexactly(length)
-            seen[head[9:12].decode()] += 1
-        writer.close()
-
-    running = [asyncio.create_task(one()) for _ in range(connections)]
+    one = Flood(rate, headers)
+    for _ in range(connections):
+        await one.loop.create_connection(lambda: One(one), "127.0.0.1", port)
     print("flooding", flush=True)
-    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
-    over.set()
-    await asyncio.gather(*running)
-    return seen
+    await one.loop.run_in_executor(None, sys.stdin.read)
+    one.over = True
+    return one.seen
 
 
 def main() -> None:
     """Obey the arguments."""
     port, rate, connections = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
     headers = [line.strip() for line in iter(sys.stdin.readline, "\n")]
-    print(json.dumps(asyncio.run(flood(port, rate, connections, headers))), flush=True)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        print(json.dumps(runner.run(flood(port, rate, connections, headers))), flush=True)
 
 
 if __name__ == "__main__":

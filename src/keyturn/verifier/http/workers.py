@@ -8,8 +8,10 @@ before the first answer, so that a limit of tasks shows at the start and not in 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import structlog
@@ -39,26 +41,25 @@ class Workers:
         self._verifier = verifier
         self._done = done
         self._sizes = (READERS, _REFUSERS, hashing + _SPARE, IMPORTED_QUEUE + 1 + _SPARE)
-        self._pools: tuple[ThreadPoolExecutor, ...] = ()
+        self._lanes: list[_Lane] = []
 
     def start(self) -> None:
         """Start them all. Raises KeyturnError where there may not be so many."""
-        self._pools = tuple(ThreadPoolExecutor(size, "verifier") for size in self._sizes)
-        for pool, size in zip(self._pools, self._sizes, strict=True):
-            _fill(pool, size)
+        for size in self._sizes:
+            self._lanes.append(_Lane(size))
 
     def decide(self, key: bytes, ways: Ways, caller: Caller, *, by_spool: bool) -> None:
         """Decide, and call `done`. `by_spool` says that the spool refuses it.
 
         SECURITY: what is revoked here waits in no line for a store that is locked.
         """
-        pool = self._pools[_BY_SPOOL if by_spool else _BY_STORE]
-        pool.submit(self._look_up, key, ways, caller)
+        lane = self._lanes[_BY_SPOOL if by_spool else _BY_STORE]
+        lane.put(partial(self._look_up, key, ways, caller))
 
     def close(self) -> None:
         """Wait for what is being decided."""
-        for pool in self._pools:
-            pool.shutdown(wait=True, cancel_futures=True)
+        for lane in self._lanes:
+            lane.close()
 
     def _look_up(self, key: bytes, ways: Ways, caller: Caller) -> None:
         def look_up() -> Proof | Unproven | None:
@@ -70,8 +71,8 @@ class Workers:
 
         found = _outcome(look_up)
         if isinstance(found, Unproven):
-            pool = self._pools[_IMPORTED if found.imported else _BY_HASH]
-            pool.submit(self._prove, key, found, ways, caller)
+            lane = self._lanes[_IMPORTED if found.imported else _BY_HASH]
+            lane.put(partial(self._prove, key, found, ways, caller))
         else:
             self._done(key, found)
 
@@ -87,19 +88,59 @@ class Workers:
         self._done(key, _outcome(prove))
 
 
-def _fill(pool: ThreadPoolExecutor, size: int) -> None:
-    """Start each thread now: a pool starts one where none is free."""
-    ready = threading.Barrier(size + 1)
-    try:
-        for _ in range(size):
-            pool.submit(ready.wait)
-    except RuntimeError:
-        ready.abort()
-        raise KeyturnError(
-            "not all threads of the verifier can be had",
-            hint="raise TasksMax= of its unit, or `ulimit -u`",
-        ) from None
-    ready.wait()
+class _Lane:
+    """Threads that take work in its order. Who is at work takes the next by itself.
+
+    To wake a thread for each piece costs ten times a look-up's share of the interpreter.
+    """
+
+    def __init__(self, size: int) -> None:
+        """Raises KeyturnError where there may not be so many."""
+        self._size = size
+        self._pool = ThreadPoolExecutor(size, "verifier")
+        self._work: deque[Callable[[], None]] = deque()
+        self._guard = threading.Lock()
+        self._busy = 0
+        self._fill()
+
+    def _fill(self) -> None:
+        """Start each thread now: a pool starts one where none is free."""
+        ready = threading.Barrier(self._size + 1)
+        try:
+            for _ in range(self._size):
+                self._pool.submit(ready.wait)
+        except RuntimeError:
+            ready.abort()
+            self._pool.shutdown()
+            raise KeyturnError(
+                "not all threads of the verifier can be had",
+                hint="raise TasksMax= of its unit, or `ulimit -u`",
+            ) from None
+        ready.wait()
+
+    def put(self, work: Callable[[], None]) -> None:
+        """Do it soon. It may not raise."""
+        with self._guard:
+            self._work.append(work)
+            if self._busy == self._size:
+                return
+            self._busy += 1
+        self._pool.submit(self._go_on)
+
+    def close(self) -> None:
+        """Wait for what is being done, and do no more."""
+        with self._guard:
+            self._work.clear()
+        self._pool.shutdown(wait=True)
+
+    def _go_on(self) -> None:
+        while True:
+            with self._guard:
+                if not self._work:
+                    self._busy -= 1
+                    return
+                work = self._work.popleft()
+            work()
 
 
 def _outcome(call: Callable[[], T]) -> T | StoreUnavailable:
