@@ -76,6 +76,22 @@ def verifiers(keyturn: Keyturn) -> list[int]:
     return found
 
 
+def ears(keyturn: Keyturn) -> list[Path]:
+    """Return the sockets at which children are heard."""
+    return list(keyturn.store.parent.glob(".notify-*"))
+
+
+def abstract_names(pid: int) -> list[str]:
+    """Return the names of a process's sockets that everybody on this host may read and send to."""
+    found = []
+    mine = {str(one.readlink()) for one in Path(f"/proc/{pid}/fd").iterdir()}
+    for line in Path("/proc/net/unix").read_text().splitlines():
+        fields = line.split()
+        if len(fields) == 8 and fields[7].startswith("@") and f"socket:[{fields[6]}]" in mine:
+            found.append(fields[7])
+    return found
+
+
 def gone(pid: int) -> bool:
     """Tell whether a process has ended."""
     try:
@@ -262,6 +278,8 @@ def test_it_is_restarted_and_dies_with_its_daemon(keyturn: Keyturn) -> None:
 
         (second,) = verifiers(keyturn)
         assert keyturn.process is not None
+        assert abstract_names(keyturn.process.pid) == []  # everybody could fill it
+        (before,) = ears(keyturn)
         keyturn.process.kill()
         keyturn.process.wait()
         keyturn.wait_for(lambda: gone(second))
@@ -270,8 +288,10 @@ def test_it_is_restarted_and_dies_with_its_daemon(keyturn: Keyturn) -> None:
         keyturn.wait_for(lambda: len(verifiers(keyturn)) == 1)
         (third,) = verifiers(keyturn)
         keyturn.wait_for(lambda: answer(keyturn, held) == 401)
+        assert [one != before for one in ears(keyturn)] == [True]
         assert keyturn.stop() == 0
         assert gone(third)
+        assert ears(keyturn) == []
 
 
 @pytest.mark.full
@@ -289,6 +309,7 @@ def test_a_standby_has_one_as_well(keyturn: Keyturn, tmp_path: Path) -> None:
         with other:
             other.wait_for(lambda: answer(other, held) == 200)
             assert reasons(other) == ["standby"]
+            assert len(ears(keyturn)) == 2
 
 
 def test_on_postgresql_it_is_a_unit_of_its_own(keyturn: Keyturn) -> None:

@@ -47,6 +47,8 @@ STEADY = 60.0  # seconds of life after which an end is the first one again
 # The interpreter, the language of messages, the clock's zone: what a process cannot do without.
 _KEPT = ("PATH", "LANG", "LANGUAGE", "TZ", "LD_LIBRARY_PATH")
 _KEPT_BEGINNINGS = ("LC_", "KEYTURN_STORE__", "KEYTURN_LOG__")
+_EAR = ".notify-"
+_LONGEST = 107  # bytes of a socket's path: sun_path, unix(7)
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: unix(7)
 _log = structlog.get_logger(__name__)
 
@@ -84,14 +86,22 @@ def clean(environ: Mapping[str, str], **more: str) -> dict[str, str]:
 
 
 class Ear:
-    """Hears what children say of themselves, as `NOTIFY_SOCKET` has it. Not a file: nobody's to find."""
+    """Hears what children say of themselves, as `NOTIFY_SOCKET` has it, at a file in a private folder.
 
-    def __init__(self) -> None:
-        self.address = f"@keyturn-verifier-{os.getpid()}-{secrets.token_hex(8)}"
+    SECURITY: the abstract names of this host are listed for everybody (/proc/net/unix), and whoever
+    fills such a socket keeps the child from being heard. Only a folder whose path leaves no room for
+    a name, as sockets have it, gets an abstract one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        _remove_deserted(folder)
+        path = folder / f"{_EAR}{secrets.token_hex(8)}"
+        self._path = path if len(os.fsencode(path)) <= _LONGEST else None
+        self.address = f"@keyturn{path.name}" if self._path is None else os.fspath(path)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        # SECURITY: whoever guesses the name can send here, and the kernel says who it was.
+        # Whoever can send here at all is told by the kernel who it was.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self._socket.bind("\0" + self.address[1:])
+        self._socket.bind(self.address if self._path else "\0" + self.address[1:])
         self._socket.setblocking(False)
         self._woken = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poll = select.poll()
@@ -118,7 +128,22 @@ class Ear:
     def close(self) -> None:
         """Hear no more."""
         self._socket.close()
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
         os.close(self._woken)
+
+
+def _remove_deserted(folder: Path) -> None:
+    """Remove the sockets of daemons that were killed; another one's, such as a standby's, is heard."""
+    for path in folder.glob(f"{_EAR}*"):
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe,
+            contextlib.suppress(OSError),
+        ):
+            try:
+                probe.connect(os.fspath(path))
+            except ConnectionRefusedError:
+                path.unlink()
 
 
 class Child:
@@ -187,6 +212,7 @@ class Embedded:
     def __init__(self, settings: Settings, readiness: Readiness, metrics: Metrics) -> None:
         self._readiness, self._metrics = readiness, metrics
         self._wanted, self._asked = Wanted.of(settings), False
+        self._folder = settings.store.folder
         self._current: Child | None = None
         self._next: Child | None = None
         self._leaving: list[Child] = []
@@ -204,7 +230,7 @@ class Embedded:
 
     def start(self) -> None:
         """Begin; returns at once."""
-        self._ear = Ear()
+        self._ear = Ear(self._folder)
         self._thread.start()
 
     def apply(self, settings: Settings) -> None:
