@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ from keyturn.core.model import (
     Drift,
     Effect,
     Keys,
+    Look,
     Outcome,
     Placement,
+    Repairs,
     Request,
     RotationState,
     Target,
@@ -144,7 +146,21 @@ def test_a_case_comes_back_as_it_was_saved(store: Store) -> None:
             successor_owed=True,
             leaving=(target("old"),),
             drift=(Drift(target="v:x/y", kind="older", since=NOW),),
+            looks=(Look(target="v:x/y", at=NOW, shown="7"),),
+            repairs=(Repairs(target="v:x/y", at=(NOW,), fight=NOW + TTL),),
+            withheld=("old",),
         )
+        usual = Credential(uid="", agent_uid="")
+        same = {
+            one.name
+            for one in fields(usual)
+            if getattr(usual, one.name) == getattr(credential, one.name)
+        }
+        assert same <= {
+            "name",
+            "kind",
+            "revision",
+        }  # every other one is told apart from what it is at first
         return replace(
             case,
             credential=credential,
@@ -174,6 +190,11 @@ def test_a_case_comes_back_as_it_was_saved(store: Store) -> None:
     assert loaded == store.load(claim)
     assert loaded.case == saved == store.case(uid) == store.case_of("a")
     assert saved == change(replace(saved, credential=replace(saved.credential)))
+    # Whatever is remembered of it, a person can still cut it off.
+    suspended = replace(saved.agent, state=AgentState.SUSPENDED)
+    store.amend_agent(saved.agent.uid, suspended, identities={}, audit=[entry()])
+    assert store.case(uid).agent.state is AgentState.SUSPENDED
+    store.ledger.start([(saved.agent, saved.credential, saved.accepted)], incarnation=1, at=NOW)
 
 
 def test_a_load_leaves_out_what_is_over(store: Store) -> None:

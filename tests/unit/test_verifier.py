@@ -6,7 +6,6 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,7 +23,7 @@ from keyturn.storage.decisions import Decision
 from keyturn.storage.hashes import InUse
 from keyturn.testing.fakes import FakeClock, seeded
 from keyturn.verifier.authority import BuiltinAuthority
-from keyturn.verifier.decision import Verifier, identify
+from keyturn.verifier.decision import Proof, Unproven, Verifier, identify
 from keyturn.verifier.gate import Gate, Ticket
 from keyturn.verifier.hashing import CHEAP_FOR_TESTS, Hashing, tag
 from keyturn.verifier.spool import Spool
@@ -290,78 +289,29 @@ def test_five_hundred_first_uses_are_one_hash(bench: Bench) -> None:
     assert len(bench.hashing.checks) == 1  # type: ignore[attr-defined]
 
 
-def test_the_gate_bounds_what_hashes_at_once(bench: Bench) -> None:
-    """No more hashes run than there are permits, whoever waits for them."""
-    running, most, guard = 0, 0, threading.Lock()
-    gate = Gate(2)
-
-    def work(_: int) -> None:
-        nonlocal running, most
-        with gate.passing():
-            with guard:
-                running += 1
-                most = max(most, running)
-            time.sleep(0.005)
-            with guard:
-                running -= 1
-
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(work, range(64)))
-
-    assert (most, gate.waiting) == (2, 0)
+def test_what_only_a_hash_can_tell_waits_in_the_queue(bench: Bench) -> None:
+    """What is begun holds its place until it is proven, and is remembered like any other yes."""
+    verifier, gate = bench.verifier, Gate(1, queue=1)
+    object.__setattr__(bench.hashing, "gate", gate)
+    shown = b"billing-bot@acme", bench.secret.reveal().encode()
+    begun = verifier.begin(b"key", *shown)
+    assert isinstance(begun, Unproven)
+    assert verifier.waiting == 1
+    with pytest.raises(VerifierBusy):
+        verifier.begin(b"another key", *shown)
+    found = begun.prove()
+    assert isinstance(found, Proof)
+    assert verifier.waiting == 0
+    assert isinstance(verifier.begin(b"another key", *shown), Proof)  # this hash was checked
 
 
-def test_the_gate_keeps_within_its_memory() -> None:
-    """Two small ones go together, a big one alone, and one beyond the budget still gets its turn."""
-    gate, used, most = Gate(4, memory_kib=100), 0, 0
-    guard = threading.Lock()
-
-    def work(size: int) -> None:
-        nonlocal used, most
-        with gate.passing(size):
-            with guard:
-                used += size
-                most = max(most, used)
-            time.sleep(0.005)
-            with guard:
-                used -= size
-
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(work, [40, 40, 100, 40, 40, 90] * 5))
-    assert most <= 100
-    work(500)
-
-
-def test_a_full_gate_gives_each_one_a_time_of_its_own() -> None:
-    """Whoever is turned away comes back in a line, not in a crowd."""
-    gate, hold = Gate(1, queue=1, clock=lambda: 100.0), threading.Event()
-    entered = threading.Event()
-
-    def occupy() -> None:
-        with gate.passing():
-            entered.set()
-            hold.wait()
-
-    def queue() -> None:
-        with gate.passing():
-            pass
-
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(occupy)
-        entered.wait()
-        second = pool.submit(queue)
-        while gate.waiting < 1:
-            time.sleep(0.001)
-        times = []
-        for _ in range(5):
-            with pytest.raises(VerifierBusy) as caught, gate.passing():
-                pass
-            times.append(caught.value.retry_after.total_seconds())
-        hold.set()
-        first.result()
-        second.result()
-    assert times == sorted(times)
-    assert len({round(one, 6) for one in times}) == 5
+def test_a_hash_that_nobody_can_compute_gives_its_place_back(bench: Bench) -> None:
+    """Whatever ends a check, the queue has room again."""
+    bench.change(bench.secret, scheme="argon2id", digest="no hash")
+    begun = bench.verifier.begin(b"key", b"billing-bot@acme", bench.secret.reveal().encode())
+    assert isinstance(begun, Unproven)
+    assert begun.prove() is None
+    assert bench.verifier.waiting == 0
 
 
 @pytest.mark.parametrize(

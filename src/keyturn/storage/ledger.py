@@ -331,7 +331,7 @@ def _agent_line(
     }
 
 
-_NOT_TOLD = frozenset({"request", "drift", "looks", "sweep_at", "wake_at", "revision"})
+_NOT_TOLD = frozenset({"request", "drift", "looks", "repairs", "sweep_at", "wake_at", "revision"})
 
 
 def _plain(value: Agent | Credential) -> dict[str, Any]:
