@@ -36,9 +36,10 @@ audit: .venv/bin/python  ## known vulnerabilities of what is installed
 bench: .venv/test.stamp  ## rotations per second beside the bare clients, in one run
 	@$(BIN)/python benchmarks/rotations.py
 
-bench-verifier: .venv/test.stamp  ## warm checks beside their peers, and a cold herd
+bench-verifier: .venv/test.stamp  ## warm checks beside their peers, and cold herds: ten minutes
 	@$(BIN)/python benchmarks/verifications.py
-	@$(BIN)/python benchmarks/herd.py --agents 1000
+	@$(BIN)/python benchmarks/herd.py
+	@$(BIN)/python benchmarks/herd.py --scheme hmac-sha256
 
 drill: .venv/test.stamp  ## how long a revoke takes, by each way, under load
 	@$(BIN)/python benchmarks/revocation.py
