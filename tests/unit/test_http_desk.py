@@ -20,6 +20,7 @@ from keyturn.core.model import VersionState
 from keyturn.core.secret import mint
 from keyturn.errors import KeyturnError
 from keyturn.verifier.decision import Verifier
+from keyturn.verifier.http import desk
 from keyturn.verifier.http.connection import Held as HeldConnection
 from keyturn.verifier.http.connection import Registry
 from keyturn.verifier.http.desk import BEAT
@@ -303,6 +304,33 @@ def test_what_the_spool_refuses_waits_for_no_store(
         assert {one.result()[0] for one in hanging} == {401}
 
 
+def test_nobody_waits_for_a_store_that_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look-up that hangs is a 503 in time, for who joined it too, and a yes as soon as it ends."""
+    monkeypatch.setattr(desk, "PATIENCE", 0.4)
+    with served(tmp_path, ["a"]) as service, ThreadPoolExecutor(2) as pool:
+        held, back = service.held[0], threading.Event()
+        lookup = service.verifier._reader.lookup
+
+        def hang(version_id: str, login: str = "") -> object:
+            assert back.wait(20)
+            return lookup(version_id, login)
+
+        monkeypatch.setattr(service.verifier._reader, "lookup", hang)
+        headers = {"Authorization": held.basic}
+        asked = [pool.submit(service.ask, "/v1/auth", headers=headers) for _ in range(2)]
+        assert [one.result()[0] for one in asked] == [503, 503]
+        assert service.desk.busy == 1
+        back.set()
+        until = time.monotonic() + 20
+        while service.desk.busy:
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        assert service.ask("/v1/auth", headers=headers)[0] == 200
+        assert len(service.hashes) == 1  # of the look-up that was given up
+
+
 def test_threads_that_cannot_be_had_show_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,7 +358,7 @@ def test_the_beat_is_set_by_the_asking_and_not_by_the_finding(
 ) -> None:
     """A loop's alarm is exact to a millisecond: one set by a finding would tell when that was."""
     with served(tmp_path, ["a"]) as service, ThreadPoolExecutor(1) as pool:
-        desk, begin, later = service.desk, service.verifier.begin, service.desk._later
+        at, begin, later = service.desk, service.verifier.begin, service.desk._later
         events, go_on = list[str](), threading.Event()
 
         def slowly(*args: object, **more: object) -> object:
@@ -339,11 +367,11 @@ def test_the_beat_is_set_by_the_asking_and_not_by_the_finding(
             return begin(*args, **more)  # type: ignore[arg-type]
 
         def alarm(delay: float, call: Callable[[], None]) -> object:
-            events.append("alarm" if call == desk._beat else "other")
+            events.append("alarm" if call == at._beat else "other")
             return later(delay, call)
 
         monkeypatch.setattr(service.verifier, "begin", slowly)
-        monkeypatch.setattr(desk, "_later", alarm)
+        monkeypatch.setattr(at, "_later", alarm)
         asked = pool.submit(
             service.ask, "/v1/auth", headers={"Authorization": "Bearer " + "x" * 30}
         )

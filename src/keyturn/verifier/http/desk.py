@@ -33,6 +33,8 @@ from keyturn.verifier.http.routes import NOWHERE, Route, problem, route_of, unav
 from keyturn.verifier.http.workers import Outcome, Workers
 
 BEAT = 0.005  # seconds; far more than a look-up takes
+PATIENCE = 5.0  # seconds; a server that was stopped answers no look-up, and refuses none
+_GLANCES = 0.25  # seconds between two looks at who waits too long
 MOST_FLIGHTS = 2048  # texts that are decided at once; beyond it nobody can tell
 _log = structlog.get_logger(__name__)
 
@@ -59,10 +61,11 @@ class _Waiting(NamedTuple):
 
 
 class _Flight:
-    __slots__ = ("aboard", "late", "shown")
+    __slots__ = ("aboard", "began", "late", "shown")
 
     def __init__(self, shown: Presented, first: _Waiting) -> None:
         self.shown = shown
+        self.began = time.perf_counter()
         self.aboard = [first]
         self.late: list[_Waiting] = []
 
@@ -90,6 +93,7 @@ class Desk:
         self._landed: deque[tuple[bytes, Outcome]] = deque()
         self._woken = False
         self._beating = False
+        self._glance = 0.0
         self.measures = Measures()
 
     @property
@@ -273,6 +277,20 @@ class Desk:
         self._beating = False
         if self._refused or self._flights:
             self._keep_beat()
+        self._give_up()
+
+    def _give_up(self) -> None:
+        """Tell who waits too long that nobody can tell; what is found later is remembered."""
+        now = time.perf_counter()
+        if now < self._glance:
+            return
+        self._glance = now + _GLANCES
+        for flight in list(self._flights.values()):  # the oldest first
+            if flight.began > now - PATIENCE:
+                break
+            waiting = flight.aboard + flight.late
+            flight.aboard, flight.late = [], []
+            self._land(waiting, StoreUnavailable("no answer in time"))
 
     def _again(self, key: bytes, flight: _Flight) -> None:
         """Answer those who came while it flew, as if they came now."""
