@@ -117,3 +117,16 @@ def test_a_full_gate_gives_each_one_a_time_of_its_own() -> None:
         second.result()
     assert times == sorted(times)
     assert len({round(one, 6) for one in times}) == 5
+
+
+def test_the_line_of_those_who_come_back_has_an_end() -> None:
+    """A crowd that does not wait as told sends nobody away for hours, and is still a line."""
+    gate = Gate(2, queue=0, clock=lambda: 100.0)
+    times = []
+    for _ in range(100_000):
+        with pytest.raises(VerifierBusy) as caught:
+            gate.queue_up()
+        times.append(caught.value.retry_after.total_seconds())
+    furthest = max(times)
+    assert 200 < furthest < 301
+    assert times.count(furthest) <= 4  # once each time round

@@ -25,6 +25,9 @@ _WEIGHT = 0.1  # of the newest duration in the mean
 # Of the time that a hash takes, as the distance in the line of those who come back: a permit that
 # waits for somebody is lost, and who comes too early costs a thousandth of a hash.
 _DISTANCE = 0.75
+# Seconds that the line reaches ahead: those who do not wait as told make it longer each time, and
+# whoever does would be sent away for hours. Then it begins anew.
+_LONGEST = 300.0
 
 
 class Ticket:
@@ -137,5 +140,8 @@ class Gate:
     def _come_back(self) -> timedelta:
         """Give the next place in the line of those who come back later."""
         now, each = self._clock(), self._mean / self._permits
-        self._next = max(self._next, now + self.waiting * each) + each * _DISTANCE
+        first = now + self.waiting * each
+        if self._next > now + _LONGEST:
+            self._next = first
+        self._next = max(self._next, first) + each * _DISTANCE
         return timedelta(seconds=self._next - now)
