@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from keyturn.core.model import VersionState
+from keyturn.verifier.http.callers import Caller, RelyingParty
 from support.cutter import administration, cut
 from support.gateway import ENVOY, ENVOY_SHIPPED, SMUGGLED, Application, Gateway, envoy
 from support.http_verifier import Served, basic, serve, served
@@ -194,7 +195,7 @@ ODD = [
 ]  # fmt: skip
 # The last request on its connection: an answer to it, or an error before it, closes.
 HIDDEN = "GET /hidden HTTP/1.1\r\nHost: app\r\nConnection: close\r\n\r\n"
-_CLOSES = re.compile(rb"\r\nconnection: close\r\n(?s:.*?)\r\n\r\n")
+_CLOSES = re.compile(rb"\r\nconnection: close(?=\r\n)(?s:.*?)\r\n\r\n")
 
 
 def answers(gateway: Gateway, data: str) -> list[int]:
@@ -414,6 +415,26 @@ def test_what_the_verifier_is_sent_and_what_counts_as_a_yes(tmp_path: Path) -> N
             assert (verifier.asked, gateway.application.asked) == (9, 1)
     finally:
         verifier.close()
+
+
+def test_envoy_shows_the_callers_token_and_no_client_does(tmp_path: Path) -> None:
+    """With relying parties the lines that are commented out make Envoy one; without them all hear 503."""
+    place, token = tmp_path / "v.sock", "t" * 40
+    (tmp_path / "token").write_text(token)
+    (tmp_path / "token").chmod(0o600)
+    (tmp_path / "state").mkdir(mode=0o700)
+    party = RelyingParty(caller=Caller(name="envoy"), token_file=tmp_path / "token")
+    named = {
+        "#authorization_request:": "authorization_request:",
+        "#  headers_to_add:": "  headers_to_add:",
+        'value: "…"': f'value: "{token}"',
+    }
+    with served(tmp_path / "state", ("a",), path=place, parties=[party]) as verifier:
+        good = f"Authorization: {verifier.held[0].basic}"
+        for folder, more, expected in (("e", None, [503, 503]), ("f", named, [200, 401])):
+            with envoy(tmp_path / folder, verifier=place, more=more) as gateway:
+                shown = [[good, f"Keyturn-Caller-Token: {token}"], ["Keyturn-Caller-Token: x"]]
+                assert [gateway.raw(lines)[0] for lines in shown] == expected
 
 
 def test_a_verifier_that_never_answers_lets_nobody_through(tmp_path: Path) -> None:
