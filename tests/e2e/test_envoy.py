@@ -112,7 +112,8 @@ def test_a_refusal_reaches_the_agent_with_its_challenge(behind: tuple[Gateway, S
         status, headers, got = gateway.raw(lines)
         assert (status, got, headers["cache-control"]) == (401, None, "no-store"), lines
         assert headers["www-authenticate"].startswith('Basic realm="keyturn"')
-        assert not any(name.startswith("keyturn") for name in headers)
+        theirs = {"cache-control", "www-authenticate", "content-length"}  # and what Envoy says
+        assert set(headers) - {"date", "server", "connection"} == theirs
     with closing(gateway.connection()) as connection:
         connection.putrequest("POST", "/x")
         connection.putheader("Content-Length", "1000000")
@@ -123,7 +124,7 @@ def test_a_refusal_reaches_the_agent_with_its_challenge(behind: tuple[Gateway, S
 
 
 def test_a_connection_proves_nothing(behind: tuple[Gateway, Served]) -> None:
-    """Each request on a connection is asked about, and few connections to the verifier are enough."""
+    """Each request on a connection is asked about, whoever the one before it was."""
     gateway, verifier = behind
     with closing(gateway.connection()) as connection:
         for _ in range(25):
@@ -131,7 +132,6 @@ def test_a_connection_proves_nothing(behind: tuple[Gateway, Served]) -> None:
             assert ask(connection, "/x", headers=good)[0] == 200
             assert ask(connection, "/x", method="POST", body=b"x")[0] == 401
     assert gateway.application.asked == 25
-    assert len(verifier.server.registry) <= 2  # Envoy's threads have one each
 
 
 def test_nobody_names_himself(behind: tuple[Gateway, Served]) -> None:
@@ -157,7 +157,8 @@ def test_nobody_names_himself(behind: tuple[Gateway, Served]) -> None:
     for lines in cases:
         status, _, got = gateway.raw(lines)
         seen[status] += 1
-        assert status in (200, 400), lines
+        underscore = any("_" in line.partition(":")[0] for line in lines)
+        assert status in ((400,) if underscore else (200, 400)), lines
         if got is not None:
             ours = [(n, v) for n, v in got["headers"] if n.lower().startswith("keyturn")]
             assert ours == [("keyturn-agent", "a")], lines
@@ -170,7 +171,7 @@ ODD = [
     *(
         f"GET {path} HTTP/1.1\r\nHost: app\r\n@"
         for path in (
-            "/../x", "/public/../x", "/%2e%2e/x", "/a/..;/x", "//x", "/x\\y", "/a%2fb", "/a%2F..%2fx", "/%5c",
+            "/../x", "/public/../x", "/%2e%2e/x", "/a/..;/x", "/x//y", "/x\\y", "/a%2fb", "/a%2F..%2fx", "/%5c",
             "/%00", "/x#y", "*", "x", "http://other/x", "http://a:b@app/x", "/v1/verify", "/healthz",
             "/\xff", "/" + "x" * 50_000, "/x?" + "y" * 50_000,
         )
@@ -236,7 +237,9 @@ def test_a_good_secret_covers_its_own_request_alone(behind: tuple[Gateway, Serve
         paths.add(gateway.application.got.get("path", "")[:12])
     assert "/hidden" not in paths
     assert {"/x", "/x/y", "/v1/verify"} <= paths  # what is sound arrives, mended
-    assert not any("%2" in path or ".." in path.split("/") for path in paths)
+    assert not any(
+        "%2" in path or "//" in path or "\\" in path or ".." in path.split("/") for path in paths
+    )
 
 
 def h2_fields(

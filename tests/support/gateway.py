@@ -164,20 +164,21 @@ def _moved(shipped: str, places: Mapping[str, str]) -> str:
 
 
 @contextlib.contextmanager
-def _running(folder: Path, command: Sequence[str], application: Application) -> Iterator[Gateway]:
+def _running(folder: Path, command: Sequence[str]) -> Iterator[Gateway]:
+    """Run a gateway in front of an application, both at sockets of this folder."""
     listens, log = folder / "gateway.sock", folder / "error.log"
-    process = subprocess.Popen(command, env={"PATH": os.defpath})
-    try:
-        until = time.monotonic() + 30
-        while not _serves(listens):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < until
-            time.sleep(0.02)
-        yield Gateway(path=listens, application=application, folder=folder, process=process)
-    finally:
-        process.terminate()
-        process.wait()
-        application.close()
+    with contextlib.closing(Application(folder / "app.sock")) as application:
+        process = subprocess.Popen(command, env={"PATH": os.defpath})
+        try:
+            until = time.monotonic() + 30
+            while not _serves(listens):
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            yield Gateway(path=listens, application=application, folder=folder, process=process)
+        finally:
+            process.terminate()
+            process.wait()
 
 
 @contextlib.contextmanager
@@ -192,9 +193,7 @@ def nginx(folder: Path, *, verifier: Path) -> Iterator[Gateway]:
     (folder / "keyturn.conf").write_text(_moved(NGINX_SHIPPED.read_text(), places))
     (folder / "nginx.conf").write_text(_MAIN.format(folder=folder))
     command = [NGINX, "-p", str(folder), "-e", str(folder / "error.log")]
-    with _running(
-        folder, [*command, "-c", str(folder / "nginx.conf")], Application(folder / "app.sock")
-    ) as gateway:
+    with _running(folder, [*command, "-c", str(folder / "nginx.conf")]) as gateway:
         yield gateway
 
 
@@ -214,11 +213,7 @@ def envoy(
     }
     file = folder / "envoy.yaml"
     file.write_text(_moved(ENVOY_SHIPPED.read_text(), {**places, **(more or {})}))
-    # Two threads as the machine has cores; no segment of shared memory that another Envoy would meet.
+    # Two threads whatever the machine has; no shared memory, in which another Envoy would be met.
     command = [ENVOY, "-c", str(file), "--concurrency", "2", "--disable-hot-restart"]
-    with _running(
-        folder,
-        [*command, "--log-path", str(folder / "error.log")],
-        Application(folder / "app.sock"),
-    ) as gateway:
+    with _running(folder, [*command, "--log-path", str(folder / "error.log")]) as gateway:
         yield gateway

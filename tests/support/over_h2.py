@@ -16,7 +16,7 @@ from h2.events import (
     StreamReset,
 )
 
-type_of_end = (StreamEnded, StreamReset, ConnectionTerminated)
+_ENDS = (StreamEnded, StreamReset, ConnectionTerminated)
 
 
 def ask_h2(
@@ -52,7 +52,7 @@ def ask_h2(
                         status, headers = int(found.pop(":status")), found
                     case DataReceived():
                         content += event.data
-                if isinstance(event, type_of_end):
+                if isinstance(event, _ENDS):
                     return status, headers, content
             one.sendall(line.data_to_send())
     return status, headers, content
