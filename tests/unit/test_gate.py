@@ -117,3 +117,37 @@ def test_a_full_gate_gives_each_one_a_time_of_its_own() -> None:
         second.result()
     assert times == sorted(times)
     assert len({round(one, 6) for one in times}) == 5
+
+
+def turned_away(gate: Gate, who: str) -> float:
+    """Return in how many seconds this one may come back to a gate that is full."""
+    with pytest.raises(VerifierBusy) as caught:
+        gate.queue_up(who)
+    assert caught.value.retry_after is not None
+    return caught.value.retry_after.total_seconds()
+
+
+def test_who_asks_again_and_again_does_not_make_the_line_longer() -> None:
+    """Each has one place in it: whoever honours a time must not pay for those who do not."""
+    now = [100.0]
+    gate = Gate(1, queue=1, clock=lambda: now[0])
+    gate.queue_up()
+    first = turned_away(gate, "first")
+    for _ in range(10_000):
+        impatient = turned_away(gate, "impatient")
+    assert turned_away(gate, "good") < first + 0.1
+    now[0] += impatient / 2
+    assert turned_away(gate, "impatient") == pytest.approx(impatient / 2)  # the same moment
+    now[0] += impatient  # which is over: a new one
+    assert turned_away(gate, "impatient") > 0
+
+
+def test_a_process_that_was_stopped_in_a_hash_sends_nobody_away_for_hours() -> None:
+    """What one hash took then says nothing of how long the next ones take."""
+    now = [100.0]
+    gate = Gate(1, clock=lambda: now[0])
+    with gate.passing():
+        now[0] += 3600.0
+    for _ in range(64):
+        gate.queue_up()
+    assert turned_away(gate, "good") < 60
