@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+from structlog.testing import capture_logs
 
 from keyturn.core.model import VersionState
 from keyturn.core.secret import mint
@@ -302,6 +303,70 @@ def test_what_the_spool_refuses_waits_for_no_store(
         assert not any(one.done() for one in hanging)
         unlocked.set()
         assert {one.result()[0] for one in hanging} == {401}
+
+
+def test_strangers_before_a_slow_store_keep_no_known_agent_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many wait, a revoked secret is a no at once, and who was right before comes next (I7)."""
+    monkeypatch.setattr(desk, "MOST_FLIGHTS", READERS * 2)
+    with served(tmp_path, ["a", "b"]) as service, ThreadPoolExecutor(READERS * 3) as pool:
+        known, revoked = service.held
+        assert service.verify(known)[0] == 200
+        cut(administration(tmp_path, service.store), "revoke", revoked.version_id)
+        lookup, asked, answered = (
+            service.verifier._reader.lookup,
+            list[str](),
+            threading.Semaphore(0),
+        )
+
+        def slowly(version_id: str, login: str = "") -> object:
+            asked.append(version_id)
+            assert answered.acquire(timeout=20)
+            return lookup(version_id, login)
+
+        monkeypatch.setattr(service.verifier._reader, "lookup", slowly)
+        others = [mint(random_bytes=random.Random(99 + n).randbytes)[1] for n in range(READERS * 2)]
+        strangers = [pool.submit(service.verify, known, secret=one.reveal()) for one in others]
+        wait_until_asked(service, len(strangers))
+        stranger = mint(random_bytes=random.Random(98).randbytes)[1]
+        assert service.verify(known, secret=stranger.reveal())[0] == 503
+        assert service.verify(revoked)[0] == 401
+        again = pool.submit(service.verify, known)
+        wait_until_asked(service, len(strangers) + 1)
+        assert known.version_id not in asked
+        answered.release()
+        while len(asked) <= READERS:
+            time.sleep(0.002)
+        assert asked[READERS] == known.version_id
+        answered.release(100)
+        assert again.result()[0] == 200
+        assert {one.result()[0] for one in strangers} == {401}
+
+
+def test_an_error_for_one_who_came_late_is_none_for_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever goes wrong in an answer, everybody gets one."""
+    with held_up(tmp_path) as (service, latch), ThreadPoolExecutor(3) as pool:
+        headers = {"Authorization": service.held[0].basic}
+        first = pool.submit(service.ask, "/v1/auth", headers=headers)
+        assert latch.arrived.acquire(timeout=20)
+        late = [pool.submit(service.ask, "/v1/auth", headers=headers) for _ in range(2)]
+        wait_until_asked(service, 3)
+        ask, failing = service.desk._ask, [True]
+
+        def fail_once(*args: object) -> None:
+            if failing.pop() if failing else False:
+                raise ValueError
+            ask(*args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(service.desk, "_ask", fail_once)
+        with capture_logs() as lines:
+            latch.opened.set()
+            assert first.result()[0] == 200
+            assert sorted(one.result()[0] for one in late) == [200, 500]
+        assert [line["event"] for line in lines] == ["verifier.failed"]
 
 
 def test_nobody_waits_for_a_store_that_does_not_answer(

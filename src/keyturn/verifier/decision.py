@@ -314,6 +314,10 @@ class Verifier:
         proof = self._proofs.get(key)
         return proof if proof is not None and proof.stands(look) else None
 
+    def was_right(self, key: bytes) -> bool:
+        """Whether what was shown was a yes here, at some time: what it is now must be decided."""
+        return key in self._proofs
+
     def _remember(self, key: bytes, proof: Proof, text: bytes, ours: Fingerprint) -> None:
         mark = ours.of(proof.digest.encode(), text)
         with self._guard:

@@ -48,13 +48,16 @@ class Workers:
         for size in self._sizes:
             self._lanes.append(_Lane(size))
 
-    def decide(self, key: bytes, ways: Ways, caller: Caller, *, by_spool: bool) -> None:
-        """Decide, and call `done`. `by_spool` says that the spool refuses it.
+    def decide(
+        self, key: bytes, ways: Ways, caller: Caller, *, by_spool: bool, first: bool
+    ) -> None:
+        """Decide, and call `done`. `by_spool` says that the spool refuses it; `first` goes before others.
 
-        SECURITY: what is revoked here waits in no line for a store that is locked.
+        SECURITY: what is revoked here waits in no line for a store that is locked, and who was right
+        before in none with strangers.
         """
         lane = self._lanes[_BY_SPOOL if by_spool else _BY_STORE]
-        lane.put(partial(self._look_up, key, ways, caller))
+        lane.put(partial(self._look_up, key, ways, caller), first=first)
 
     def close(self) -> None:
         """Wait for what is being decided."""
@@ -98,6 +101,7 @@ class _Lane:
         """Raises KeyturnError where there may not be so many."""
         self._size = size
         self._pool = ThreadPoolExecutor(size, "verifier")
+        self._first: deque[Callable[[], None]] = deque()
         self._work: deque[Callable[[], None]] = deque()
         self._guard = threading.Lock()
         self._busy = 0
@@ -118,10 +122,10 @@ class _Lane:
             ) from None
         ready.wait()
 
-    def put(self, work: Callable[[], None]) -> None:
-        """Do it soon. It may not raise."""
+    def put(self, work: Callable[[], None], *, first: bool = False) -> None:
+        """Do it soon, and before all that is not to be done first. It may not raise."""
         with self._guard:
-            self._work.append(work)
+            (self._first if first else self._work).append(work)
             if self._busy == self._size:
                 return
             self._busy += 1
@@ -130,16 +134,18 @@ class _Lane:
     def close(self) -> None:
         """Wait for what is being done, and do no more."""
         with self._guard:
+            self._first.clear()
             self._work.clear()
         self._pool.shutdown(wait=True)
 
     def _go_on(self) -> None:
         while True:
             with self._guard:
-                if not self._work:
+                waiting = self._first or self._work
+                if not waiting:
                     self._busy -= 1
                     return
-                work = self._work.popleft()
+                work = waiting.popleft()
             work()
 
 
