@@ -5,11 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from keyturn.core.secret import Secret
 from keyturn.errors import VerifierBusy
 from keyturn.verifier.gate import Gate
+from keyturn.verifier.hashing import CHEAP_FOR_TESTS, Hashing, text_of
+from support.http_verifier import Counted, served
 
 
 def test_the_gate_bounds_what_hashes_at_once() -> None:
@@ -140,6 +144,23 @@ def test_who_asks_again_and_again_does_not_make_the_line_longer() -> None:
     assert turned_away(gate, "impatient") == pytest.approx(impatient / 2)  # the same moment
     now[0] += impatient  # which is over: a new one
     assert turned_away(gate, "impatient") > 0
+
+
+def test_a_gate_knows_whoever_guesses_again(tmp_path: Path) -> None:
+    """Neither guesses at one hash nor one secret that is shown again and again push others back."""
+    digest = Hashing(cost=CHEAP_FOR_TESTS).digest(Secret("x" * 20))
+    guessed = Hashing(cost=CHEAP_FOR_TESTS, gate=Gate(1, queue=0))
+    shown = Counted(gate=Gate(1, queue=0))
+    with served(tmp_path, ["a"], hashing=shown) as service:
+        (held,) = service.held
+        for number in range(1000):
+            guess = Secret(f"{number:020}")
+            with pytest.raises(VerifierBusy):
+                guessed.matches(digest, guess)
+            with pytest.raises(VerifierBusy):
+                service.verifier.begin(b"", held.login.encode(), text_of(held.secret))
+    assert turned_away(guessed.gate, "good") < 1
+    assert turned_away(shown.gate, "good") < 1
 
 
 def test_a_process_that_was_stopped_in_a_hash_sends_nobody_away_for_hours() -> None:
