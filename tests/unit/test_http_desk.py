@@ -396,6 +396,37 @@ def test_nobody_waits_for_a_store_that_does_not_answer(
         assert len(service.hashes) == 1  # of the look-up that was given up
 
 
+def test_nothing_is_looked_up_for_those_who_were_told_that_nobody_can_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that is too slow is asked for who waits still; and who comes then is answered."""
+    monkeypatch.setattr(desk, "PATIENCE", 0.4)
+    with served(tmp_path, ["a"]) as service, ThreadPoolExecutor(READERS * 3) as pool:
+        held, back, looked_up = service.held[0], threading.Event(), list[str]()
+        lookup = service.verifier._reader.lookup
+
+        def hang(version_id: str, login: str = "") -> object:
+            looked_up.append(version_id)
+            assert back.wait(20)
+            return lookup(version_id, login)
+
+        monkeypatch.setattr(service.verifier._reader, "lookup", hang)
+        others = [mint(random_bytes=random.Random(99 + n).randbytes)[1] for n in range(READERS * 3)]
+        asked = [pool.submit(service.verify, held, secret=one.reveal()) for one in others]
+        assert {one.result()[0] for one in asked} == {503}
+        assert service.desk.busy == len(others)
+        monkeypatch.setattr(desk, "PATIENCE", 20.0)
+        back.set()
+        assert service.verify(held, secret=others[-1].reveal())[0] == 401
+        assert service.verify(held)[0] == 200
+        until = time.monotonic() + 20
+        while service.desk.busy:
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        strangers = [one for one in looked_up if one != held.version_id]
+        assert len(strangers) <= READERS + 2
+
+
 def test_threads_that_cannot_be_had_show_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,10 @@ class _Flight:
         self.aboard = [first]
         self.late: list[_Waiting] = []
 
+    def wanted(self) -> bool:
+        """Whether anybody waits for it; for other threads too, as nobody is lost by either answer."""
+        return bool(self.aboard or self.late)
+
 
 class Desk:
     """Answers requests on one event loop, which alone calls it."""
@@ -232,9 +236,16 @@ class Desk:
         if len(self._flights) >= MOST_FLIGHTS and not (refused or known):
             return self._tell(who, VerifierBusy())
         self._boarded += 1
-        self._flights[key] = _Flight(shown, who)
+        flight = self._flights[key] = _Flight(shown, who)
         self._keep_beat()
-        self._workers.decide(key, iter(ways), who.caller, by_spool=refused, first=known)
+        self._workers.decide(
+            key,
+            iter(ways),
+            who.caller,
+            by_spool=refused,
+            first=known,
+            wanted=flight.wanted,
+        )
         return None
 
     def _land_soon(self, key: bytes, outcome: Outcome) -> None:

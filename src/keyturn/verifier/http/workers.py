@@ -49,23 +49,35 @@ class Workers:
             self._lanes.append(_Lane(size))
 
     def decide(
-        self, key: bytes, ways: Ways, caller: Caller, *, by_spool: bool, first: bool
+        self,
+        key: bytes,
+        ways: Ways,
+        caller: Caller,
+        *,
+        by_spool: bool,
+        first: bool,
+        wanted: Callable[[], bool],
     ) -> None:
         """Decide, and call `done`. `by_spool` says that the spool refuses it; `first` goes before others.
+
+        Nothing is looked up that is not `wanted` any more when its turn comes: a store that is too slow
+        for all of them would else be asked for those alone who have given up.
 
         SECURITY: what is revoked here waits in no line for a store that is locked, and who was right
         before in none with strangers.
         """
         lane = self._lanes[_BY_SPOOL if by_spool else _BY_STORE]
-        lane.put(partial(self._look_up, key, ways, caller), first=first)
+        lane.put(partial(self._look_up, key, ways, caller, wanted), first=first)
 
     def close(self) -> None:
         """Wait for what is being decided."""
         for lane in self._lanes:
             lane.close()
 
-    def _look_up(self, key: bytes, ways: Ways, caller: Caller) -> None:
+    def _look_up(self, key: bytes, ways: Ways, caller: Caller, wanted: Callable[[], bool]) -> None:
         def look_up() -> Proof | Unproven | None:
+            if not wanted():
+                raise StoreUnavailable("nobody waits any more")
             for login, text in ways:
                 found = self._verifier.begin(key, login, text, agents=caller.agents)
                 if found is not None:
