@@ -185,7 +185,7 @@ def test_a_full_gate_is_503_and_no_refusal(
     def busy(*_args: Any, **_more: Any) -> None:
         raise VerifierBusy(retry_after=timedelta(seconds=7))
 
-    monkeypatch.setattr(service.verifier, "decide", busy)
+    monkeypatch.setattr(service.verifier, "begin", busy)
     held = service.held[0]
     for path in ("/v1/auth", "/v1/verify"):
         status, headers, _ = service.ask(path, headers={"Authorization": held.basic})
