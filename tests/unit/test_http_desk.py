@@ -25,7 +25,7 @@ from keyturn.verifier.http import desk
 from keyturn.verifier.http.connection import Held as HeldConnection
 from keyturn.verifier.http.connection import Registry
 from keyturn.verifier.http.desk import BEAT
-from keyturn.verifier.http.workers import READERS, Workers
+from keyturn.verifier.http.workers import READERS, Workers, _Lane
 from support.cutter import administration, cut, open_store
 from support.http_verifier import Counted, Served, basic, fill, serve, served
 from support.stores import RealClock, entry
@@ -308,7 +308,7 @@ def test_what_the_spool_refuses_waits_for_no_store(
 def test_strangers_before_a_slow_store_keep_no_known_agent_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many wait, a revoked secret is a no at once, and who was right before comes next (I7)."""
+    """However many wait, a revoked secret is a no at once, and who was right before comes soon (I7)."""
     monkeypatch.setattr(desk, "MOST_FLIGHTS", READERS * 2)
     with served(tmp_path, ["a", "b"]) as service, ThreadPoolExecutor(READERS * 3) as pool:
         known, revoked = service.held
@@ -335,13 +335,33 @@ def test_strangers_before_a_slow_store_keep_no_known_agent_waiting(
         again = pool.submit(service.verify, known)
         wait_until_asked(service, len(strangers) + 1)
         assert known.version_id not in asked
-        answered.release()
-        while len(asked) <= READERS:
+        answered.release(2)
+        until = time.monotonic() + 20
+        while len(asked) < READERS + 2:
+            assert time.monotonic() < until
             time.sleep(0.002)
-        assert asked[READERS] == known.version_id
+        assert known.version_id in asked
         answered.release(100)
         assert again.result()[0] == 200
         assert {one.result()[0] for one in strangers} == {401}
+
+
+def test_whoever_is_new_waits_for_few_of_those_who_were_right_before() -> None:
+    """However many come before it, a new secret has its turn."""
+    lane, latch, done = _Lane(1), Latch(), list[str]()
+    lane.put(latch)
+    assert latch.arrived.acquire(timeout=20)
+    for _ in range(100):
+        lane.put(lambda: done.append("known"), first=True)
+    for _ in range(2):
+        lane.put(lambda: done.append("new"))
+    latch.opened.set()
+    until = time.monotonic() + 20
+    while len(done) < 102:
+        assert time.monotonic() < until
+        time.sleep(0.002)
+    lane.close()
+    assert [n for n, one in enumerate(done) if one == "new"] == [2, 6]
 
 
 def test_an_error_for_one_who_came_late_is_none_for_the_others(

@@ -23,6 +23,7 @@ from keyturn.verifier.http.callers import Caller
 READERS = 4  # that ask the store: a look-up may wait for a server, or for a lock
 _REFUSERS = 2  # that ask the spool alone
 _SPARE = 2  # beside those that hash: one of them has the next secret in its hand
+_OTHERS = 4  # every so many pieces one of the others, or a new secret might wait for ever
 _BY_STORE, _BY_SPOOL, _BY_HASH, _IMPORTED = range(4)  # in the order in which they hand on
 _log = structlog.get_logger(__name__)
 
@@ -64,7 +65,7 @@ class Workers:
         for all of them would else be asked for those alone who have given up.
 
         SECURITY: what is revoked here waits in no line for a store that is locked, and who was right
-        before in none with strangers.
+        before in none that strangers make long.
         """
         lane = self._lanes[_BY_SPOOL if by_spool else _BY_STORE]
         lane.put(partial(self._look_up, key, ways, caller, wanted), first=first)
@@ -115,6 +116,7 @@ class _Lane:
         self._pool = ThreadPoolExecutor(size, "verifier")
         self._first: deque[Callable[[], None]] = deque()
         self._work: deque[Callable[[], None]] = deque()
+        self._taken = 0
         self._guard = threading.Lock()
         self._busy = 0
         self._fill()
@@ -135,7 +137,7 @@ class _Lane:
         ready.wait()
 
     def put(self, work: Callable[[], None], *, first: bool = False) -> None:
-        """Do it soon, and before all that is not to be done first. It may not raise."""
+        """Do it soon, and before most of what is not to be done first. It may not raise."""
         with self._guard:
             (self._first if first else self._work).append(work)
             if self._busy == self._size:
@@ -153,12 +155,18 @@ class _Lane:
     def _go_on(self) -> None:
         while True:
             with self._guard:
-                waiting = self._first or self._work
-                if not waiting:
+                work = self._next()
+                if work is None:
                     self._busy -= 1
                     return
-                work = waiting.popleft()
             work()
+
+    def _next(self) -> Callable[[], None] | None:
+        self._taken += 1
+        if self._work and self._taken % _OTHERS == 0:
+            return self._work.popleft()
+        waiting = self._first or self._work
+        return waiting.popleft() if waiting else None
 
 
 def _outcome(call: Callable[[], T]) -> T | StoreUnavailable:
