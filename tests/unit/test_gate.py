@@ -5,11 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from keyturn.core.secret import Secret
 from keyturn.errors import VerifierBusy
 from keyturn.verifier.gate import Gate
+from keyturn.verifier.hashing import CHEAP_FOR_TESTS, Hashing, text_of
+from support.http_verifier import Counted, served
 
 
 def test_the_gate_bounds_what_hashes_at_once() -> None:
@@ -119,14 +123,52 @@ def test_a_full_gate_gives_each_one_a_time_of_its_own() -> None:
     assert len({round(one, 6) for one in times}) == 5
 
 
-def test_the_line_of_those_who_come_back_has_an_end() -> None:
-    """A crowd that does not wait as told sends nobody away for hours, and is still a line."""
-    gate = Gate(2, queue=0, clock=lambda: 100.0)
-    times = []
-    for _ in range(100_000):
-        with pytest.raises(VerifierBusy) as caught:
-            gate.queue_up()
-        times.append(caught.value.retry_after.total_seconds())
-    furthest = max(times)
-    assert 200 < furthest < 301
-    assert times.count(furthest) <= 4  # once each time round
+def turned_away(gate: Gate, who: str) -> float:
+    """Return in how many seconds this one may come back to a gate that is full."""
+    with pytest.raises(VerifierBusy) as caught:
+        gate.queue_up(who)
+    assert caught.value.retry_after is not None
+    return caught.value.retry_after.total_seconds()
+
+
+def test_who_asks_again_and_again_does_not_make_the_line_longer() -> None:
+    """Each has one place in it: whoever honours a time must not pay for those who do not."""
+    now = [100.0]
+    gate = Gate(1, queue=1, clock=lambda: now[0])
+    gate.queue_up()
+    first = turned_away(gate, "first")
+    for _ in range(10_000):
+        impatient = turned_away(gate, "impatient")
+    assert turned_away(gate, "good") < first + 0.1
+    now[0] += impatient / 2
+    assert turned_away(gate, "impatient") == pytest.approx(impatient / 2)  # the same moment
+    now[0] += impatient  # which is over: a new one
+    assert turned_away(gate, "impatient") > 0
+
+
+def test_a_gate_knows_whoever_guesses_again(tmp_path: Path) -> None:
+    """Neither guesses at one hash nor one secret that is shown again and again push others back."""
+    digest = Hashing(cost=CHEAP_FOR_TESTS).digest(Secret("x" * 20))
+    guessed = Hashing(cost=CHEAP_FOR_TESTS, gate=Gate(1, queue=0))
+    shown = Counted(gate=Gate(1, queue=0))
+    with served(tmp_path, ["a"], hashing=shown) as service:
+        (held,) = service.held
+        for number in range(1000):
+            guess = Secret(f"{number:020}")
+            with pytest.raises(VerifierBusy):
+                guessed.matches(digest, guess)
+            with pytest.raises(VerifierBusy):
+                service.verifier.begin(b"", held.login.encode(), text_of(held.secret))
+    assert turned_away(guessed.gate, "good") < 1
+    assert turned_away(shown.gate, "good") < 1
+
+
+def test_a_process_that_was_stopped_in_a_hash_sends_nobody_away_for_hours() -> None:
+    """What one hash took then says nothing of how long the next ones take."""
+    now = [100.0]
+    gate = Gate(1, clock=lambda: now[0])
+    with gate.passing():
+        now[0] += 3600.0
+    for _ in range(64):
+        gate.queue_up()
+    assert turned_away(gate, "good") < 60

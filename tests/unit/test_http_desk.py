@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+from structlog.testing import capture_logs
 
 from keyturn.core.model import VersionState
 from keyturn.core.secret import mint
@@ -24,7 +25,7 @@ from keyturn.verifier.http import desk
 from keyturn.verifier.http.connection import Held as HeldConnection
 from keyturn.verifier.http.connection import Registry
 from keyturn.verifier.http.desk import BEAT
-from keyturn.verifier.http.workers import READERS, Workers
+from keyturn.verifier.http.workers import READERS, Workers, _Lane
 from support.cutter import administration, cut, open_store
 from support.http_verifier import Counted, Served, basic, fill, serve, served
 from support.stores import RealClock, entry
@@ -304,6 +305,90 @@ def test_what_the_spool_refuses_waits_for_no_store(
         assert {one.result()[0] for one in hanging} == {401}
 
 
+def test_strangers_before_a_slow_store_keep_no_known_agent_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many wait, a revoked secret is a no at once, and who was right before comes soon (I7)."""
+    monkeypatch.setattr(desk, "MOST_FLIGHTS", READERS * 2)
+    with served(tmp_path, ["a", "b"]) as service, ThreadPoolExecutor(READERS * 3) as pool:
+        known, revoked = service.held
+        assert service.verify(known)[0] == 200
+        cut(administration(tmp_path, service.store), "revoke", revoked.version_id)
+        lookup, asked, answered = (
+            service.verifier._reader.lookup,
+            list[str](),
+            threading.Semaphore(0),
+        )
+
+        def slowly(version_id: str, login: str = "") -> object:
+            asked.append(version_id)
+            assert answered.acquire(timeout=20)
+            return lookup(version_id, login)
+
+        monkeypatch.setattr(service.verifier._reader, "lookup", slowly)
+        others = [mint(random_bytes=random.Random(99 + n).randbytes)[1] for n in range(READERS * 2)]
+        strangers = [pool.submit(service.verify, known, secret=one.reveal()) for one in others]
+        wait_until_asked(service, len(strangers))
+        stranger = mint(random_bytes=random.Random(98).randbytes)[1]
+        assert service.verify(known, secret=stranger.reveal())[0] == 503
+        assert service.verify(revoked)[0] == 401
+        again = pool.submit(service.verify, known)
+        wait_until_asked(service, len(strangers) + 1)
+        assert known.version_id not in asked
+        answered.release(2)
+        until = time.monotonic() + 20
+        while len(asked) < READERS + 2:
+            assert time.monotonic() < until
+            time.sleep(0.002)
+        assert known.version_id in asked
+        answered.release(100)
+        assert again.result()[0] == 200
+        assert {one.result()[0] for one in strangers} == {401}
+
+
+def test_whoever_is_new_waits_for_few_of_those_who_were_right_before() -> None:
+    """However many come before it, a new secret has its turn."""
+    lane, latch, done = _Lane(1), Latch(), list[str]()
+    lane.put(latch)
+    assert latch.arrived.acquire(timeout=20)
+    for _ in range(100):
+        lane.put(lambda: done.append("known"), first=True)
+    for _ in range(2):
+        lane.put(lambda: done.append("new"))
+    latch.opened.set()
+    until = time.monotonic() + 20
+    while len(done) < 102:
+        assert time.monotonic() < until
+        time.sleep(0.002)
+    lane.close()
+    assert [n for n, one in enumerate(done) if one == "new"] == [2, 6]
+
+
+def test_an_error_for_one_who_came_late_is_none_for_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever goes wrong in an answer, everybody gets one."""
+    with held_up(tmp_path) as (service, latch), ThreadPoolExecutor(3) as pool:
+        headers = {"Authorization": service.held[0].basic}
+        first = pool.submit(service.ask, "/v1/auth", headers=headers)
+        assert latch.arrived.acquire(timeout=20)
+        late = [pool.submit(service.ask, "/v1/auth", headers=headers) for _ in range(2)]
+        wait_until_asked(service, 3)
+        ask, failing = service.desk._ask, [True]
+
+        def fail_once(*args: object) -> None:
+            if failing.pop() if failing else False:
+                raise ValueError
+            ask(*args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(service.desk, "_ask", fail_once)
+        with capture_logs() as lines:
+            latch.opened.set()
+            assert first.result()[0] == 200
+            assert sorted(one.result()[0] for one in late) == [200, 500]
+        assert [line["event"] for line in lines] == ["verifier.failed"]
+
+
 def test_nobody_waits_for_a_store_that_does_not_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,6 +414,37 @@ def test_nobody_waits_for_a_store_that_does_not_answer(
             time.sleep(0.005)
         assert service.ask("/v1/auth", headers=headers)[0] == 200
         assert len(service.hashes) == 1  # of the look-up that was given up
+
+
+def test_nothing_is_looked_up_for_those_who_were_told_that_nobody_can_tell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that is too slow is asked for who waits still; and who comes then is answered."""
+    monkeypatch.setattr(desk, "PATIENCE", 0.4)
+    with served(tmp_path, ["a"]) as service, ThreadPoolExecutor(READERS * 3) as pool:
+        held, back, looked_up = service.held[0], threading.Event(), list[str]()
+        lookup = service.verifier._reader.lookup
+
+        def hang(version_id: str, login: str = "") -> object:
+            looked_up.append(version_id)
+            assert back.wait(20)
+            return lookup(version_id, login)
+
+        monkeypatch.setattr(service.verifier._reader, "lookup", hang)
+        others = [mint(random_bytes=random.Random(99 + n).randbytes)[1] for n in range(READERS * 3)]
+        asked = [pool.submit(service.verify, held, secret=one.reveal()) for one in others]
+        assert {one.result()[0] for one in asked} == {503}
+        assert service.desk.busy == len(others)
+        monkeypatch.setattr(desk, "PATIENCE", 20.0)
+        back.set()
+        assert service.verify(held, secret=others[-1].reveal())[0] == 401
+        assert service.verify(held)[0] == 200
+        until = time.monotonic() + 20
+        while service.desk.busy:
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        strangers = [one for one in looked_up if one != held.version_id]
+        assert len(strangers) <= READERS + 2
 
 
 def test_threads_that_cannot_be_had_show_at_the_start(

@@ -48,7 +48,6 @@ STEADY = 60.0  # seconds of life after which an end is the first one again
 _KEPT = ("PATH", "LANG", "LANGUAGE", "TZ", "LD_LIBRARY_PATH")
 _KEPT_BEGINNINGS = ("LC_", "KEYTURN_STORE__", "KEYTURN_LOG__")
 _EAR = ".notify-"
-_LONGEST = 107  # bytes of a socket's path: sun_path, unix(7)
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: unix(7)
 _log = structlog.get_logger(__name__)
 
@@ -89,20 +88,22 @@ class Ear:
     """Hears what children say of themselves, as `NOTIFY_SOCKET` has it, at a file in a private folder.
 
     SECURITY: the abstract names of this host are listed for everybody (/proc/net/unix), and whoever
-    fills such a socket keeps the child from being heard. Only a folder whose path leaves no room for
-    a name, as sockets have it, gets an abstract one.
+    fills such a socket keeps the child from being heard. Only a folder that can have no socket gets an
+    abstract one: its path is too long for one (unix(7)), or its file system has none, as some that
+    containers share with their host.
     """
 
     def __init__(self, folder: Path) -> None:
         _remove_deserted(folder)
         path = folder / f"{_EAR}{secrets.token_hex(8)}"
-        self._path = path if len(os.fsencode(path)) <= _LONGEST else None
-        self.address = f"@keyturn{path.name}" if self._path is None else os.fspath(path)
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        # Whoever can send here at all is told by the kernel who it was.
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self._socket.bind(self.address if self._path else "\0" + self.address[1:])
-        self._socket.setblocking(False)
+        try:
+            self._path: Path | None = path
+            self.address = os.fspath(path)
+            self._socket = _bound(self.address)
+            self._file = _file(path)
+        except OSError:
+            self._path, self.address = None, f"@keyturn{path.name}"
+            self._socket = _bound("\0" + self.address[1:])
         self._woken = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
@@ -124,6 +125,20 @@ class Ear:
                     if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
                         lines = text.decode("ascii", "replace").splitlines()
                         yield _CREDENTIALS.unpack(value)[0], frozenset(lines)
+        self._come_back()
+
+    def _come_back(self) -> None:
+        """Listen again at a file that somebody removed: a child that nobody hears is killed."""
+        if self._path is None or _file(self._path) == self._file:
+            return
+        with contextlib.suppress(OSError):  # in the next round, if the folder is there then
+            self._path.unlink(missing_ok=True)
+            found = _bound(self.address)
+            self._file = _file(self._path)
+            self._poll.register(found, select.POLLIN)
+            self._poll.unregister(self._socket)
+            self._socket.close()
+            self._socket = found
 
     def close(self) -> None:
         """Hear no more."""
@@ -131,6 +146,28 @@ class Ear:
         if self._path is not None:
             self._path.unlink(missing_ok=True)
         os.close(self._woken)
+
+
+def _bound(address: str) -> socket.socket:
+    """Return a socket that can be sent to at this address, and is told by the kernel who sends."""
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        found.bind(address)
+        found.setblocking(False)
+    except OSError:
+        found.close()
+        raise
+    return found
+
+
+def _file(path: Path) -> tuple[int, int] | None:
+    """Return which file is there."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _remove_deserted(folder: Path) -> None:

@@ -124,6 +124,7 @@ class Unproven:
     """A secret of which only a hash can tell. `prove` is the rest of the decision."""
 
     imported: bool  # it has no tag, and waits in a queue of its own
+    version_id: str  # "" of that one
     left: Callable[[Ticket | None], Proof | None]
     ticket: Ticket | None = None
 
@@ -313,6 +314,10 @@ class Verifier:
         proof = self._proofs.get(key)
         return proof if proof is not None and proof.stands(look) else None
 
+    def was_right(self, key: bytes) -> bool:
+        """Whether what was shown was a yes here, at some time: what it is now must be decided."""
+        return key in self._proofs
+
     def _remember(self, key: bytes, proof: Proof, text: bytes, ours: Fingerprint) -> None:
         mark = ours.of(proof.digest.encode(), text)
         with self._guard:
@@ -350,7 +355,7 @@ class Verifier:
         """
         found = self._begin(key, login, text, agents)
         if isinstance(found, Unproven) and not found.imported:
-            found.ticket = self._schemes.hashing.gate.queue_up()
+            found.ticket = self._schemes.hashing.gate.queue_up(found.version_id)
         return found
 
     def _begin(
@@ -379,7 +384,11 @@ class Verifier:
         if found is None or isinstance(found, Decision):
             return end(found)
         left = found
-        return Unproven(imported=parsed is None, left=lambda ticket: end(left(ticket)))
+        return Unproven(
+            imported=parsed is None,
+            version_id=parsed.version_id if parsed else "",
+            left=lambda ticket: end(left(ticket)),
+        )
 
     def _known_epoch(self, parsed: ParsedSecret | None) -> Epoch:
         """Return what the next look will say unless something happens; asks the store if need be."""

@@ -2,7 +2,9 @@
 
 SECURITY: a permit belongs to the thread that works, never to a request: a client that hangs up cannot
 leave more hashes running than there are permits. Whoever finds the queue full is told when to come
-back, and nobody else is told the same moment: so a crowd that honours it comes back in a line.
+back, and nobody else is told the same moment: so a crowd that honours it comes back in a line. Each has
+one place in it, however often they ask: the line would grow by everybody who does not honour it, and
+whoever does would wait for minutes before a gate that is idle.
 
 Permits go round in the order of arrival, each to one thread that is woken for it: were all woken, they
 would take the interpreter from each other as often as there are of them.
@@ -12,22 +14,22 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 from keyturn.errors import VerifierBusy
+from keyturn.verifier.recent import keep
 
 QUEUE = 64
 _FIRST_GUESS = 0.03  # seconds; argon2id at the OWASP minimum on one core
 _WEIGHT = 0.1  # of the newest duration in the mean
+_LONGEST = 2.0  # seconds; what a process took that was stopped meanwhile says nothing of the next
 # Of the time that a hash takes, as the distance in the line of those who come back: a permit that
 # waits for somebody is lost, and who comes too early costs a thousandth of a hash.
 _DISTANCE = 0.75
-# Seconds that the line reaches ahead: those who do not wait as told make it longer each time, and
-# whoever does would be sent away for hours. Then it begins anew.
-_LONGEST = 300.0
+_PLACES = 100_000  # in that line that are remembered
 
 
 class Ticket:
@@ -68,13 +70,17 @@ class Gate:
         self._used = 0
         self._mean = _FIRST_GUESS
         self._next = 0.0  # when the next one that is turned away may come back
+        self._places: OrderedDict[str, float] = OrderedDict()  # when each of them may
         self.waiting = 0
 
-    def queue_up(self) -> Ticket:
-        """Take a place in the queue. Raises VerifierBusy, with the time to come back, if it is full."""
+    def queue_up(self, who: str = "") -> Ticket:
+        """Take a place in the queue; `who` is turned away until one moment, "" is anybody.
+
+        Raises VerifierBusy, with the time to come back, if it is full.
+        """
         with self._guard:
             if self._queue is not None and self.waiting >= self._queue:
-                raise VerifierBusy(retry_after=self._come_back())
+                raise VerifierBusy(retry_after=self._come_back(who))
             self.waiting += 1
             return Ticket(self)
 
@@ -84,18 +90,21 @@ class Gate:
             self._no_longer_waits(ticket)
 
     @contextmanager
-    def passing(self, memory_kib: int = 0, ticket: Ticket | None = None) -> Iterator[None]:
+    def passing(
+        self, memory_kib: int = 0, ticket: Ticket | None = None, *, who: str = ""
+    ) -> Iterator[None]:
         """Hold a permit for work of this size; `ticket` is one that was taken before.
 
-        Raises VerifierBusy, with the time to come back, where too many wait.
+        Raises VerifierBusy as `queue_up` does.
         """
-        self._wait(memory_kib, ticket or self.queue_up())
+        self._wait(memory_kib, ticket or self.queue_up(who))
         began = self._clock()
         try:
             yield
         finally:
             with self._guard:
-                self._mean += _WEIGHT * (self._clock() - began - self._mean)
+                took = min(self._clock() - began, _LONGEST)
+                self._mean += _WEIGHT * (took - self._mean)
                 self._release(memory_kib)
 
     def _wait(self, memory_kib: int, ticket: Ticket) -> None:
@@ -137,11 +146,12 @@ class Gate:
         # Whatever asks for more than all of it goes alone.
         return not self._running or self._budget is None or self._used + memory_kib <= self._budget
 
-    def _come_back(self) -> timedelta:
-        """Give the next place in the line of those who come back later."""
+    def _come_back(self, who: str) -> timedelta:
+        """Give the next place in the line of those who come back later, or the one that they have."""
         now, each = self._clock(), self._mean / self._permits
-        first = now + self.waiting * each
-        if self._next > now + _LONGEST:
-            self._next = first
-        self._next = max(self._next, first) + each * _DISTANCE
-        return timedelta(seconds=self._next - now)
+        place = self._places.get(who, now)
+        if place <= now:
+            place = self._next = max(self._next, now + self.waiting * each) + each * _DISTANCE
+            if who:
+                keep(self._places, who, place, most=_PLACES)
+        return timedelta(seconds=place - now)

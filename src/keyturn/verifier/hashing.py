@@ -81,7 +81,7 @@ class Hashing:
         asked = _asked(digest)
         if asked is None:
             return False
-        with self.gate.passing(asked.memory_cost, ticket):
+        with self.gate.passing(asked.memory_cost, ticket, who=digest):
             try:
                 return PasswordHasher().verify(digest, secret.reveal())
             except (VerifyMismatchError, InvalidHashError):

@@ -69,6 +69,10 @@ class _Flight:
         self.aboard = [first]
         self.late: list[_Waiting] = []
 
+    def wanted(self) -> bool:
+        """Whether anybody waits for it; for other threads too, as nobody is lost by either answer."""
+        return bool(self.aboard or self.late)
+
 
 class Desk:
     """Answers requests on one event loop, which alone calls it."""
@@ -221,17 +225,27 @@ class Desk:
 
     def _board(self, key: bytes, shown: Presented, who: _Waiting, look: Look) -> None:
         flight = self._flights.get(key)
-        if flight is None and len(self._flights) >= MOST_FLIGHTS:
+        if flight is not None:
+            self._boarded += 1
+            flight.late.append(who)
+            return None
+        ways, known = shown.ways(), self._verifier.was_right(key)
+        refused = all(self._verifier.is_tombstoned(text, look) for _, text in ways)
+        # SECURITY: a crowd of strangers before a store that is slow, or locked, must turn neither the
+        # spool's no nor an agent that was right here before into "cannot tell".
+        if len(self._flights) >= MOST_FLIGHTS and not (refused or known):
             return self._tell(who, VerifierBusy())
         self._boarded += 1
-        if flight is not None:
-            flight.late.append(who)
-        else:
-            self._flights[key] = _Flight(shown, who)
-            self._keep_beat()
-            ways = shown.ways()
-            refused = all(self._verifier.is_tombstoned(text, look) for _, text in ways)
-            self._workers.decide(key, iter(ways), who.caller, by_spool=refused)
+        flight = self._flights[key] = _Flight(shown, who)
+        self._keep_beat()
+        self._workers.decide(
+            key,
+            iter(ways),
+            who.caller,
+            by_spool=refused,
+            first=known,
+            wanted=flight.wanted,
+        )
         return None
 
     def _land_soon(self, key: bytes, outcome: Outcome) -> None:
@@ -301,7 +315,11 @@ class Desk:
                 ahead.aboard.append(who)  # it began just now, for all of them
                 continue
             self._boarded = 0
-            self._ask(who, flight.shown, look)
+            try:
+                self._ask(who, flight.shown, look)
+            except Exception:  # noqa: BLE001  # as in `_serve`: the others are answered
+                _log.error("verifier.failed", exc_info=True)
+                who.asker.reply(who.request, problem(500, "server_error"))
             if not self._boarded:
                 self.measures.one(time.perf_counter() - who.began)
 

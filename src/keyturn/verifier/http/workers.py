@@ -23,6 +23,7 @@ from keyturn.verifier.http.callers import Caller
 READERS = 4  # that ask the store: a look-up may wait for a server, or for a lock
 _REFUSERS = 2  # that ask the spool alone
 _SPARE = 2  # beside those that hash: one of them has the next secret in its hand
+_OTHERS = 4  # every so many pieces one of the others, or a new secret might wait for ever
 _BY_STORE, _BY_SPOOL, _BY_HASH, _IMPORTED = range(4)  # in the order in which they hand on
 _log = structlog.get_logger(__name__)
 
@@ -48,21 +49,36 @@ class Workers:
         for size in self._sizes:
             self._lanes.append(_Lane(size))
 
-    def decide(self, key: bytes, ways: Ways, caller: Caller, *, by_spool: bool) -> None:
-        """Decide, and call `done`. `by_spool` says that the spool refuses it.
+    def decide(
+        self,
+        key: bytes,
+        ways: Ways,
+        caller: Caller,
+        *,
+        by_spool: bool,
+        first: bool,
+        wanted: Callable[[], bool],
+    ) -> None:
+        """Decide, and call `done`. `by_spool` says that the spool refuses it; `first` goes before others.
 
-        SECURITY: what is revoked here waits in no line for a store that is locked.
+        Nothing is looked up that is not `wanted` any more when its turn comes: a store that is too slow
+        for all of them would else be asked for those alone who have given up.
+
+        SECURITY: what is revoked here waits in no line for a store that is locked, and who was right
+        before in none that strangers make long.
         """
         lane = self._lanes[_BY_SPOOL if by_spool else _BY_STORE]
-        lane.put(partial(self._look_up, key, ways, caller))
+        lane.put(partial(self._look_up, key, ways, caller, wanted), first=first)
 
     def close(self) -> None:
         """Wait for what is being decided."""
         for lane in self._lanes:
             lane.close()
 
-    def _look_up(self, key: bytes, ways: Ways, caller: Caller) -> None:
+    def _look_up(self, key: bytes, ways: Ways, caller: Caller, wanted: Callable[[], bool]) -> None:
         def look_up() -> Proof | Unproven | None:
+            if not wanted():
+                raise StoreUnavailable("nobody waits any more")
             for login, text in ways:
                 found = self._verifier.begin(key, login, text, agents=caller.agents)
                 if found is not None:
@@ -98,7 +114,9 @@ class _Lane:
         """Raises KeyturnError where there may not be so many."""
         self._size = size
         self._pool = ThreadPoolExecutor(size, "verifier")
+        self._first: deque[Callable[[], None]] = deque()
         self._work: deque[Callable[[], None]] = deque()
+        self._taken = 0
         self._guard = threading.Lock()
         self._busy = 0
         self._fill()
@@ -118,10 +136,10 @@ class _Lane:
             ) from None
         ready.wait()
 
-    def put(self, work: Callable[[], None]) -> None:
-        """Do it soon. It may not raise."""
+    def put(self, work: Callable[[], None], *, first: bool = False) -> None:
+        """Do it soon, and before most of what is not to be done first. It may not raise."""
         with self._guard:
-            self._work.append(work)
+            (self._first if first else self._work).append(work)
             if self._busy == self._size:
                 return
             self._busy += 1
@@ -130,17 +148,25 @@ class _Lane:
     def close(self) -> None:
         """Wait for what is being done, and do no more."""
         with self._guard:
+            self._first.clear()
             self._work.clear()
         self._pool.shutdown(wait=True)
 
     def _go_on(self) -> None:
         while True:
             with self._guard:
-                if not self._work:
+                work = self._next()
+                if work is None:
                     self._busy -= 1
                     return
-                work = self._work.popleft()
             work()
+
+    def _next(self) -> Callable[[], None] | None:
+        self._taken += 1
+        if self._work and self._taken % _OTHERS == 0:
+            return self._work.popleft()
+        waiting = self._first or self._work
+        return waiting.popleft() if waiting else None
 
 
 def _outcome(call: Callable[[], T]) -> T | StoreUnavailable:
