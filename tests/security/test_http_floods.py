@@ -306,7 +306,7 @@ def test_a_cold_crowd_that_comes_back_when_told_is_all_answered(
             over.set()
             probing.result()
         last, tries = max(took for took, _ in results), sum(tries for _, tries in results)
-        ideal = number * gate._mean / permits
+        ideal = number * gate._each / permits
         print(
             f"{number} cold agents: last after {last:.1f} s, {last / ideal:.2f} times the hashing"
             f" of {ideal:.1f} s; {tries} requests; probe p99 {p99(pages) * 1000:.0f} ms"
