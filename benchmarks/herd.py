@@ -41,6 +41,7 @@ def serve(folder: Path, agents: int, scheme: str) -> None:
     """Serve until standard input ends, with hashes at their default cost."""
     from keyturn.verifier.gate import Gate
     from keyturn.verifier.hashing import Cost, Hashing, share_memory
+    from keyturn.verifier.http.server import settle
     from keyturn.verifier.keyed import Key
     from keyturn.verifier.keyring import KeyRing
     from support.http_verifier import served
@@ -53,6 +54,7 @@ def serve(folder: Path, agents: int, scheme: str) -> None:
     with served(folder, names, hashing=hashing, ring=ring, pages=health) as found:
         (folder / "headers").write_text("".join(f"{one.basic}\n" for one in found.held))
         each = 0.0 if keyed else _time_of_a_hash(hashing, found.held[0].secret)
+        settle()
         print(json.dumps({"port": found.port, "hash_s": each}), flush=True)
         sys.stdin.read()
 
@@ -228,6 +230,7 @@ def judged(
         "hashes_alone_s": round(least, 1),
         "all_answered_s": round(seconds, 1),
         "median_wait_s": round(statistics.median(herd.waits), 1),
+        "healthz_p99_ms": round(sorted(seen["probes"])[len(seen["probes"]) * 99 // 100] * 1000, 1),
         "healthz_worst_ms": round(healthz, 1),
         "memory_grew_mib": round(grew, 1),
         "reached": {

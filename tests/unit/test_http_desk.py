@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import random
 import threading
 import time
@@ -387,6 +388,28 @@ def test_an_error_for_one_who_came_late_is_none_for_the_others(
             assert first.result()[0] == 200
             assert sorted(one.result()[0] for one in late) == [200, 500]
         assert [line["event"] for line in lines] == ["verifier.failed"]
+
+
+def test_hashes_give_way_to_the_loop_and_to_look_ups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where cores are short a crowd of first uses keeps neither pages nor others' answers waiting."""
+    hashing, nice = Counted(), list[int]()
+    with served(tmp_path, ["a"], hashing=hashing) as service:
+        mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        lookup = service.verifier._reader.lookup
+
+        def note() -> None:
+            nice.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) - mine)
+
+        def noted(version_id: str, login: str = "") -> object:
+            note()
+            return lookup(version_id, login)
+
+        hashing.hold(note)
+        monkeypatch.setattr(service.verifier._reader, "lookup", noted)
+        assert service.verify(service.held[0])[0] == 200
+    assert nice[:2] == [0, 5]  # the look-up, and the hash; another look-up follows
 
 
 def test_nobody_waits_for_a_store_that_does_not_answer(

@@ -38,7 +38,7 @@ from keyturn.verifier.http.callers import Caller, Callers, RelyingParty
 from keyturn.verifier.http.desk import Desk
 from keyturn.verifier.http.messages import Answer, json_answer
 from keyturn.verifier.http.openapi import DOCUMENT
-from keyturn.verifier.http.server import Place, Server, listen_tcp, listen_unix
+from keyturn.verifier.http.server import Place, Server, listen_tcp, listen_unix, settle
 
 KEYS_EVERY = 10.0  # seconds
 _PAGES = ("/healthz", "/readyz")
@@ -65,6 +65,7 @@ def run(path: Path) -> int:
     service = VerifierService(settings, supervisor=supervisor, replaces=embedded)
     signals = Signals(revoke=lambda: None, reload=service.reload, stop=service.stop)
     signals.start()
+    settle()
     try:
         service.run()
     finally:

@@ -7,10 +7,12 @@ before the first answer, so that a limit of tasks shows at the start and not in 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
@@ -23,6 +25,9 @@ from keyturn.verifier.http.callers import Caller
 READERS = 4  # that ask the store: a look-up may wait for a server, or for a lock
 _REFUSERS = 2  # that ask the spool alone
 _SPARE = 2  # beside those that hash: one of them has the next secret in its hand
+# By which hashes give way to the loop and to look-ups where cores are short: a thread that waits for a
+# core while it holds the interpreter keeps all others waiting, and a hash holds it hardly ever.
+_NICE = 5
 _OTHERS = 4  # every so many pieces one of the others, or a new secret might wait for ever
 _BY_STORE, _BY_SPOOL, _BY_HASH, _IMPORTED = range(4)  # in the order in which they hand on
 _log = structlog.get_logger(__name__)
@@ -46,8 +51,9 @@ class Workers:
 
     def start(self) -> None:
         """Start them all. Raises KeyturnError where there may not be so many."""
-        for size in self._sizes:
-            self._lanes.append(_Lane(size))
+        for number, size in enumerate(self._sizes):
+            gives_way = number in (_BY_HASH, _IMPORTED)
+            self._lanes.append(_Lane(size, nice=_NICE if gives_way else 0))
 
     def decide(
         self,
@@ -110,10 +116,10 @@ class _Lane:
     To wake a thread for each piece costs ten times a look-up's share of the interpreter.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, nice: int) -> None:
         """Raises KeyturnError where there may not be so many."""
         self._size = size
-        self._pool = ThreadPoolExecutor(size, "verifier")
+        self._pool = ThreadPoolExecutor(size, "verifier", partial(_give_way, nice))
         self._first: deque[Callable[[], None]] = deque()
         self._work: deque[Callable[[], None]] = deque()
         self._taken = 0
@@ -167,6 +173,13 @@ class _Lane:
             return self._work.popleft()
         waiting = self._first or self._work
         return waiting.popleft() if waiting else None
+
+
+def _give_way(nice: int) -> None:
+    """Let this thread give way to others by so much (setpriority(2): on Linux it is its own)."""
+    with suppress(OSError):  # a service's filter may forbid it
+        mine = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, mine, os.getpriority(os.PRIO_PROCESS, mine) + nice)
 
 
 def _outcome(call: Callable[[], T]) -> T | StoreUnavailable:
