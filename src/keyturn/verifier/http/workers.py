@@ -116,7 +116,7 @@ class _Lane:
     To wake a thread for each piece costs ten times a look-up's share of the interpreter.
     """
 
-    def __init__(self, size: int, *, nice: int) -> None:
+    def __init__(self, size: int, *, nice: int = 0) -> None:
         """Raises KeyturnError where there may not be so many."""
         self._size = size
         self._pool = ThreadPoolExecutor(size, "verifier", partial(_give_way, nice))
