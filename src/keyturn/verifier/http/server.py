@@ -32,7 +32,7 @@ from keyturn.verifier.http.desk import Desk
 SWEEP = 1.0  # seconds between two looks at deadlines
 FAREWELL = 5.0  # seconds for answers that are owed at the end
 MOST = 8192  # connections at once, where the process may open that many files
-TURN = 0.0005  # seconds that a thread may keep the interpreter while others wait
+TURN = 0.0002  # seconds that a thread may keep the interpreter while others wait: one for each request read
 SPARE = 128  # descriptors for everything else
 _BACKLOG = 1024
 _HINTS = {
