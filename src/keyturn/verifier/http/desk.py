@@ -251,7 +251,9 @@ class Desk:
     def _land_soon(self, key: bytes, outcome: Outcome) -> None:
         """Take what a thread has found."""
         self._landed.append((key, outcome))
-        if not self._woken:
+        # SECURITY: a no waits for the beat without a word: the loop, once woken, counts its
+        # milliseconds from then on, and the beat would come by as much later.
+        if outcome is not None and not self._woken:
             self._woken = True
             self._wake(self._collect)
 
@@ -284,6 +286,7 @@ class Desk:
             self._later(BEAT - time.monotonic() % BEAT, self._beat)
 
     def _beat(self) -> None:
+        self._collect()
         due = time.perf_counter() - BEAT
         waiting, self._refused = self._refused, []
         self._refused = [who for who in waiting if who.began > due]
