@@ -12,21 +12,25 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from keyturn.core.model import VersionState
 from keyturn.verifier.http.callers import Caller, RelyingParty
 from support.cutter import administration, cut
-from support.gateway import ENVOY, ENVOY_SHIPPED, SMUGGLED, Application, Gateway, envoy
+from support.gateway import (
+    ENVOY,
+    ENVOY_SHIPPED,
+    SMUGGLED,
+    Application,
+    Gateway,
+    envoy,
+    hears_when_it_retires,
+)
 from support.http_verifier import Served, basic, serve, served
 from support.over_h2 import ask_h2
 from support.over_unix import ask
 from support.raw_client import statuses
-from support.stores import entry
 
 
 @pytest.fixture(scope="module")
@@ -322,20 +326,7 @@ def test_a_revoke_counts_with_the_next_request(behind: tuple[Gateway, Served]) -
 def test_a_client_hears_when_its_secret_retires(behind: tuple[Gateway, Served]) -> None:
     """The deadline of a previous version reaches the client, whatever the application says of it."""
     gateway, verifier = behind
-    lines = [f"Authorization: {verifier.held[3].basic}"]
-    gateway.application.headers = {"Keyturn-Deadline": "never"}
-    assert "keyturn-deadline" not in gateway.raw(lines)[1]
-    deadline = datetime.now(UTC).replace(microsecond=0) + timedelta(hours=1)
-
-    def retire(case, **_):  # type: ignore[no-untyped-def]
-        (one,) = case.versions
-        old = replace(one, state=VersionState.PREVIOUS, deadline=deadline)
-        return replace(case, versions=(old,)), [entry()]
-
-    verifier.store.amend("cred-old", retire)
-    status, headers, got = gateway.raw(lines)
-    assert status == 200
-    assert datetime.fromisoformat(headers["keyturn-deadline"]) == deadline
+    got = hears_when_it_retires(gateway, verifier, verifier.held[3])
     assert "keyturn-deadline" not in dict(got["headers"])
 
 

@@ -9,10 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import pytest
@@ -22,7 +21,6 @@ from mcp.client.streamable_http import streamable_http_client
 from keyturn.core.model import VersionState
 from keyturn.verifier.http.callers import Caller, RelyingParty
 from support.http_verifier import Served, served
-from support.stores import entry
 
 EXAMPLE = Path(__file__).parents[2] / "deploy" / "mcp" / "server.py"
 TOKEN = "t" * 40
@@ -98,14 +96,8 @@ def running(tmp_path: Path) -> Iterator[Running]:
 
 def state(verifier: Served, name: str, to: VersionState, deadline: datetime | None = None) -> None:
     """Put an agent's version into another state."""
-
-    def change(case: Any) -> Any:
-        (one,) = case.versions
-        ended = datetime.now(UTC) if to is VersionState.REVOKED else None
-        changed = replace(one, state=to, deadline=deadline, ended_at=ended)
-        return replace(case, versions=(changed,)), [entry()]
-
-    verifier.store.amend(f"cred-{name}", change)
+    ended = datetime.now(UTC) if to is VersionState.REVOKED else None
+    verifier.amend(name, state=to, deadline=deadline, ended_at=ended)
 
 
 def test_a_good_a_retiring_and_a_revoked_secret(running: Running) -> None:

@@ -7,17 +7,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from keyturn.core.model import VersionState
-from support.gateway import SMUGGLED, Gateway, nginx
+from support.gateway import SMUGGLED, Gateway, hears_when_it_retires, nginx
 from support.http_verifier import Served, basic, served
 from support.over_unix import ask
-from support.stores import entry
 
 
 @pytest.fixture
@@ -133,20 +129,7 @@ def test_who_cannot_tell_is_no_refusal(behind: tuple[Gateway, Served]) -> None:
 def test_a_client_hears_when_its_secret_retires(behind: tuple[Gateway, Served]) -> None:
     """The deadline of a previous version reaches the client, whatever the application says of it."""
     gateway, verifier = behind
-    lines = [f"Authorization: {verifier.held[0].basic}"]
-    gateway.application.headers = {"Keyturn-Deadline": "never"}
-    assert "keyturn-deadline" not in gateway.raw(lines)[1]
-    deadline = datetime.now(UTC).replace(microsecond=0) + timedelta(hours=1)
-
-    def retire(case, **_):  # type: ignore[no-untyped-def]
-        (one,) = case.versions
-        old = replace(one, state=VersionState.PREVIOUS, deadline=deadline)
-        return replace(case, versions=(old,)), [entry()]
-
-    verifier.store.amend("cred-a", retire)
-    status, headers, _ = gateway.raw(lines)
-    assert status == 200
-    assert datetime.fromisoformat(headers["keyturn-deadline"]) == deadline
+    hears_when_it_retires(gateway, verifier, verifier.held[0])
 
 
 def test_one_connection_to_the_verifier_is_enough(behind: tuple[Gateway, Served]) -> None:

@@ -15,7 +15,6 @@ import statistics
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -26,7 +25,7 @@ from keyturn.core.secret import ALPHABET, CHECKSUM_LENGTH, RANDOM_LENGTH, _check
 from support.cutter import administration, cut
 from support.http_verifier import Held, Served, basic, served
 from support.raw_client import connect
-from support.stores import RealClock, entry
+from support.stores import RealClock
 
 SEED = int(os.environ.get("KEYTURN_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 30)
 MOST_APART = ("unknown", "known id", "revoked")  # in what the store and the spool do for them
@@ -50,19 +49,9 @@ def service(tmp_path: Path) -> Iterator[Served]:
         cut(verbs, "revoke", held["revoked"].version_id)
         cut(verbs, "suspend", "suspended")
         now = RealClock().now()
-        amend(found, "retired", state=VersionState.RETIRED, ended_at=now)
-        amend(found, "expired", state=VersionState.PREVIOUS, deadline=now)
+        found.amend("retired", state=VersionState.RETIRED, ended_at=now)
+        found.amend("expired", state=VersionState.PREVIOUS, deadline=now)
         yield found
-
-
-def amend(service: Served, name: str, **changes: object) -> None:
-    """Change the version of an agent."""
-
-    def change(case: object) -> object:
-        version = replace(case.versions[0], **changes)  # type: ignore[attr-defined]
-        return replace(case, versions=(version,)), [entry()]  # type: ignore[type-var]
-
-    service.store.amend(f"cred-{name}", change)  # type: ignore[arg-type]
 
 
 def kinds_of(service: Served, draw: random.Random) -> dict[str, Kind]:

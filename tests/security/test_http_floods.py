@@ -218,10 +218,7 @@ def test_no_process_says_yes_after_a_cut_has_returned(rounds: int) -> None:
     """security.md, test 4, over HTTP: three processes on one file, suspended and resumed in races."""
     memory = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(dir=memory if os.access(memory, os.W_OK) else None))
-    store = open_store(folder, writer="races")
-    (folder / "revoked.d").mkdir(mode=0o700)
-    names = [f"a{n}" for n in range(rounds // 2 + 1)]
-    held = fill(store, names, hashing=Hashing(cost=CHEAP_FOR_TESTS))
+    store, held = filled(folder, [f"a{n}" for n in range(rounds // 2 + 1)])
     verbs, draw, stale = administration(folder, store), random.Random(SEED), 0
     try:
         with services(folder, 3) as ports, ThreadPoolExecutor(3) as pool:

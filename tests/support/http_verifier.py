@@ -122,6 +122,15 @@ class Served:
         )
         return status, json.loads(body)
 
+    def amend(self, agent: str, **changes: Any) -> None:
+        """Change the one version of an agent in the store."""
+
+        def change(case: Any) -> Any:
+            (one,) = case.versions
+            return replace(case, versions=(replace(one, **changes),)), [entry()]
+
+        self.store.amend(f"cred-{agent}", change)
+
 
 class Counted(Hashing):
     """Hashing that notes every check, and can be held up before one."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,16 +15,6 @@ from keyturn.daemon.supervision import Supervisor
 READY = (os.getpid(), frozenset({"READY=1", "STATUS=here"}))
 
 
-@contextmanager
-def ear(folder: Path) -> Iterator[Ear]:
-    """Give one that is closed."""
-    found = Ear(folder)
-    try:
-        yield found
-    finally:
-        found.close()
-
-
 def say(one: Ear) -> None:
     """Say something as a child does."""
     Supervisor.take({"NOTIFY_SOCKET": one.address}, pid=os.getpid()).ready("here")
@@ -33,7 +22,7 @@ def say(one: Ear) -> None:
 
 def test_it_hears_at_a_file_who_says_what(tmp_path: Path) -> None:
     """With the pid that the kernel tells; and nothing is left when it is closed."""
-    with ear(tmp_path) as one:
+    with closing(Ear(tmp_path)) as one:
         assert [Path(one.address)] == list(tmp_path.iterdir())
         say(one)
         assert list(one.heard(5)) == [READY]
@@ -43,7 +32,7 @@ def test_it_hears_at_a_file_who_says_what(tmp_path: Path) -> None:
 @pytest.mark.parametrize("instead", ["nothing", "file", "socket"])
 def test_it_hears_again_at_a_file_that_was_removed(tmp_path: Path, instead: str) -> None:
     """Whoever mirrors or cleans the folder must not have a verifier killed that nobody hears."""
-    with ear(tmp_path) as one, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+    with closing(Ear(tmp_path)) as one, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
         Path(one.address).unlink()
         if instead == "file":
             Path(one.address).touch()
@@ -59,7 +48,7 @@ def test_a_folder_that_is_gone_for_a_while_is_no_error(tmp_path: Path) -> None:
     """It hears as soon as it is back."""
     folder = tmp_path / "state"
     folder.mkdir()
-    with ear(folder) as one:
+    with closing(Ear(folder)) as one:
         folder.rename(tmp_path / "aside")
         assert list(one.heard(0)) == []
         folder.mkdir()
@@ -74,7 +63,7 @@ def test_where_no_file_can_be_it_hears_all_the_same(tmp_path: Path, name: str) -
     folder = tmp_path / name
     if name != "missing":
         folder.mkdir()
-    with ear(folder) as one:
+    with closing(Ear(folder)) as one:
         assert one.address.startswith("@")
         say(one)
         assert list(one.heard(5)) == [READY]
@@ -89,7 +78,7 @@ def test_what_killed_daemons_left_is_removed_and_nothing_else(tmp_path: Path) ->
             dead.bind(os.fspath(path))
     (tmp_path / ".notify-link").symlink_to(target)
     (tmp_path / ".notify-file").touch()
-    with ear(tmp_path) as other, ear(tmp_path) as one:
+    with closing(Ear(tmp_path)) as other, closing(Ear(tmp_path)) as one:
         names = {path.name for path in tmp_path.iterdir()}
         ours = {Path(each.address).name for each in (one, other)}
         assert ".notify-left" not in names

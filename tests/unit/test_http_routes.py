@@ -17,7 +17,7 @@ from keyturn.verifier.http.callers import Caller, Callers, RelyingParty
 from keyturn.verifier.http.routes import unavailable
 from support.cutter import administration, cut
 from support.http_verifier import Held, Served, served
-from support.stores import RealClock, entry
+from support.stores import RealClock
 
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 TOKEN = {name: name * 16 for name in ("aa", "bb", "cc", "dd")}  # of 32 characters each
@@ -33,15 +33,6 @@ def service(tmp_path: Path) -> Iterator[Served]:
 def bearer(held: Held) -> dict[str, str]:
     """Return a header with the secret alone."""
     return {"Authorization": f"Bearer {held.secret.reveal()}"}
-
-
-def amend(service: Served, held: Held, **changes: Any) -> None:
-    """Change the version of an agent in the store."""
-
-    def change(case: Any) -> Any:
-        return replace(case, versions=(replace(case.versions[0], **changes),)), [entry()]
-
-    service.store.amend(f"cred-{held.agent}", change)
 
 
 # --- statuses ---------------------------------------------------------------------------------
@@ -128,7 +119,7 @@ def test_grace_is_told_by_a_header_and_only_then(service: Served) -> None:
     assert "keyturn-deadline" not in headers
     assert headers["keyturn-state"] == "current"
     until = (RealClock().now() + timedelta(hours=2)).replace(microsecond=0)
-    amend(service, held, state=VersionState.PREVIOUS, deadline=until)
+    service.amend(held.agent, state=VersionState.PREVIOUS, deadline=until)
     for path in ("/v1/auth", "/v1/verify"):
         _, headers, said = service.ask(path, headers={"Authorization": held.basic})
         assert headers["keyturn-deadline"] == until.isoformat().replace("+00:00", "Z")
@@ -351,7 +342,7 @@ def test_each_no_has_the_same_bytes(service: Served, tmp_path: Path) -> None:
     note({"Authorization": "Bearer " + "x" * 40})
     note({"Authorization": "Basic bm8="})
     note({"Authorization": f"Bearer {a.secret.reveal()[:-1]}x"})
-    amend(service, b, state=VersionState.PREVIOUS, deadline=RealClock().now() - timedelta(1))
+    service.amend(b.agent, state=VersionState.PREVIOUS, deadline=RealClock().now() - timedelta(1))
     note({"Authorization": b.basic})
     cut(verbs, "revoke", a.version_id)
     note({"Authorization": a.basic})
