@@ -123,10 +123,14 @@ _Left = Callable[[Ticket | None], "Decision | None"]
 class Unproven:
     """A secret of which only a hash can tell. `prove` is the rest of the decision."""
 
-    imported: bool  # it has no tag, and waits in a queue of its own
-    version_id: str  # "" of that one
+    version_id: str  # "" of an imported one
     left: Callable[[Ticket | None], Proof | None]
     ticket: Ticket | None = None
+
+    @property
+    def imported(self) -> bool:
+        """Whether it has no tag, and waits in a queue of its own."""
+        return not self.version_id
 
     def prove(self) -> Proof | None:
         """Wait for a permit and hash; None is a no. To be called once. Raises StoreUnavailable."""
@@ -385,7 +389,6 @@ class Verifier:
             return end(found)
         left = found
         return Unproven(
-            imported=parsed is None,
             version_id=parsed.version_id if parsed else "",
             left=lambda ticket: end(left(ticket)),
         )

@@ -60,7 +60,8 @@ class Schemes:
     def matches(self, stored: Stored, secret: Secret, ticket: Ticket | None = None) -> bool:
         """Tell whether the secret has this hash; one of another form than its scheme's never matches.
 
-        `ticket` is a place in the queue for a hash. Raises StoreUnavailable, KeyMissing, VerifierBusy where nobody can tell.
+        `ticket` is a place in the queue for a hash. Raises StoreUnavailable, KeyMissing, VerifierBusy
+        where nobody can tell.
         """
         ring = self.ring()
         if stored.scheme not in (hashing.SCHEME, keyed.SCHEME):

@@ -132,8 +132,7 @@ class Desk:
             try:
                 self._one(asker, request, look, began)
             except Exception:  # noqa: BLE001  # loop top: the others of the batch are answered
-                _log.error("verifier.failed", exc_info=True)
-                asker.reply(request, problem(500, "server_error"))
+                _failed(asker, request)
         self.measures.turn(len(batch) - self._boarded, time.perf_counter() - began)
 
     def _look(self) -> Look | StoreUnavailable:
@@ -274,8 +273,7 @@ class Desk:
             try:
                 self._tell(who, outcome)
             except Exception:  # noqa: BLE001  # as in `_serve`: the others are answered
-                _log.error("verifier.failed", exc_info=True)
-                who.asker.reply(who.request, problem(500, "server_error"))
+                _failed(who.asker, who.request)
             self.measures.one(time.perf_counter() - who.began)
 
     def _keep_beat(self) -> None:
@@ -288,7 +286,7 @@ class Desk:
     def _beat(self) -> None:
         self._collect()
         due = time.perf_counter() - BEAT
-        waiting, self._refused = self._refused, []
+        waiting = self._refused
         self._refused = [who for who in waiting if who.began > due]
         self._land([who for who in waiting if who.began <= due], None)
         self._beating = False
@@ -321,10 +319,15 @@ class Desk:
             try:
                 self._ask(who, flight.shown, look)
             except Exception:  # noqa: BLE001  # as in `_serve`: the others are answered
-                _log.error("verifier.failed", exc_info=True)
-                who.asker.reply(who.request, problem(500, "server_error"))
+                _failed(who.asker, who.request)
             if not self._boarded:
                 self.measures.one(time.perf_counter() - who.began)
+
+
+def _failed(asker: Asker, request: Request) -> None:
+    """Answer all the same, from within the handler of what went wrong."""
+    _log.error("verifier.failed", exc_info=True)
+    asker.reply(request, problem(500, "server_error"))
 
 
 def _not_open(_call: Callable[[], None]) -> None:

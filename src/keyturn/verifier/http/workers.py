@@ -46,14 +46,18 @@ class Workers:
         """`hashing` at once; `done` is called with a key and its outcome, by any of the threads."""
         self._verifier = verifier
         self._done = done
-        self._sizes = (READERS, _REFUSERS, hashing + _SPARE, IMPORTED_QUEUE + 1 + _SPARE)
+        self._sizes = (  # in the order of `_BY_STORE` and so on; and how much each gives way
+            (READERS, 0),
+            (_REFUSERS, 0),
+            (hashing + _SPARE, _NICE),
+            (IMPORTED_QUEUE + 1 + _SPARE, _NICE),
+        )
         self._lanes: list[_Lane] = []
 
     def start(self) -> None:
         """Start them all. Raises KeyturnError where there may not be so many."""
-        for number, size in enumerate(self._sizes):
-            gives_way = number in (_BY_HASH, _IMPORTED)
-            self._lanes.append(_Lane(size, nice=_NICE if gives_way else 0))
+        for size, nice in self._sizes:
+            self._lanes.append(_Lane(size, nice=nice))
 
     def decide(
         self,
